@@ -1,0 +1,51 @@
+"""LoQT (low-rank adapters for quantized training, NeurIPS 2024) on one device and on many.
+
+The library's surface; everything is imported when it is first used, so that `loqt-scale --help` does not wait for torch.
+
+    convert_to_loqt    turns the linears of any model into LoQT layers, in place
+    MergeCoordinator   runs the merges of a training loop of your own
+    LoQTConfig         the method's settings
+    RunConfig, train   a whole training job
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
+    from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.merge import MergeCoordinator, MergeReport
+    from loqt_scale.trainer import train
+
+_HOMES = {
+    "LoQTConfig": "config",
+    "LoQTLinear": "layers",
+    "MergeConfig": "config",
+    "MergeCoordinator": "merge",
+    "MergeReport": "merge",
+    "QuantizationConfig": "config",
+    "RunConfig": "config",
+    "SubspaceConfig": "config",
+    "convert_to_loqt": "layers",
+    "train": "trainer",
+}
+
+__all__ = [
+    "LoQTConfig",
+    "LoQTLinear",
+    "MergeConfig",
+    "MergeCoordinator",
+    "MergeReport",
+    "QuantizationConfig",
+    "RunConfig",
+    "SubspaceConfig",
+    "convert_to_loqt",
+    "train",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

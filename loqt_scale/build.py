@@ -1,0 +1,125 @@
+"""From settings to a model whose every rank holds only its own part.
+
+    meta      the Hugging Face model on the meta device: shapes, no storage
+    convert   its linears become LoQT layers, still on meta
+    shard     the strategy decides who stores which rows, still on meta
+    allocate  `to_empty`: each rank's rows, nothing else
+    fill      parameter by parameter, each rank asks the weight source for its rows only, and packs or copies them
+
+So no rank ever holds the full-precision model, and what is filled does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loqt_scale.config import RunConfig
+from loqt_scale.functional.compensation import row_chunks
+from loqt_scale.functional.quantization import pack
+from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
+from loqt_scale.models import build_meta_model, decoder_blocks, load_model_config, resolve_weights_folder
+from loqt_scale.strategies import Strategy
+from loqt_scale.weights import RandomWeights, WeightSource, init_buffers, pretrained_weights
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to train.
+
+    Args:
+        wrapped: What a training step calls.
+        model: The same without the strategy's wrapper.
+        initial_weights: Source of the weights as they were before quantization.
+        dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
+    """
+
+    wrapped: nn.Module
+    model: nn.Module
+    initial_weights: WeightSource
+    dense_layers: tuple[str, ...]
+
+
+def build_model(config: RunConfig, *, vocab_size: int, strategy: Strategy) -> BuiltModel:
+    """Builds, converts, shards and fills the run's model. Every rank.
+
+    Args:
+        config: The run.
+        vocab_size: The tokenizer's.
+        strategy: Where parameters go.
+
+    Raises:
+        ValueError: Settings that do not fit the model (see `models` and `layers.convert`).
+    """
+    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    model = build_meta_model(hf_config)
+    source = _weight_source(config, model)
+    dense_layers: tuple[str, ...] = ()
+    if config.method == "loqt":
+        convert_to_loqt(model, config.loqt)
+    else:
+        dense_layers = tuple(select_linears(model, config.loqt))
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    blocks = [block for _, block in decoder_blocks(model)]
+    if config.model.compile:
+        for block in blocks:
+            block.compile()
+    model = strategy.shard(model, blocks)
+    allocate(model, strategy.device)
+    init_buffers(model, strategy.device)
+    fill(model, source, strategy)
+    return BuiltModel(strategy.wrap(model), model, source, dense_layers)
+
+
+def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
+    if config.model.weights == "random":
+        return RandomWeights(model, config.train.seed)
+    return pretrained_weights(resolve_weights_folder(config.model), model)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """`to_empty` that keeps tied parameters tied (it would give each holder storage of its own). Local."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in holders.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
+    """Gives every parameter its value, from this rank's rows of the source only. Local.
+
+    LoQT layers get their packed base; P and B start at zero (the first merge, at step 0, sets them).
+    """
+    for name, layer in loqt_layers(model):
+        _fill_base(f"{name}.weight", layer, source, strategy)
+        for parameter in (layer.projection.codes, layer.projection.scales, layer.factor):
+            if parameter is not None:
+                strategy.local(parameter).zero_()
+    packed = {f"{name}.{part}" for name, _ in loqt_layers(model) for part in _PACKED_PARTS}
+    for name, parameter in model.named_parameters():
+        if name not in packed:
+            strategy.local(parameter).copy_(source.rows(name, *strategy.stored_rows(parameter)))
+
+
+_PACKED_PARTS = ("base.codes", "base.scales", "projection.codes", "projection.scales", "factor")
+
+
+def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, strategy: Strategy) -> None:
+    """Packs this rank's rows of one weight, a chunk of rows at a time."""
+    layout, base = layer.spec.base, layer.base
+    first_group, last_group = strategy.stored_rows(base.codes)
+    first, last = layout.rows_of_groups(first_group, last_group)
+    for start, stop in row_chunks(last - first, layout):
+        codes, scales = pack(source.rows(name, first + start, first + stop).to(strategy.device), layout)
+        groups = slice(start // layout.group_rows, start // layout.group_rows + codes.shape[0])
+        strategy.local(base.codes)[groups] = codes
+        if base.scales is not None and scales is not None:
+            strategy.local(base.scales)[groups] = scales

@@ -1,0 +1,119 @@
+"""The names of all settings, and what may be written for each.
+
+The dataclasses in `config.py` are the only list of settings. This module reads that list back from them, so that an
+error can say what to write instead without a second table that goes stale:
+
+* `setting_types()` maps every dotted key (`loqt.merge.gap`) to its type;
+* `describe_type()` turns a type into the words of an error message ("a whole number", "one of nf4, none");
+* `unknown_key_message()` names the nearest key for a misspelt one;
+* `check_yaml_keys()` walks a parsed YAML tree and refuses what is not in the list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from loqt_scale.config import RunConfig
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names its key and what to write instead."""
+
+
+@cache
+def setting_types() -> dict[str, Any]:
+    """Map every dotted setting of `RunConfig` to its (resolved) type, in the order of the dataclasses."""
+    return {key: hint for key, hint in _walk(RunConfig, "") if not is_dataclass(hint)}
+
+
+@cache
+def setting_groups() -> frozenset[str]:
+    """Dotted names of the groups: loqt, loqt.merge, …"""
+    return frozenset(key for key, hint in _walk(RunConfig, "") if is_dataclass(hint))
+
+
+def _walk(cls: type, prefix: str) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    found: list[tuple[str, Any]] = []
+    for item in fields(cls):
+        hint = hints[item.name]
+        found.append((prefix + item.name, hint))
+        if is_dataclass(hint):
+            found.extend(_walk(typing.cast(type, hint), f"{prefix}{item.name}."))
+    return found
+
+
+def owner_of(key: str) -> str | None:
+    """Return the setting that `key` belongs to: itself, or the mapping it reaches into (`model.overrides.x`)."""
+    if key in setting_types():
+        return key
+    for name, hint in setting_types().items():
+        if get_origin(hint) is dict and key.startswith(name + "."):
+            return name
+    return None
+
+
+def accepts_none(hint: Any) -> bool:
+    """Whether null may be written for a setting of this type."""
+    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
+
+
+def describe_type(hint: Any) -> str:
+    """Say in words what may be written for a setting of this type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if accepts_none(hint):
+        return " or ".join([*(describe_type(arg) for arg in args if arg is not type(None)), "null"])
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is list:
+        return "a list such as [a, b]"
+    if origin is tuple:
+        return f"a list of {len(args)} numbers such as [{', '.join(['0.9'] * len(args))}]"
+    if origin is dict:
+        return "a mapping such as {name: value}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it if it is a number)"}
+    return words.get(hint, str(hint))
+
+
+def unknown_key_message(key: str) -> str:
+    """Message for a key that is no setting, with the nearest one that is."""
+    known = [*setting_types(), *setting_groups(), "config", "print_config", "help"]
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    nearest = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.6)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else "see --help for the list of settings"
+    return f"unknown key '{key}'; {hint}"
+
+
+def check_yaml_keys(tree: object, prefix: str = "") -> None:
+    """Check that a parsed YAML tree holds settings only, each at its place.
+
+    Args:
+        tree: What the YAML file holds; an empty file (None) is a run with all defaults.
+        prefix: Dotted name of the group that `tree` belongs to, with a trailing dot; empty at the top.
+
+    Raises:
+        ConfigError: A key is unknown, written with a dot, or a group is not a mapping.
+    """
+    name = prefix.rstrip(".")
+    if not isinstance(tree, Mapping):
+        shown = "empty" if tree is None else repr(tree)
+        what = f"'{name}' is {shown}, but it is a group of settings" if name else f"it holds {tree!r}"
+        example = f"{name.rpartition('.')[2]}: {{...}}" if name else "key: value lines"
+        raise ConfigError(f"{what}; write {example}" + (", or leave the group out" if name else ""))
+    for raw_key, value in tree.items():
+        key = f"{prefix}{raw_key}"
+        if "." in str(raw_key):
+            raise ConfigError(
+                f"key '{key}' has a dot; in YAML write it nested: {str(raw_key).replace('.', ': {', 1)}: …}}"
+            )
+        if key in setting_groups():
+            check_yaml_keys(value, key + ".")
+        elif key not in setting_types():
+            raise ConfigError(unknown_key_message(key))

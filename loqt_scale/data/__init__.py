@@ -1,0 +1,113 @@
+"""Text to training batches: `build_corpus` is the whole interface.
+
+    corpora.py     documents of local files or of the embedded corpus
+    hub.py         documents of a streamed data set
+    tokenizers.py  text <-> ids
+    packing.py     documents -> sequences of one length (pure)
+    store.py       local corpora, tokenized once, kept on disk
+    batches.py     which sequences a step reads; stored corpora, random access
+    streaming.py   the same for streams, which only go forward
+
+Nothing here knows about ranks: each asks for its share of a step's global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from loqt_scale.config import DataConfig
+from loqt_scale.data.batches import Batch, StoredSequences, TrainStream
+from loqt_scale.data.corpora import embedded_text, files_text
+from loqt_scale.data.packing import Int64Array, evaluation_windows
+from loqt_scale.data.store import default_cache_dir, tokenized, trained_bpe
+from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = ["Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything a run reads.
+
+    Args:
+        tokenizer: Text <-> ids.
+        train: Training sequences by step.
+        eval: (N, T) held-out sequences, 1 <= N <= `DataConfig.max_eval_sequences`; the same ones every time.
+        description: One line: source, tokenizer, tokens in train and eval.
+    """
+
+    tokenizer: Tokenizer
+    train: TrainStream
+    eval: Batch
+    description: str
+
+
+def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:
+    """Open the text a configuration names.
+
+    Every rank may call it at the same time: a local corpus is tokenized by one process per machine (more exactly, per
+    cache folder) while the others wait.
+
+    Args:
+        config: What to read and how to cut it.
+        seed: Seed of the order of training sequences.
+        global_batch_size: B, sequences per step over all ranks.
+
+    Raises:
+        FileNotFoundError: A file, glob, tokenizer folder or data-set folder does not exist.
+        ValueError: Anything else that is wrong with the text or its settings; the message says what to write instead.
+    """
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size is {global_batch_size}; write 1 or more")
+    if config.dataset is not None:
+        return _streamed(config, seed, global_batch_size)
+    return _stored(config, seed, global_batch_size)
+
+
+def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
+    text = files_text(config.files, config.text_field) if config.files else embedded_text()
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    if config.tokenizer == "bpe":
+        tokenizer = trained_bpe(
+            text, vocab_size=config.bpe_vocab_size, eval_fraction=config.eval_fraction, cache_dir=cache_dir
+        )
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    store = tokenized(text, tokenizer, eval_fraction=config.eval_fraction, cache_dir=cache_dir)
+    train = StoredSequences(store.train, seq_len=config.seq_len, seed=seed, global_batch_size=global_batch_size)
+    held_out = _evaluation_batch(
+        *evaluation_windows(store.eval, config.seq_len, config.max_eval_sequences, tokenizer.eos_token_id)
+    )
+    scored = int((held_out.labels >= 0).sum())
+    description = (
+        f"{text.name}, tokenizer {tokenizer.name}: train {len(store.train):,} tokens in {store.train_documents:,} "
+        f"documents; eval {len(store.eval):,} tokens in {store.eval_documents:,} documents, {scored:,} scored"
+    )
+    return Corpus(tokenizer=tokenizer, train=train, eval=held_out, description=description)
+
+
+def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
+    # Imported here: the `datasets` library takes seconds to import, which local text does not need.
+    from loqt_scale.data.hub import held_out_windows, open_splits, training_windows
+    from loqt_scale.data.streaming import StreamedSequences
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    train_split, eval_split = open_splits(config)
+    held_out = _evaluation_batch(*held_out_windows(eval_split, tokenizer, config))
+    train = StreamedSequences(
+        partial(training_windows, train_split, tokenizer, config, seed), global_batch_size=global_batch_size
+    )
+    name = config.dataset if config.dataset_config is None else f"{config.dataset}/{config.dataset_config}"
+    description = (
+        f"{name} (streamed), tokenizer {tokenizer.name}: train split {config.split!r}; eval split "
+        f"{config.eval_split!r}, {int((held_out.labels >= 0).sum()):,} tokens scored"
+    )
+    return Corpus(tokenizer=tokenizer, train=train, eval=held_out, description=description)
+
+
+def _evaluation_batch(inputs: Int64Array, labels: Int64Array) -> Batch:
+    return Batch(input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels))

@@ -1,0 +1,132 @@
+"""Which sequences a training step reads.
+
+A run's data order has to be a function of (seed, step) alone: then a run that is resumed, or moved to another number of
+ranks, goes on with exactly the text it would have read. So nothing here knows about ranks. A step has a *global* batch
+of B sequences, numbered 0 to B - 1, and whoever needs some of them asks for `sequences(step, start, stop)`.
+
+For a stored corpus of n sequences, sequence i of step s is number g = s B + i of an endless list: epoch g // n, place
+g % n in that epoch's permutation. A batch may thus straddle two epochs, and any step can be read at once. Streamed data
+sets, which only go forward, are in `streaming.py`.
+
+B = global_batch_size, T = seq_len, N = sequences in a share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loqt_scale.data.packing import Int64Array, Tokens, complete_windows, windows_at
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to train on or to score.
+
+    Args:
+        input_ids: (N, T) int64.
+        labels: (N, T) int64, shifted already: labels[:, t] is the token after input_ids[:, t]; -100 is not counted.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+class TrainStream(Protocol):
+    """The training sequences of a run."""
+
+    def sequences(self, step: int, start: int, stop: int) -> Batch:
+        """Return sequences [start, stop) of the global batch of `step`.
+
+        Args:
+            step: Optimizer step, from 0.
+            start: First sequence, 0 <= start.
+            stop: One past the last, start <= stop <= B.
+
+        Returns:
+            `stop - start` sequences.
+
+        Raises:
+            ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
+        """
+
+
+class StoredSequences:
+    """The `TrainStream` of a token stream in memory or on disk: any step at any time.
+
+    Args:
+        tokens: (n,) training tokens, of any integer dtype.
+        seq_len: T.
+        seed: Seed of the order.
+        global_batch_size: B.
+
+    Raises:
+        ValueError: Fewer tokens than one sequence needs (T + 1).
+    """
+
+    def __init__(self, tokens: Tokens, *, seq_len: int, seed: int, global_batch_size: int) -> None:
+        self._count = complete_windows(len(tokens), seq_len)
+        if self._count == 0:
+            raise ValueError(
+                f"corpus smaller than one sequence: {len(tokens)} training tokens, and data.seq_len {seq_len} needs "
+                f"{seq_len + 1}; write a smaller data.seq_len or more text in data.files"
+            )
+        self._tokens, self._seq_len, self._seed, self._batch_size = tokens, seq_len, seed, global_batch_size
+        self._orders: dict[int, npt.NDArray[np.integer]] = {}
+
+    def sequences(self, step: int, start: int, stop: int) -> Batch:
+        check_range(step, start, stop, self._batch_size)
+        places = step * self._batch_size + np.arange(start, stop, dtype=np.int64)
+        epochs = places // self._count
+        windows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
+        return batch_of(windows_at(self._tokens, windows, self._seq_len))
+
+    def _order(self, epoch: int) -> npt.NDArray[np.integer]:
+        if epoch not in self._orders:
+            # Shares of one step may straddle two epochs, so the order before this one is kept; older ones are not.
+            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
+            self._orders[epoch] = epoch_order(self._count, self._seed, epoch)
+        return self._orders[epoch]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.integer]:
+    """Return the order in which an epoch reads its sequences.
+
+    It sorts random keys, rather than calling `Generator.permutation`: numpy promises that a bit generator's raw output
+    stays the same from release to release, but not what a `Generator` makes of it.
+
+    Args:
+        count: Number of sequences n.
+        seed: Seed of the run, 0 or more.
+        epoch: From 0.
+
+    Returns:
+        (n,) a permutation of 0 .. n - 1, int64, or uint32 where that holds n.
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    order = np.argsort(keys, kind="stable")
+    return order.astype(np.uint32) if count <= 2**32 else order
+
+
+def batch_of(windows: Int64Array) -> Batch:
+    """Split windows (N, T + 1) int64 into inputs and the labels one token later."""
+    return Batch(
+        input_ids=torch.from_numpy(np.ascontiguousarray(windows[:, :-1])),
+        labels=torch.from_numpy(np.ascontiguousarray(windows[:, 1:])),
+    )
+
+
+def check_range(step: int, start: int, stop: int, global_batch_size: int) -> None:
+    """Raise ValueError unless [start, stop) lies within the global batch of a step."""
+    if step < 0 or not 0 <= start <= stop <= global_batch_size:
+        raise ValueError(
+            f"sequences [{start}, {stop}) of step {step} do not exist; steps start at 0 and a global batch is "
+            f"[0, {global_batch_size})"
+        )

@@ -1,0 +1,161 @@
+"""Data sets that are streamed: a Hugging Face id, or a folder of one, named by `data.dataset`.
+
+Such a data set may be larger than any disk here, so it is read row by row as training goes on. Its publisher has split
+it already: `data.split` is trained on and `data.eval_split` is held out, and nothing is re-split here. The order is the
+library's own: shards in an order drawn from (seed, epoch), rows through a shuffle buffer. Both are the same in every
+process, so all ranks see one and the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loqt_scale.config import DataConfig
+from loqt_scale.data.corpora import row_texts
+from loqt_scale.data.packing import Int64Array, evaluation_windows, join_documents, text_groups, windows_of_stream
+from loqt_scale.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need not pay
+    import datasets  # type: ignore[import-untyped]
+
+SHUFFLE_ROWS = 10_000
+"""Rows in the shuffle buffer: filled before the first sequence comes out."""
+
+_ENCODE_CHARS = 200_000  # text tokenized at once; small, because the first batch waits for it
+
+
+def open_splits(config: DataConfig) -> tuple[datasets.IterableDataset, datasets.IterableDataset]:
+    """Open the training and the held-out split of `config.dataset`, and look at one row of each.
+
+    Returns:
+        The training split and the held-out split, streaming, unshuffled.
+
+    Raises:
+        FileNotFoundError: `config.dataset` is a folder that does not exist or holds no data.
+        ValueError: The data set cannot be opened; a split does not exist, is empty, or lacks the text column; or both
+            splits are one.
+    """
+    if config.split == config.eval_split:
+        raise ValueError(
+            f"data.split and data.eval_split are both {config.split!r}, so training text would be scored; write "
+            "another data.eval_split"
+        )
+    splits = _load(config)
+    for key, name in (("data.split", config.split), ("data.eval_split", config.eval_split)):
+        if name not in splits:
+            raise ValueError(
+                f"{config.dataset} has no split {name!r}; write {key}: one of {', '.join(map(str, splits))}"
+            )
+        _check_first_row(splits[name], f"split {name!r} of {config.dataset}", config.text_field)
+    return splits[config.split], splits[config.eval_split]
+
+
+def training_windows(
+    split: datasets.IterableDataset, tokenizer: Tokenizer, config: DataConfig, seed: int
+) -> Iterator[Int64Array]:
+    """Tokenize and pack a split for ever, shuffled anew each epoch.
+
+    Epochs are laid end to end like documents: a sequence may begin in one and end in the next.
+
+    Args:
+        split: From `open_splits`.
+        tokenizer: Gives the ids and the token after each document.
+        config: Names the text column and T.
+        seed: Seed of the order.
+
+    Yields:
+        (m, T + 1) int64, m >= 1.
+
+    Raises:
+        ValueError: A row has no text column, or a whole epoch is shorter than one sequence.
+    """
+
+    def chunks() -> Iterator[Int64Array]:
+        shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+        for epoch in count():
+            shuffled.set_epoch(epoch)
+            tokens = 0
+            for chunk in _tokenized(shuffled, tokenizer, config.text_field, f"split {config.split!r}"):
+                tokens += len(chunk)
+                yield chunk
+            if tokens <= config.seq_len:
+                raise ValueError(
+                    f"corpus smaller than one sequence: split {config.split!r} of {config.dataset} has {tokens} "
+                    f"tokens, and data.seq_len {config.seq_len} needs {config.seq_len + 1}; write a smaller "
+                    "data.seq_len"
+                )
+
+    return windows_of_stream(chunks(), config.seq_len)
+
+
+def held_out_windows(
+    split: datasets.IterableDataset, tokenizer: Tokenizer, config: DataConfig
+) -> tuple[Int64Array, Int64Array]:
+    """Return the first `config.max_eval_sequences` sequences of the held-out split, in its own order.
+
+    Returns:
+        inputs and labels, each (N, T) int64, as `packing.evaluation_windows` makes them.
+
+    Raises:
+        ValueError: The split holds no text.
+    """
+    wanted = config.max_eval_sequences * config.seq_len + 1
+    chunks: list[Int64Array] = []
+    for chunk in _tokenized(split, tokenizer, config.text_field, f"split {config.eval_split!r}"):
+        chunks.append(chunk)
+        wanted -= len(chunk)
+        if wanted <= 0:
+            break
+    if not chunks:
+        raise ValueError(
+            f"corpus is empty: split {config.eval_split!r} of {config.dataset} holds no text in column "
+            f"{config.text_field!r}; write another data.eval_split or data.text_field"
+        )
+    tokens = np.concatenate(chunks)[: config.max_eval_sequences * config.seq_len + 1]
+    return evaluation_windows(tokens, config.seq_len, config.max_eval_sequences, tokenizer.eos_token_id)
+
+
+def _load(config: DataConfig) -> dict[str, Any]:
+    import datasets
+
+    assert config.dataset is not None
+    try:
+        return dict(datasets.load_dataset(config.dataset, config.dataset_config, streaming=True))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{config.dataset} is not a data set ({error}); write a Hugging Face id or a folder of .jsonl or .parquet "
+            "files in data.dataset"
+        ) from error
+    except Exception as error:  # no such configuration, no network, a loading script, ...
+        reason = str(error) or "is one of its files empty?"  # then it is a bare StopIteration
+        raise ValueError(
+            f"{config.dataset} cannot be opened ({reason}); write a Hugging Face id or an existing folder in "
+            "data.dataset, and one of its configurations in data.dataset_config"
+        ) from error
+
+
+def _check_first_row(split: datasets.IterableDataset, source: str, text_field: str) -> None:
+    try:
+        rows = list(islice(split, 1))
+    except Exception as error:  # network, pyarrow, json, ... ; datasets cannot stream an empty parquet file either
+        raise ValueError(
+            f"{source} is empty or cannot be read ({error}), so no column {text_field!r} (data.text_field) was found; "
+            "write another data.dataset or split"
+        ) from error
+    if not rows:
+        raise ValueError(
+            f"corpus is empty: {source} has no rows, so no column {text_field!r} (data.text_field); columns: "
+            f"{', '.join(split.column_names or []) or 'none'}; write another data.dataset or split"
+        )
+    list(row_texts(rows, text_field, source))
+
+
+def _tokenized(
+    rows: datasets.IterableDataset, tokenizer: Tokenizer, text_field: str, source: str
+) -> Iterator[Int64Array]:
+    for group in text_groups(row_texts(rows, text_field, source), _ENCODE_CHARS):
+        yield join_documents(tokenizer.encode_batch(group), tokenizer.eos_token_id)

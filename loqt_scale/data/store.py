@@ -1,0 +1,222 @@
+"""Local corpora, tokenized once and kept on disk.
+
+Tokenizing a corpus at every start, on every rank, would waste minutes; so the ids are written once, as two .npy files
+(train and eval) that ranks map into memory and share through the page cache:
+
+    cache_dir/tokenizers/KEY/   a trained BPE
+    cache_dir/tokens/KEY/       train.npy, eval.npy, corpus.json
+
+KEY is a hash of all that shapes the content, so a stale entry is never read and deleting the folder is always safe.
+One process builds under a file lock while the others on the machine wait, and a finished entry appears by one atomic
+rename: an interrupted build leaves nothing behind that looks finished.
+
+*Held out* is decided by each document's content: a document whose 64-bit hash is in the lowest `eval_fraction` of the
+hashes is for evaluation. So the split does not depend on the order of files, and two copies of one document always fall
+on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from loqt_scale.data.corpora import LocalText
+from loqt_scale.data.packing import Tokens, join_documents, text_groups
+from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+
+_FORMAT_VERSION = 1  # raise it when the files or the way they are made change
+_ENCODE_CHARS = 1_000_000  # text tokenized at once: enough to amortise calls, little enough to stay small in memory
+_HASHES = 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStore:
+    """A tokenized corpus.
+
+    Args:
+        train: (n,) uint16 or uint32, read-only memory map: training documents, an end-of-text token after each.
+        eval: (m,) likewise: the held-out documents. No document is in both.
+        train_documents: Number of documents in `train`.
+        eval_documents: Number of documents in `eval`.
+    """
+
+    train: Tokens
+    eval: Tokens
+    train_documents: int
+    eval_documents: int
+
+
+def default_cache_dir() -> Path:
+    """Return $XDG_CACHE_HOME/loqt_scale, or ~/.cache/loqt_scale."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "loqt_scale"
+
+
+def document_hash(document: str) -> int:
+    """Return a 64-bit hash of a document that is the same in every process and on every machine."""
+    digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def holdout_threshold(text: LocalText, eval_fraction: float) -> int:
+    """Choose the hash below which a document is held out.
+
+    It is `eval_fraction` of the range of hashes, moved just enough that each side gets a document.
+
+    Raises:
+        ValueError: The corpus is empty, or holds fewer than two different documents.
+    """
+    lowest, highest = _HASHES, -1
+    for document in text.documents():
+        value = document_hash(document)
+        lowest, highest = min(lowest, value), max(highest, value)
+    if highest < 0:
+        raise ValueError(f"corpus is empty: {text.name} holds no text; write other data.files")
+    if lowest == highest:
+        raise ValueError(
+            f"corpus too small: {text.name} holds one document, and both training and evaluation need one; write more "
+            "data.files (in .txt files, blank lines part documents)"
+        )
+    return min(max(int(eval_fraction * _HASHES), lowest + 1), highest)
+
+
+def trained_bpe(text: LocalText, *, vocab_size: int, eval_fraction: float, cache_dir: Path) -> Tokenizer:
+    """Return the BPE tokenizer of a corpus' training documents, training it if the cache lacks it.
+
+    Args:
+        text: The corpus.
+        vocab_size: Tokens to learn; the tokenizer's `vocab_size` is what was learnt, rounded up.
+        eval_fraction: Share of documents held out, which are not trained on.
+        cache_dir: Folder of the cache.
+    """
+    key = _key("bpe", text.key, vocab_size, eval_fraction)
+
+    def build(folder: Path) -> None:
+        threshold = holdout_threshold(text, eval_fraction)
+        training = (document for document in text.documents() if document_hash(document) >= threshold)
+        train_bpe(training, vocab_size, folder)
+
+    return load_tokenizer(str(_built_once(cache_dir / "tokenizers" / key, build)), label="bpe")
+
+
+def tokenized(text: LocalText, tokenizer: Tokenizer, *, eval_fraction: float, cache_dir: Path) -> TokenStore:
+    """Return a corpus' tokens, tokenizing it if the cache lacks them.
+
+    Args:
+        text: The corpus.
+        tokenizer: Gives the ids and the token after each document.
+        eval_fraction: Share of documents held out.
+        cache_dir: Folder of the cache.
+
+    Raises:
+        ValueError: The corpus is empty or too small to split, or `cache_dir` cannot be written.
+    """
+    key = _key("tokens", text.key, tokenizer.fingerprint, eval_fraction)
+    folder = _built_once(
+        cache_dir / "tokens" / key, lambda folder: _write_tokens(folder, text, tokenizer, eval_fraction)
+    )
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    return TokenStore(
+        train=_mapped(folder / "train.npy"),
+        eval=_mapped(folder / "eval.npy"),
+        train_documents=facts["train_documents"],
+        eval_documents=facts["eval_documents"],
+    )
+
+
+def _key(*facts: object) -> str:
+    return hashlib.blake2b(json.dumps([_FORMAT_VERSION, *facts]).encode(), digest_size=16).hexdigest()
+
+
+def _built_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return `folder`, made by one process's `build(temporary folder)` if it does not exist yet."""
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder.parent} cannot be written ({error}); write data.cache_dir: FOLDER"
+        ) from error
+    try:
+        if not folder.is_dir():  # else another process built it while we waited
+            _build_and_rename(folder, build)
+    finally:
+        lock.release()
+    return folder
+
+
+def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
+    # Two machines that share a cache folder may both get here where the file system's locks are not shared: hence a
+    # temporary name of our own, and no complaint if the other one's rename came first.
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        build(temporary)
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokens(folder: Path, text: LocalText, tokenizer: Tokenizer, eval_fraction: float) -> None:
+    threshold = holdout_threshold(text, eval_fraction)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    documents = {"train": 0, "eval": 0}
+    with (folder / "train.npy").open("wb") as train_file, (folder / "eval.npy").open("wb") as eval_file:
+        writers = {"train": _NpyWriter(train_file, dtype), "eval": _NpyWriter(eval_file, dtype)}
+        for group in text_groups(text.documents(), _ENCODE_CHARS):
+            sides = ["eval" if document_hash(document) < threshold else "train" for document in group]
+            encoded = tokenizer.encode_batch(group)
+            for side, writer in writers.items():
+                chosen = [ids for ids, where in zip(encoded, sides, strict=True) if where == side]
+                documents[side] += len(chosen)
+                writer.append(join_documents(chosen, tokenizer.eos_token_id))
+        for writer in writers.values():
+            writer.finish()
+    facts = {f"{side}_documents": count for side, count in documents.items()}
+    (folder / "corpus.json").write_text(json.dumps(facts | {"source": text.name}), encoding="utf-8")
+
+
+def _mapped(path: Path) -> Tokens:
+    mapped: npt.NDArray[np.integer] = np.load(path, mmap_mode="r")
+    return mapped
+
+
+class _NpyWriter:
+    """Writes a one-dimensional .npy file whose length is known only at the end."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype[np.integer]) -> None:
+        self._file, self._dtype, self._count = file, dtype, 0
+        self._write_header()
+        self._header_size = file.tell()
+
+    def append(self, tokens: Tokens) -> None:
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self._count += len(tokens)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        # numpy pads the header so that the length can grow in place; data would be overwritten if it ever did not.
+        assert self._file.tell() == self._header_size
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -1,0 +1,131 @@
+"""The `TrainStream` of a data set that only goes forward.
+
+Every rank reads the whole stream and keeps its own rows. That costs each rank the tokenization of all text, which a
+background thread does ahead of the training step; in exchange no rank has to know of any other, and the order depends
+on (seed, step) only, as for stored corpora.
+
+A later step is reached by reading up to it: resuming after s steps reads and discards s global batches. An earlier step
+cannot be reached.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from loqt_scale.data.batches import Batch, batch_of, check_range
+from loqt_scale.data.packing import Int64Array
+
+_CHUNKS_AHEAD = 8
+_STOP_CHECK_SECONDS = 0.1
+_JOIN_SECONDS = 5.0
+
+_Queue = queue.Queue[Int64Array | Exception]
+
+
+class StreamedSequences:
+    """Sequences read from an endless iterator in a background thread.
+
+    The thread starts with the first call of `sequences`, so that a run which only evaluates reads nothing.
+
+    Args:
+        open_windows: Starts the iterator: (m, T + 1) int64 windows, m >= 1, without end. Called in the thread.
+        global_batch_size: B.
+    """
+
+    def __init__(self, open_windows: Callable[[], Iterator[Int64Array]], *, global_batch_size: int) -> None:
+        self._open_windows, self._batch_size = open_windows, global_batch_size
+        self._queue: _Queue = queue.Queue(maxsize=_CHUNKS_AHEAD)
+        self._reader: _Reader | None = None
+        self._closed = False
+        self._pending: Int64Array | None = None
+        self._error: Exception | None = None
+        self._step = -1
+        self._batch: Int64Array | None = None
+
+    def sequences(self, step: int, start: int, stop: int) -> Batch:
+        """See `TrainStream`. Steps must not decrease; one step may be asked for several times, in any ranges."""
+        check_range(step, start, stop, self._batch_size)
+        if step < self._step:
+            raise ValueError(
+                f"step {step} was asked for after step {self._step}, and a streamed data set only goes forward; build "
+                "the corpus anew to go back (or download the data set and write data.files)"
+            )
+        while self._step < step:
+            self._batch = self._next_batch()
+            self._step += 1
+        assert self._batch is not None
+        return batch_of(self._batch[start:stop])
+
+    def close(self) -> None:
+        """End the background thread; steps that were not read yet cannot be read any more."""
+        self._closed = True
+        if self._reader is not None:
+            self._reader.end()
+
+    def _next_batch(self) -> Int64Array:
+        parts: list[Int64Array] = []
+        missing = self._batch_size
+        while missing:
+            windows = self._pending if self._pending is not None else self._next_windows()
+            parts.append(windows[:missing])
+            self._pending = windows[missing:] if len(windows) > missing else None
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def _next_windows(self) -> Int64Array:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise ValueError("this stream was closed; build the corpus anew to read on")
+        if self._reader is None:
+            self._reader = _Reader(self._open_windows, self._queue)
+            # Freed with its reader still running, the stream only asks it to stop. It must not wait for it: garbage
+            # is collected at any moment, this thread may hold the import lock, and the reader may be importing.
+            weakref.finalize(self, self._reader.stop.set)
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._error = item
+            raise item
+        return item
+
+
+class _Reader:
+    """The background thread and the event that stops it. It holds no `StreamedSequences`, so that one can be freed."""
+
+    def __init__(self, open_windows: Callable[[], Iterator[Int64Array]], chunks: _Queue) -> None:
+        self.stop = threading.Event()
+        arguments = (open_windows, chunks, self.stop)
+        self._thread = threading.Thread(target=_read_ahead, args=arguments, name="data-stream", daemon=True)
+        self._thread.start()
+        # A daemon thread inside pyarrow while the interpreter tears down its modules would crash.
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        self.stop.set()
+        self._thread.join(_JOIN_SECONDS)
+
+
+def _read_ahead(open_windows: Callable[[], Iterator[Int64Array]], chunks: _Queue, stop: threading.Event) -> None:
+    try:
+        for windows in open_windows():
+            if not _put(chunks, windows, stop):
+                return
+        _put(chunks, RuntimeError("the stream of windows ended, and it must be endless"), stop)
+    except Exception as error:  # raised again where the training loop can see it
+        _put(chunks, error, stop)
+
+
+def _put(chunks: _Queue, item: Int64Array | Exception, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            chunks.put(item, timeout=_STOP_CHECK_SECONDS)
+        except queue.Full:
+            continue
+        return True
+    return False

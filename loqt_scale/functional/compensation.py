@@ -1,0 +1,181 @@
+"""Fitting a quantized base and a factor to one weight: what happens inside a merge.
+
+Given the merged weight W (fp32), a new basis P and the scale s, find W_q = Q(...) and B with W ~ dequant(W_q) + s L(B),
+where L(B) = B P^T on side `input` and P B^T on side `output` (B is kept tall, features x r, on both sides).
+Alternating rounds (LoQT, algorithm 2; LoftQ uses the same idea):
+
+    W_q <- Q(W - s L(B))                    B <- argmin_B || W - dequant(W_q) - s L(B) ||_F
+
+Least squares has a closed form through P^+ = (P^T P)^-1 P^T of the P that the layer will really use (after its own
+quantization, so not exactly orthonormal). With R = W - dequant(W_q):
+
+    B = R P^+T / s (input)      B = R^T P^+T / s (output)      || R - s L(B) ||^2 = || R ||^2 - s^2 tr(B^T B P^T P)
+
+The round with the smallest error is kept, and round 0 (B = 0) competes too, so compensation can never hurt.
+
+Everything works on a *shard*, the rows of W that one rank holds, and streams over it in chunks of rows, so that scratch
+memory is a chunk and not a second and third copy of W. On side `input` B's rows are W's rows: B is local. On side
+`output` B is a sum over shards, so the caller passes `sum_over_shards`: besides the scalar error, the only thing that
+ever leaves a shard. With the identity the shard is the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
+
+SumOverShards = Callable[[Tensor], Tensor]
+CHUNK_VALUES = 2**20  # dense values in flight: 4 MiB a buffer
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """The best round.
+
+    Args:
+        codes: Packed rows of this shard.
+        scales: Their scales, or None.
+        factor: B, float32: this shard's rows (input side) or all of it (output side), (F_B, r).
+        error: ||W - W_eff||_F / ||W||_F over all shards, scalar tensor.
+        error_before: The same with B = 0: what plain quantization of W would have given.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    factor: Tensor
+    error: Tensor
+    error_before: Tensor
+
+
+def row_chunks(rows: int, layout: MatrixLayout) -> Iterator[tuple[int, int]]:
+    """Cuts `rows` into runs of whole groups of about `CHUNK_VALUES` values."""
+    size = max(1, CHUNK_VALUES // layout.group_values) * layout.group_rows
+    return ((start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def low_rank_rows(basis: Tensor, factor: Tensor, side: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of L(B) for this shard: B_rows P^T (input; P whole) or P_rows B^T (output; B whole)."""
+    return factor[start:stop] @ basis.T if side == "input" else basis[start:stop] @ factor.T
+
+
+def add_low_rank(weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, factor: Tensor, side: str, scale: float) -> None:
+    """W += s L(B) on this shard's rows, in place."""
+    for start, stop in row_chunks(weight_NI.shape[0], layout):
+        weight_NI[start:stop].add_(low_rank_rows(basis, factor, side, start, stop), alpha=scale)
+
+
+def _quantize_round(
+    weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, pinv: Tensor, factor: Tensor | None, side: str, scale: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """One round on this shard: (codes, scales, this shard's part of the new B, ||R||^2 of this shard)."""
+    rows, columns = weight_NI.shape
+    new_factor = weight_NI.new_zeros((rows if side == "input" else columns, basis.shape[1]))
+    packed: list[tuple[Tensor, Tensor | None]] = []
+    squares = weight_NI.new_zeros(())
+    for start, stop in row_chunks(rows, layout):
+        weight = weight_NI[start:stop]
+        target = weight
+        if factor is not None:
+            target = weight.sub(low_rank_rows(basis, factor, side, start, stop), alpha=scale)
+        codes, scales = pack(target, layout)
+        packed.append((codes, scales))
+        residual = weight - unpack(codes, scales, layout, torch.float32, rows=stop - start)
+        squares += residual.square().sum()
+        if side == "input":
+            torch.mm(residual, pinv, out=new_factor[start:stop])
+        else:
+            new_factor.addmm_(residual.T, pinv[start:stop])
+    if not packed:  # a shard without rows
+        packed.append(pack(weight_NI, layout))
+    codes = torch.cat([c for c, _ in packed])
+    scales = torch.cat([s for _, s in packed if s is not None]) if packed[0][1] is not None else None
+    return codes, scales, new_factor.div_(scale), squares
+
+
+def compensate(
+    weight_NI: Tensor,
+    layout: MatrixLayout,
+    basis: Tensor,
+    gram_RR: Tensor,
+    *,
+    side: str,
+    scale: float,
+    rounds: int,
+    sum_over_shards: SumOverShards = lambda tensor: tensor,
+) -> Compensated:
+    """Runs the alternating rounds on one shard. Every rank must call it, ranks without rows too.
+
+    Args:
+        weight_NI: This shard's rows of W, float32; left unchanged.
+        layout: Layout of the whole W.
+        basis: P as the layer will use it: whole (I, r) on side input, this shard's rows (N, r) on side output.
+        gram_RR: P^T P of the whole P.
+        side: `input` or `output`.
+        scale: s.
+        rounds: c; 0 returns plain quantization with B = 0.
+        sum_over_shards: Adds a tensor up over the shards, giving the same result on all.
+    """
+    pinv = basis @ gram_inverse(gram_RR)  # P^+T: (I, r), or this shard's rows of it
+    zero = weight_NI.new_zeros((weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1]))
+    norm = sum_over_shards(weight_NI.square().sum()).clamp_min(1e-30)
+    best: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
+    before = norm.new_zeros(())
+    factor: Tensor | None = None
+    for index in range(max(rounds, 1)):
+        codes, scales, new_factor, squares = _quantize_round(weight_NI, layout, basis, pinv, factor, side, scale)
+        squares = sum_over_shards(squares)
+        if index == 0:
+            before = squares / norm
+            best = (codes, scales, zero, before)
+        if rounds == 0 or layout.scheme == "none":  # `none` stores W exactly: nothing to make up for
+            break
+        factor = new_factor if side == "input" else sum_over_shards(new_factor)
+        taken = scale**2 * ((factor.T @ factor) * gram_RR).sum()
+        error = (squares - (sum_over_shards(taken) if side == "input" else taken)).clamp_min(0.0) / norm
+        assert best is not None
+        if bool(error < best[3]):
+            best = (codes, scales, factor, error)
+    assert best is not None
+    return Compensated(codes=best[0], scales=best[1], factor=best[2], error=best[3].sqrt(), error_before=before.sqrt())
+
+
+def gram_inverse(gram_RR: Tensor) -> Tensor:
+    """(P^T P)^-1 in float64 inside, by Cholesky; the pseudo-inverse where a quantized P has lost a column."""
+    lower, info = torch.linalg.cholesky_ex(gram_RR.double())
+    if int(info) == 0:
+        return torch.cholesky_inverse(lower).to(gram_RR.dtype)
+    return torch.linalg.pinv(gram_RR.double(), hermitian=True).to(gram_RR.dtype)
+
+
+def update_survival(
+    weight_NI: Tensor,
+    layout: MatrixLayout,
+    result: Compensated,
+    *,
+    new_basis: Tensor,
+    old_basis: Tensor,
+    old_factor: Tensor,
+    side: str,
+    scale: float,
+) -> Tensor:
+    """How much of the folded update U = s L(B_old) the new effective weight still holds, as two sums over this shard.
+
+    Returns:
+        [<W_eff_new - W, U>, ||U||^2], float32 (2,). With W = W_q_old + U, 1 + first / second is the share that survived:
+        1 if all, 0 if re-quantization rounded it away.
+    """
+    sums = weight_NI.new_zeros(2)
+    group_rows = layout.group_rows
+    for start, stop in row_chunks(weight_NI.shape[0], layout):
+        groups = slice(start // group_rows, -(-stop // group_rows))
+        scales = None if result.scales is None else result.scales[groups]
+        new = unpack(result.codes[groups], scales, layout, torch.float32, rows=stop - start)
+        new.add_(low_rank_rows(new_basis, result.factor, side, start, stop), alpha=scale).sub_(weight_NI[start:stop])
+        update = low_rank_rows(old_basis, old_factor, side, start, stop).mul_(scale)
+        sums += torch.stack([(new * update).sum(), update.square().sum()])
+    return sums

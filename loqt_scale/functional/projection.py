@@ -1,0 +1,106 @@
+"""The subspace P of a gradient: its leading singular vectors, by three methods.
+
+Shapes: G is the weight gradient (O x I); P has orthonormal columns and is (I x r) on side `input` (right singular
+vectors) or (O x r) on side `output` (left ones). F is the side's feature dimension, I or O, and C the other one.
+
+* `svd_basis`         exact, needs dense G: the oracle.
+* `randomized_basis`  subspace iteration on dense G (Halko, Martinsson, Tropp 2011).
+* `sketch_basis`      single pass, never needs G. For y = x W^T, G = dY^T X is a sum over tokens, hence so is a sketch
+
+      side input    Z = G^T Omega = X^T (dY Omega)      Omega (O x l), Z (I x l)
+      side output   Z = G Omega   = dY^T (X Omega)      Omega (I x l), Z (O x l)
+
+  which accumulates over micro-batches and adds up over ranks. Z's leading left singular vectors are P (Halko et al.,
+  section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not needed:
+  at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
+  The last `VALIDATION_COLUMNS` of Omega do not enter P: they estimate, without bias, how much energy P keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VALIDATION_COLUMNS = 8
+
+
+def sketch_width(rank: int, out_features: int, in_features: int, oversampling: float) -> int:
+    """Columns of Omega: (1 + oversampling) r, cut at the layer's smaller side, plus the validation columns."""
+    return min(out_features, in_features, max(rank, round((1.0 + oversampling) * rank))) + VALIDATION_COLUMNS
+
+
+def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -> Tensor:
+    """Omega, (features, width), standard normal float32 from a generator of its own (the global RNG is untouched)."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.randn(features, width, generator=generator, device=device)
+
+
+def sketch_basis(sketch_FL: Tensor, rank: int) -> Tensor:
+    """P from a sketch Z of one gradient.
+
+    Args:
+        sketch_FL: Z, float32, its last `VALIDATION_COLUMNS` columns unused here.
+        rank: r, at most l.
+
+    Returns:
+        (F, r) orthonormal columns, float32.
+    """
+    used = _normalized(sketch_FL[:, :-VALIDATION_COLUMNS].float())
+    left, _, _ = torch.linalg.svd(used, full_matrices=False)
+    return left[:, :rank].contiguous()
+
+
+def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
+    """Estimates `captured_energy` from the validation columns, which P has not seen: scalar in [0, 1].
+
+    A Gaussian sketch keeps squared norms in expectation: E||A Omega||_F^2 = l ||A||_F^2, with A = G^T and P^T G^T alike.
+    """
+    unseen = _normalized(sketch_FL[:, -VALIDATION_COLUMNS:].float())
+    return (basis_FR.float().T @ unseen).square().sum() / unseen.square().sum().clamp_min(1e-30)
+
+
+def svd_basis(gradient_OI: Tensor, rank: int, side: str) -> Tensor:
+    """P from an exact SVD of the dense gradient, float32."""
+    left, _, right = torch.linalg.svd(_normalized(gradient_OI.double()), full_matrices=False)
+    return (right[:rank].T if side == "input" else left[:, :rank]).float().contiguous()
+
+
+def randomized_basis(
+    gradient_OI: Tensor, rank: int, side: str, *, oversampling: float, power_iterations: int, seed: int
+) -> Tensor:
+    """P from a randomized SVD of the dense gradient with `power_iterations` re-orthonormalised passes, float32."""
+    matrix = _normalized(gradient_OI.float() if side == "output" else gradient_OI.float().T)  # we want its left vectors
+    width = min(*matrix.shape, max(rank, round((1.0 + oversampling) * rank)))
+    generator = torch.Generator(device=matrix.device).manual_seed(seed)
+    omega = torch.randn(matrix.shape[1], width, generator=generator, device=matrix.device)
+    q, _ = torch.linalg.qr(matrix @ omega)
+    for _ in range(power_iterations):
+        z, _ = torch.linalg.qr(matrix.T @ q)
+        q, _ = torch.linalg.qr(matrix @ z)
+    left, _, _ = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+    return orthonormal(q @ left[:, :rank])
+
+
+def orthonormal(basis_FR: Tensor) -> Tensor:
+    """The nearest thing to `basis` with orthonormal columns that QR gives, with the columns' signs kept."""
+    q, r = torch.linalg.qr(basis_FR)
+    signs = torch.sign(torch.diagonal(r))
+    return (q * torch.where(signs == 0, torch.ones_like(signs), signs)).contiguous()
+
+
+def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
+    """||G P||_F^2 / ||G||_F^2 (input side) or ||P^T G||_F^2 / ||G||_F^2 (output side): scalar in [0, 1]."""
+    gradient, basis = gradient_OI.double(), basis_FR.double()
+    projected = gradient @ basis if side == "input" else basis.T @ gradient
+    return projected.square().sum() / gradient.square().sum().clamp_min(1e-300)
+
+
+def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:
+    """||P_old^T P_new||_F^2 / r: 1 for the same subspace, about r / F for unrelated ones."""
+    return (old_FR.float().T @ new_FR.float()).square().sum() / new_FR.shape[1]
+
+
+def _normalized(matrix: Tensor) -> Tensor:
+    """Scaled to a largest entry of 1: gradients of 1e-6 would otherwise meet absolute tolerances inside LAPACK."""
+    return matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+

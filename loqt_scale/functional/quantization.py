@@ -1,0 +1,143 @@
+"""Packing a matrix into 4-bit codes that can be sharded, cast-proof, by rows.
+
+A matrix (rows x cols) is stored as two byte tensors, `codes` (two NF4 values a byte) and `scales` (one float32 per
+block of `block_size` values, *viewed as uint8*). Bytes are what every sharding engine leaves alone: a float tensor of
+scales would be rounded by a mixed-precision cast, a float view of the codes would have its NaNs rewritten.
+
+Blocks run along rows. When `cols` is not a multiple of the block, a block crosses a row end, so rows are bound into
+*groups*: the fewest rows whose values fill whole blocks (cols 512 -> 1 row; cols 1376, block 64 -> 2 rows). Dim 0 of
+`codes` and `scales` counts groups. Any cut along dim 0 therefore leaves each part quantizable by itself, bit for bit as
+the whole: this is what makes a merge local to a shard. The last group is padded with zero rows.
+
+Scheme `none` keeps the matrix as one float32 tensor of shape (rows, cols), group = row.
+
+Equation: W[i] = NF4_TABLE[code_i] * scale_{block(i)} (QLoRA, Dettmers et al. 2023, section 3). The kernels are
+bitsandbytes' registered operators, so they run on every device it supports and trace under torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import bitsandbytes  # noqa: F401  (importing it registers torch.ops.bitsandbytes)
+import torch
+from torch import Tensor
+
+Scheme = Literal["nf4", "none"]
+SCALE_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Where the values of a (rows x cols) matrix lie in its packed form.
+
+    Args:
+        rows: Rows of the dense matrix.
+        cols: Columns of the dense matrix.
+        scheme: `nf4` or `none`.
+        block_size: Values per scale (`nf4`).
+    """
+
+    rows: int
+    cols: int
+    scheme: Scheme
+    block_size: int = 64
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that must stay together on one shard."""
+        return 1 if self.scheme == "none" else self.block_size // math.gcd(self.cols, self.block_size)
+
+    @property
+    def groups(self) -> int:
+        """Dim 0 of the packed tensors."""
+        return -(-self.rows // self.group_rows)
+
+    @property
+    def group_values(self) -> int:
+        """Values per group."""
+        return self.group_rows * self.cols
+
+    @property
+    def codes_shape(self) -> tuple[int, int]:
+        """(groups, bytes per group) of the uint8 codes; (rows, cols) of the float32 tensor under `none`."""
+        return (self.groups, self.group_values if self.scheme == "none" else self.group_values // 2)
+
+    @property
+    def codes_dtype(self) -> torch.dtype:
+        """uint8, or float32 under `none`."""
+        return torch.float32 if self.scheme == "none" else torch.uint8
+
+    @property
+    def scales_shape(self) -> tuple[int, int] | None:
+        """(groups, bytes per group) of the uint8 scales; None under `none`."""
+        if self.scheme == "none":
+            return None
+        return (self.groups, self.group_values // self.block_size * SCALE_BYTES)
+
+    def rows_of_groups(self, start: int, stop: int) -> tuple[int, int]:
+        """Dense rows [first, last) held by groups [start, stop)."""
+        return min(start * self.group_rows, self.rows), min(stop * self.group_rows, self.rows)
+
+
+def pack(dense_RC: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor | None]:
+    """Quantizes whole groups of rows.
+
+    Args:
+        dense_RC: Rows of the matrix, (n, cols), any float dtype; n is a whole number of groups, except at the matrix's end.
+        layout: Layout of the whole matrix.
+
+    Returns:
+        codes (groups_n, bytes) uint8 and scales (groups_n, bytes) uint8; or (float32 copy, None) under `none`.
+    """
+    if layout.scheme == "none":
+        return dense_RC.to(torch.float32, copy=True), None
+    rows = dense_RC.shape[0]
+    groups = -(-rows // layout.group_rows)
+    codes_shape, scales_shape = layout.codes_shape, layout.scales_shape
+    assert scales_shape is not None
+    if groups == 0:  # a shard beyond the matrix's end
+        empty = torch.empty(0, dtype=torch.uint8, device=dense_RC.device)
+        return empty.reshape(0, codes_shape[1]), empty.reshape(0, scales_shape[1])
+    padding = groups * layout.group_rows - rows
+    values = torch.nn.functional.pad(dense_RC, (0, 0, 0, padding)) if padding else dense_RC
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(
+        values.to(torch.float32).contiguous(), layout.block_size, layout.scheme, torch.uint8
+    )
+    return codes.reshape(groups, codes_shape[1]), scales.view(torch.uint8).reshape(groups, scales_shape[1])
+
+
+def unpack(
+    codes: Tensor, scales: Tensor | None, layout: MatrixLayout, dtype: torch.dtype, rows: int | None = None
+) -> Tensor:
+    """Dequantizes groups of rows into a fresh dense tensor.
+
+    Args:
+        codes: (groups_n, bytes) uint8, or (n, cols) float32 under `none`.
+        scales: (groups_n, bytes) uint8, or None.
+        layout: Layout of the whole matrix.
+        dtype: Dtype of the result; float64 is dequantized in float32 and widened.
+        rows: Rows to return, fewer than the groups hold where the last group is padded. Default: all of `layout.rows`.
+
+    Returns:
+        (rows, cols) in `dtype`. Under `none` a copy, so that callers may add to it in place.
+    """
+    rows = layout.rows if rows is None else rows
+    if layout.scheme == "none":
+        return codes.to(dtype, copy=True)
+    assert scales is not None
+    if codes.shape[0] == 0:
+        return codes.new_empty((0, layout.cols), dtype=dtype)
+    wide = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    dense = torch.ops.bitsandbytes.dequantize_4bit(
+        codes.reshape(-1, 1),
+        scales.reshape(-1).view(torch.float32),
+        layout.block_size,
+        layout.scheme,
+        (codes.shape[0], layout.group_values),
+        wide,
+    )
+    dense = dense.reshape(-1, layout.cols)[:rows]
+    return dense if wide == dtype else dense.to(dtype)

@@ -1,0 +1,78 @@
+"""Swapping a model's `nn.Linear` modules for LoQT layers, by name, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.layers.linear import LoQTLinear
+
+
+def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> list[str]:
+    """Replaces every selected `nn.Linear` of `model` by a `LoQTLinear`, in place.
+
+    Selected are the linears whose dotted name matches a pattern of `config.target_modules` and none of
+    `config.exclude_modules` (the output head by default). All other parameters stay as they are and go on training.
+    A linear whose weight is tied to another parameter is never converted.
+
+    Args:
+        model: Any module; on the meta device nothing is allocated.
+        config: The method's settings.
+
+    Returns:
+        Names of the converted layers, in module order.
+
+    Raises:
+        ValueError: No linear matches, or the rank exceeds a matching layer's smaller side.
+    """
+    selected = select_linears(model, config)
+    for name in selected:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        try:
+            layer = LoQTLinear.from_linear(linear, config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        model.set_submodule(name, layer)
+    return selected
+
+
+def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
+    """Names of the linears that `convert_to_loqt` would replace, in module order.
+
+    Raises:
+        ValueError: None matches.
+    """
+    shared = _shared_weights(model)
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    selected = [name for name, linear in linears.items() if id(linear.weight) not in shared and _selected(name, config)]
+    if not selected:
+        raise ValueError(
+            f"loqt.target_modules {config.target_modules} (without loqt.exclude_modules {config.exclude_modules}) matches "
+            f"no linear layer; the model's are: {', '.join(list(linears)[:8]) or 'none'}"
+        )
+    return selected
+
+
+def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLinear]]:
+    """(name, layer) of every LoQT layer of a model, in module order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLinear))
+
+
+def _selected(name: str, config: LoQTConfig) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in config.target_modules) and not any(
+        fnmatchcase(name, pattern) for pattern in config.exclude_modules
+    )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module holds."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

@@ -1,0 +1,162 @@
+"""LoQTLinear: a linear layer with a quantized, frozen base and one trainable low-rank factor.
+
+The layer knows no ranks, steps or schedules. `forward` reads its packed tensors and, on the rare steps on which a merge
+follows, a `GradientProbe` that the merge coordinator has attached; everything else happens in
+`functional.low_rank_linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.functional.low_rank_linear import LowRankLinear, LowRankSpec, effective_weight, resolve_side
+from loqt_scale.functional.quantization import MatrixLayout
+from loqt_scale.layers.frozen import FrozenMatrix
+
+
+@dataclass
+class GradientProbe:
+    """Collects a weight gradient, dense or sketched, in `leaf.grad` while it is attached to a layer.
+
+    Args:
+        leaf: Leaf tensor whose *gradient* is wanted; its values are never read. (O, I) dense, or (F, l) sketched.
+        omega: The sketch's test matrix, (O, l) on side input, (I, l) on side output; None collects the dense gradient.
+    """
+
+    leaf: Tensor
+    omega: Tensor | None
+
+    @classmethod
+    def collecting(cls, shape: tuple[int, int], omega: Tensor | None, device: torch.device) -> GradientProbe:
+        """A probe whose leaf takes no memory of its own (stride 0)."""
+        leaf = torch.zeros((), dtype=torch.float32, device=device).expand(shape).detach().requires_grad_()
+        return cls(leaf=leaf, omega=omega)
+
+
+class LoQTLinear(nn.Module):
+    """y = x (dequant(W_q) + s L(B))^T + bias; see `functional.low_rank_linear` for L and the gradients.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: Whether a (full-precision, trained) bias is added.
+        config: Rank, scale, side and storage.
+        device: Where parameters live; `meta` allocates nothing.
+        dtype: Dtype of `factor` and `bias`.
+
+    Raises:
+        ValueError: The rank exceeds the smaller side.
+
+    Attributes:
+        base: W_q, a FrozenMatrix (O x I).
+        projection: P, a FrozenMatrix (F x r), F = I on side input, O on side output. Zero until the first merge.
+        factor: B, trainable, (O, r) on side input, (I, r) on side output: always rows x rank, so that it shards like its
+            layer and Adam's state rotates from the right on both sides.
+        probe: None, or what collects the weight gradient before a merge.
+    """
+
+    probe: GradientProbe | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        config: LoQTConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.rank > min(in_features, out_features):
+            raise ValueError(
+                f"loqt.rank is {config.rank}, but the layer is {out_features} x {in_features}; "
+                f"write {min(in_features, out_features)} or less, or name the layer in loqt.exclude_modules"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        side = resolve_side(config.side, out_features, in_features)
+        proj_rows, factor_rows = (in_features, out_features) if side == "input" else (out_features, in_features)
+        block = config.quantization.block_size
+        self.spec = LowRankSpec(
+            base=MatrixLayout(out_features, in_features, config.quantization.weight, block),
+            projection=MatrixLayout(proj_rows, config.rank, config.quantization.projection, block),
+            side=side,
+            scale=config.scale,
+            compute=config.compute,
+        )
+        self.base = FrozenMatrix(self.spec.base, device)
+        self.projection = FrozenMatrix(self.spec.projection, device)
+        self.factor = nn.Parameter(torch.zeros(factor_rows, config.rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.probe = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: LoQTConfig) -> LoQTLinear:
+        """Quantizes an existing layer. A layer on the meta device gives one on the meta device, nothing allocated."""
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            config=config,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        if weight.device.type != "meta":
+            with torch.no_grad():
+                layer.base.store(weight)
+                if linear.bias is not None and layer.bias is not None:
+                    layer.bias.copy_(linear.bias)
+        return layer
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.spec.projection.cols
+
+    @property
+    def side(self) -> Literal["input", "output"]:
+        """Side on which P stands."""
+        return self.spec.side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: (..., I).
+
+        Returns:
+            (..., O) in x's dtype, or in autocast's.
+        """
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        probe, omega = (None, None) if self.probe is None else (self.probe.leaf, self.probe.omega)
+        y = LowRankLinear.apply(
+            x.reshape(-1, self.in_features),
+            self.base.codes,
+            self.base.scales,
+            self.projection.codes,
+            self.projection.scales,
+            self.factor,
+            probe,
+            omega,
+            self.spec,
+        )
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W_eff, dense (O, I). Only where the parameters are unsharded; for export, tests and curiosity."""
+        projection = self.projection.dense(dtype)
+        return effective_weight(self.base.dense(dtype), projection, self.factor.to(dtype), self.spec)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, rank {self.rank}, side {self.side}, scale {self.spec.scale}"

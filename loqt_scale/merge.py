@@ -1,0 +1,332 @@
+"""The merge: every rank takes part, one layer at a time, low-rank tensors on the wire.
+
+On a merge step u the trainer calls `prepare(u)` before the forward pass (probes start to collect each layer's weight
+gradient, sketched or dense) and `finish(u)` after the optimizer step. `finish` walks over the layers in waves of one layer
+per rank, dealt out by cost:
+
+    reduce     each layer's sketch (F x l) to its owner
+    factorise  the owners find their P, at the same time
+    broadcast  P, packed as the layer will hold it, to all
+    merge      each rank folds, re-quantizes and compensates its own rows of W (functional.compensation);
+               nobody ever holds a whole W
+    transport  B's Adam moments into the new basis
+
+`B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards): then it is
+all-gathered, which is still low-rank. At step 0, W is read once more from its source, so that the first quantization's
+error is compensated too instead of being lost.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.functional.compensation import Compensated, add_low_rank, compensate, update_survival
+from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.functional.projection import (
+    captured_energy,
+    randomized_basis,
+    sketch_basis,
+    sketch_width,
+    sketched_energy,
+    subspace_overlap,
+    svd_basis,
+    test_matrix,
+)
+from loqt_scale.functional.quantization import pack, unpack
+from loqt_scale.functional.schedule import merge_steps
+from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.functional.transport import apply_state_policy, basis_rotation
+from loqt_scale.layers import GradientProbe, LoQTLinear, loqt_layers
+from loqt_scale.optim import adam_moments
+from loqt_scale.strategies import Strategy
+
+MERGE_DIAGNOSTICS = ("error_before", "error_after", "gradient_energy", "subspace_overlap", "update_survival")
+
+
+class InitialWeights(Protocol):
+    """Where the weights before quantization can be read again (see `weights.WeightSource`)."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a parameter, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Args:
+        step: The merge step.
+        index: How many merges came before it.
+        seconds: Wall time of `finish` on this rank.
+        layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy` kept by P,
+            `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the last two are nan
+            in the first merge.
+    """
+
+    step: int
+    index: int
+    seconds: float
+    layers: dict[str, dict[str, float]]
+
+    def means(self) -> dict[str, float]:
+        """Each diagnostic's mean over the layers that have it."""
+        result = {}
+        for key in MERGE_DIAGNOSTICS:
+            values = [layer[key] for layer in self.layers.values() if layer[key] == layer[key]]
+            if values:
+                result[key] = sum(values) / len(values)
+        return result
+
+
+class MergeCoordinator:
+    """Runs the merges of a model's LoQT layers.
+
+    Args:
+        model: The converted model, its parameters allocated.
+        optimizer: Its optimizer; Adam moments of the factors follow `config.merge.optimizer_state`.
+        config: The method's settings.
+        total_steps: Steps of the run; no merge falls after `last_step_fraction` of it.
+        strategy: How the model is spread over ranks. Default: one process.
+        seed: Seed of the sketches.
+        initial_weights: Source of the weights before quantization, under the names of the unconverted model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: LoQTConfig,
+        *,
+        total_steps: int,
+        strategy: Strategy | None = None,
+        seed: int = 0,
+        initial_weights: InitialWeights | None = None,
+    ) -> None:
+        self._layers = dict(loqt_layers(model))
+        self._optimizer, self._config, self._seed = optimizer, config, seed
+        device = next(iter(self._layers.values())).factor.device
+        self._strategy = strategy or Strategy(device)
+        self._initial_weights = initial_weights
+        merge = config.merge
+        last = int(merge.last_step_fraction * (total_steps - 1))
+        steps = merge_steps(
+            total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last
+        )
+        self._index_of_step = {step: index for index, step in enumerate(steps)}
+        self._waves = _deal(self._layers, self._strategy.world_size)
+
+    @property
+    def steps(self) -> list[int]:
+        """All merge steps of the run."""
+        return list(self._index_of_step)
+
+    def prepare(self, step: int) -> None:
+        """Before the forward passes of a step: attaches probes if the step ends in a merge. Local."""
+        if step not in self._index_of_step:
+            return
+        subspace = self._config.subspace
+        for name, layer in self._layers.items():
+            spec, omega = layer.spec, None
+            shape = (spec.base.rows, spec.base.cols)
+            if subspace.method == "sketch":
+                width = sketch_width(layer.rank, *shape, subspace.oversampling)
+                features = spec.base.rows + spec.base.cols - spec.projection.rows
+                seed = stable_seed("sketch", self._seed, step, name)
+                omega = test_matrix(features, width, seed=seed, device=self._strategy.device)
+                shape = (spec.projection.rows, width)
+            layer.probe = GradientProbe.collecting(shape, omega, self._strategy.device)
+
+    @torch.no_grad()
+    def finish(self, step: int) -> MergeReport | None:
+        """After the optimizer step: merges all layers if the step is a merge step, else does nothing. Every rank."""
+        if step not in self._index_of_step:
+            return None
+        started = time.perf_counter()
+        diagnostics: dict[str, Tensor] = {}
+        for wave in self._waves:
+            collected = [self._collect(name, owner) for owner, name in enumerate(wave)]
+            mine = None
+            if self._strategy.rank < len(wave):
+                mine = self._factorise(wave[self._strategy.rank], collected[self._strategy.rank], step)
+            del collected
+            for owner, name in enumerate(wave):
+                diagnostics[name] = self._merge_layer(name, owner, mine, first=step == 0)
+        values = {name: [float(v) for v in tensor.cpu()] for name, tensor in diagnostics.items()}
+        layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
+        return MergeReport(
+            step=step, index=self._index_of_step[step], seconds=time.perf_counter() - started, layers=layers
+        )
+
+    def _collect(self, name: str, owner: int) -> Tensor:
+        """Detaches a layer's probe and sums what it collected into its owner's copy. Every rank."""
+        layer = self._layers[name]
+        probe, layer.probe = layer.probe, None
+        if probe is None or probe.leaf.grad is None:
+            raise RuntimeError(
+                f"{name} saw no backward pass since MergeCoordinator.prepare; call prepare(step) before the forward "
+                "passes of every step, and finish(step) after its optimizer step"
+            )
+        gradient = probe.leaf.grad
+        self._strategy.reduce_to(gradient, owner)
+        return gradient
+
+    def _factorise(self, name: str, collected: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(P (F, r), share of gradient energy it keeps) of a layer this rank owns. Local."""
+        layer, subspace = self._layers[name], self._config.subspace
+        if subspace.method == "sketch":
+            basis = sketch_basis(collected, layer.rank)
+            return basis, sketched_energy(collected, basis)
+        if subspace.method == "svd":
+            basis = svd_basis(collected, layer.rank, layer.side)
+        else:
+            basis = randomized_basis(
+                collected,
+                layer.rank,
+                layer.side,
+                oversampling=subspace.oversampling,
+                power_iterations=subspace.power_iterations,
+                seed=stable_seed("randomized", self._seed, step, name),
+            )
+        return basis, captured_energy(collected, basis, layer.side)
+
+    def _share_basis(self, layer: LoQTLinear, owner: int, mine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
+        layout, strategy = layer.spec.projection, self._strategy
+        energy = torch.zeros((), device=strategy.device)
+        if strategy.rank == owner:
+            assert mine is not None
+            codes, scales = pack(mine[0], layout)
+            energy.copy_(mine[1])
+        else:
+            codes = torch.empty(layout.codes_shape, dtype=layout.codes_dtype, device=strategy.device)
+            shape = layout.scales_shape
+            scales = None if shape is None else torch.empty(shape, dtype=torch.uint8, device=strategy.device)
+        for tensor in (codes, scales, energy):
+            if tensor is not None:
+                strategy.broadcast(tensor, owner)
+        strategy.store(layer.projection.codes, codes)
+        if layer.projection.scales is not None and scales is not None:
+            strategy.store(layer.projection.scales, scales)
+        return unpack(codes, scales, layout, torch.float32), energy
+
+    def _merge_layer(self, name: str, owner: int, mine: tuple[Tensor, Tensor] | None, *, first: bool) -> Tensor:
+        """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank."""
+        layer, strategy = self._layers[name], self._strategy
+        spec = layer.spec
+        rows = spec.base.rows_of_groups(*strategy.rows(spec.base.groups))
+        old_basis = self._gather_basis(layer)
+        old_factor = self._factor_for_rows(layer, rows)
+        new_basis, energy = self._share_basis(layer, owner, mine)
+        local_old, local_new = (b if spec.side == "input" else b[slice(*rows)] for b in (old_basis, new_basis))
+
+        weight = self._merged_rows(name, rows, local_old, old_factor, first=first)
+        result = compensate(
+            weight,
+            spec.base,
+            local_new,
+            new_basis.T @ new_basis,
+            side=spec.side,
+            scale=spec.scale,
+            rounds=self._config.merge.compensation_rounds,
+            sum_over_shards=strategy.sum,
+        )
+        sums = strategy.sum(
+            update_survival(
+                weight,
+                spec.base,
+                result,
+                new_basis=local_new,
+                old_basis=local_old,
+                old_factor=old_factor,
+                side=spec.side,
+                scale=spec.scale,
+            )
+        )
+        self._store(layer, result)
+        # an old basis of zeros means that there was none: nothing to carry over, nothing to compare with
+        known = not first and bool(old_basis.any())
+        self._carry_state(layer, basis_rotation(old_basis, new_basis) if known else None)
+        nan = energy.new_full((), float("nan"))
+        overlap = subspace_overlap(old_basis, new_basis) if known else nan
+        survival = torch.where(sums[1] > 0, 1.0 + sums[0] / sums[1], nan)
+        return torch.stack([result.error_before, result.error, energy, overlap, survival])
+
+    def _gather_basis(self, layer: LoQTLinear) -> Tensor:
+        """The layer's P on every rank, float32. Every rank."""
+        codes = self._strategy.gather(layer.projection.codes)
+        scales = None if layer.projection.scales is None else self._strategy.gather(layer.projection.scales)
+        return unpack(codes, scales, layer.spec.projection, torch.float32)
+
+    def _factor_for_rows(self, layer: LoQTLinear, rows: tuple[int, int]) -> Tensor:
+        """B as this rank's rows of W need it: those rows (input side) or all of it (output side), a copy. Every rank."""
+        factor, strategy = layer.factor, self._strategy
+        if layer.side == "output":
+            return strategy.gather(factor).float().clone()
+        if _aligned(layer.spec, strategy):
+            return strategy.read(factor).detach().float().clone()
+        return strategy.gather(factor)[slice(*rows)].float().clone()
+
+    def _merged_rows(
+        self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, first: bool
+    ) -> Tensor:
+        """This rank's rows of W = dequant(W_q) + s L(B), float32; at step 0 W_q is the true initial weight. Local."""
+        layer = self._layers[name]
+        layout = layer.spec.base
+        if first and self._initial_weights is not None:
+            weight = self._initial_weights.rows(f"{name}.weight", *rows).to(self._strategy.device, copy=True)
+        else:
+            scales = None if layer.base.scales is None else self._strategy.read(layer.base.scales)
+            codes = self._strategy.read(layer.base.codes)
+            weight = unpack(codes, scales, layout, torch.float32, rows=rows[1] - rows[0])
+        add_low_rank(weight, layout, basis, factor, layer.side, layer.spec.scale)
+        return weight
+
+    def _store(self, layer: LoQTLinear, result: Compensated) -> None:
+        """Writes a merged shard back. Every rank."""
+        strategy, spec = self._strategy, layer.spec
+        strategy.write(layer.base.codes, result.codes)
+        if layer.base.scales is not None and result.scales is not None:
+            strategy.write(layer.base.scales, result.scales)
+        if spec.side == "output":
+            strategy.store(layer.factor, result.factor)
+        elif _aligned(spec, strategy):
+            strategy.write(layer.factor, result.factor)
+        else:
+            ranges = [
+                spec.base.rows_of_groups(*strategy.rows(spec.base.groups, rank)) for rank in range(strategy.world_size)
+            ]
+            strategy.store(layer.factor, strategy.gather_pieces(result.factor, ranges))
+
+    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
+        """Applies the state policy to B's Adam moments, shard by shard. Local."""
+        moments = adam_moments(self._optimizer, layer.factor)
+        if moments is None:
+            return
+        first, second = (self._strategy.local(moment) for moment in moments)
+        apply_state_policy(first, second, rotation, self._config.merge.optimizer_state)
+
+
+def _aligned(spec: LowRankSpec, strategy: Strategy) -> bool:
+    """Whether on every rank the rows of B are the rows of W that it works on (so that neither must be exchanged)."""
+    return all(
+        strategy.rows(spec.base.rows, rank) == spec.base.rows_of_groups(*strategy.rows(spec.base.groups, rank))
+        for rank in range(strategy.world_size)
+    )
+
+
+def _deal(layers: dict[str, LoQTLinear], world_size: int) -> list[list[str]]:
+    """Waves of one layer per rank, layers of like cost in the same wave so that owners finish together."""
+
+    def cost(name: str) -> int:
+        projection = layers[name].spec.projection
+        return projection.rows * projection.cols**2
+
+    order = sorted(layers, key=cost, reverse=True)
+    return [order[start : start + world_size] for start in range(0, len(order), world_size)]

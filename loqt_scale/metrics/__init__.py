@@ -1,0 +1,29 @@
+"""What a run reports about itself, and where.
+
+* `MetricsWriter`: the same scalars to `metrics.jsonl` (for scripts) and TensorBoard (for eyes);
+* `Progress`: one bar on a terminal, about twenty plain lines in a log file;
+* `RateMeter`: tokens and seconds per step, from the host's clock alone;
+* `memory_metrics`: peak memory of this process;
+* `format_*`: numbers as people read them.
+
+Nothing in here waits for a device or talks to another rank: every value is a plain number that the caller already has.
+"""
+
+from loqt_scale.metrics.meters import RateMeter, memory_metrics
+from loqt_scale.metrics.progress import Progress, ProgressMode
+from loqt_scale.metrics.text import format_bytes, format_count, format_duration, format_perplexity, perplexity
+from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter
+
+__all__ = [
+    "METRICS_FILE",
+    "MetricsWriter",
+    "Progress",
+    "ProgressMode",
+    "RateMeter",
+    "format_bytes",
+    "format_count",
+    "format_duration",
+    "format_perplexity",
+    "memory_metrics",
+    "perplexity",
+]

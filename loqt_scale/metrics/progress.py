@@ -1,0 +1,102 @@
+"""Progress of a run for whoever watches it: a bar on a terminal, a few plain lines in a log file.
+
+A bar that is redrawn 10000 times makes a log file unreadable, so without a terminal a run prints its first step, about
+twenty more, and the lines that mean something (merges, evaluations).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tqdm import tqdm
+
+from loqt_scale.metrics.text import format_count, format_duration, format_perplexity
+
+ProgressMode = Literal["auto", "on", "off"]
+PLAIN_LINES = 20
+
+
+class Progress:
+    """Reports steps done.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        enabled: False on all ranks but one: every call then does nothing.
+        mode: on = a bar on stderr; off = plain lines on stdout; auto = a bar if stderr is a terminal.
+        initial_step: Steps done before this process began.
+    """
+
+    def __init__(
+        self, total_steps: int, *, enabled: bool = True, mode: ProgressMode = "auto", initial_step: int = 0
+    ) -> None:
+        self._total, self._initial, self._enabled = total_steps, initial_step, enabled
+        self._begin = time.perf_counter()
+        self._every = max(1, math.ceil(total_steps / PLAIN_LINES))
+        self._next_plain = initial_step + 1
+        self._loss: float | None = None
+        self._bar: tqdm[Any] | None = None
+        if enabled and (mode == "on" or (mode == "auto" and sys.stderr.isatty())):
+            # dynamic_ncols: the bar follows the window; smoothing 0.1: the ETA recovers soon after a merge.
+            self._bar = tqdm(
+                total=total_steps, initial=initial_step, unit="step", dynamic_ncols=True, smoothing=0.1, leave=True
+            )
+
+    def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
+        """Report that `step` optimizer steps are done.
+
+        Args:
+            step: Steps done, from 1 to `total_steps`.
+            loss: Mean cross-entropy in nats; None repeats the last one (reading a loss waits for the device).
+            tokens_per_second: Rate over all ranks.
+        """
+        if not self._enabled:
+            return
+        self._loss = self._loss if loss is None else loss
+        fields = self._fields(tokens_per_second)
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(fields), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step >= self._next_plain or step >= self._total:
+            self._next_plain = (step // self._every + 1) * self._every
+            self.line("  ".join([f"step {step}/{self._total}", *fields, f"eta {format_duration(self._eta(step))}"]))
+
+    def line(self, text: str) -> None:
+        """Print one line on stdout, above the bar if there is one."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and release the terminal line; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._enabled = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fields(self, tokens_per_second: float | None) -> list[str]:
+        fields = []
+        if self._loss is not None:
+            fields += [f"loss {self._loss:.4f}", f"ppl {format_perplexity(self._loss)}"]
+        if tokens_per_second is not None:
+            fields.append(f"{format_count(tokens_per_second)} tok/s")
+        return fields
+
+    def _eta(self, step: int) -> float:
+        done = step - self._initial
+        return (time.perf_counter() - self._begin) / done * (self._total - step) if done > 0 else math.inf

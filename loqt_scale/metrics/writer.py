@@ -1,0 +1,96 @@
+"""The same scalars twice: one JSON object a line for scripts, TensorBoard for eyes.
+
+    {"step": 3, "train/loss": 5.25, "train/tokens_per_second": 12034.5}
+
+Each line is flushed as it is written, so a run that is killed keeps all but its last line, and `tail -f` follows it.
+JSON has no NaN or infinity; such values are written as the strings "nan", "inf" and "-inf", which every strict parser
+accepts and `float()` reads back (null would not say which of them a diverged run reached).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsWriter:
+    """Appends scalars to `<run_dir>/metrics.jsonl` and `<run_dir>/tensorboard`.
+
+    Args:
+        run_dir: Existing folder of the run.
+        enabled: False on all ranks but one: every call then does nothing, so that the caller needs no `if`.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], enabled: bool = True) -> None:
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        if enabled:
+            self._board = _open_board(Path(run_dir) / TENSORBOARD_FOLDER)
+            self._file = (Path(run_dir) / METRICS_FILE).open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of scalars.
+
+        Args:
+            step: Optimizer steps done; TensorBoard's horizontal axis.
+            values: Plain numbers by name (`group/name`). A tensor is read with `float()`, which waits for its device.
+
+        Raises:
+            ValueError: A metric is called `step`.
+        """
+        if self._file is None or self._board is None:
+            return
+        if "step" in values:
+            raise ValueError("a metric is called 'step', which names the step itself; write another name")
+        scalars = {name: _scalar(value) for name, value in values.items()}
+        line = {"step": int(step), **{name: _json_value(value) for name, value in scalars.items()}}
+        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, global_step=int(step))
+
+    def close(self) -> None:
+        """Flush and close both files; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._file = self._board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_board(folder: Path) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("metrics need tensorboard; run: pip install tensorboard") from error
+    return SummaryWriter(log_dir=str(folder), flush_secs=30)
+
+
+def _scalar(value: Any) -> float:
+    return value if type(value) is int else float(value)
+
+
+def _json_value(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,65 @@
+"""What a run says to people: one banner, one line a merge, one summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loqt_scale.metrics import format_count, format_perplexity
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from loqt_scale.config import RunConfig
+    from loqt_scale.data import Corpus
+    from loqt_scale.merge import MergeReport
+    from loqt_scale.strategies import Strategy
+
+
+def banner(model: nn.Module, corpus: Corpus, config: RunConfig, strategy: Strategy) -> str:
+    """What is about to be trained, on what, where."""
+    from loqt_scale.layers import loqt_layers
+
+    layers = [layer for _, layer in loqt_layers(model)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(layer.in_features * layer.out_features for layer in layers)
+    train = config.train
+    method = "full-rank training"
+    if layers:
+        method = f"LoQT, rank {config.loqt.rank}: {len(layers)} linears, {format_count(frozen)} weights"
+        method += f" ({config.loqt.quantization.weight}, frozen)"
+    return "\n".join(
+        [
+            f"model    {config.model.path or config.model.preset}; {method}; {format_count(trained)} trained parameters",
+            f"data     {corpus.description}",
+            f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
+            f"ranks    {strategy.world_size} ({strategy.name}, {strategy.device.type})",
+        ]
+    )
+
+
+def merge_line(report: MergeReport) -> str:
+    """One line of a merge's diagnostics, means over the layers."""
+    means = report.means()
+    parts = [
+        f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s",
+        f"error {means['error_before']:.4f} -> {means['error_after']:.4f}",
+        f"gradient energy kept {means['gradient_energy']:.3f}",
+    ]
+    if "subspace_overlap" in means:
+        parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}")
+    if "update_survival" in means:
+        parts.append(f"update that survived {means['update_survival']:.3f}")
+    return ", ".join(parts)
+
+
+def summary(config: RunConfig, before: float, after: float) -> str:
+    """How it ended, where the numbers are, how to look at them."""
+    run_dir = config.train.run_dir
+    return "\n".join(
+        [
+            "",
+            f"held-out perplexity  {format_perplexity(before)} before, {format_perplexity(after)} after training",
+            f"metrics              {run_dir}/metrics.jsonl (settings: {run_dir}/config.yaml)",
+            f"TensorBoard          tensorboard --logdir {run_dir}",
+        ]
+    )

@@ -1,0 +1,139 @@
+"""What a parallel strategy must be able to do, and the strategy for one process, which is its plainest form.
+
+A strategy answers four questions and nothing else in the package asks them:
+
+1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?      wrap, stored_rows, local
+2. *work shares*: which rows does this rank work on in a merge, and how do the results spread?        rows, read, write, ...
+3. *a step*: how are gradients summed over ranks, and in which dtype does the forward pass run?      micro_step, clip
+4. *talk*: sums, broadcasts, barriers.                                                             sum, reduce_to, ...
+
+Gradients are *summed* over ranks and micro-batches, never averaged: the trainer divides the loss by the step's token
+count, so that unequal shares weigh by tokens. The chosen strategy is made once (`strategies.create`); nobody tests for
+"is there one GPU?" afterwards.
+
+All shapes below count dim 0 of a parameter as rows. "Every rank" marks collective calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of shard `rank` when dim 0 is cut as `torch.chunk` (and FSDP2) cuts it."""
+    chunk = -(-rows // world_size)
+    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
+
+
+class Strategy:
+    """One process, one device. Base of the others.
+
+    Args:
+        device: Where this rank computes.
+        compute_dtype: float32, or bfloat16 for mixed precision over float32 parameters.
+    """
+
+    name = "single"
+
+    def __init__(self, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> None:
+        self.device = device
+        self.compute_dtype = compute_dtype
+        self.rank = 0
+        self.world_size = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and files."""
+        return self.rank == 0
+
+    # ---- placement ---------------------------------------------------------------------------------------------
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Decides the placement of a meta-device model's parameters, before they are allocated."""
+        return model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in a step, once the parameters have their values. Every rank."""
+        return model
+
+    def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
+        """Rows [start, stop) of `parameter` that this rank stores."""
+        return 0, parameter.shape[0]
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The stored rows of a parameter, gradient or optimizer state, as a plain tensor that shares its memory."""
+        return tensor
+
+    # ---- work shares in a merge ----------------------------------------------------------------------------------
+
+    def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
+        """Rows [start, stop) out of `total` that a rank (default: this one) works on."""
+        return shard_range(total, self.rank if rank is None else rank, self.world_size)
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's work share of a parameter; shares memory where it can."""
+        start, stop = self.rows(parameter.shape[0])
+        return self.local(parameter)[start:stop]
+
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """Replaces this rank's work share of a parameter, and sends it to whoever stores it. Every rank."""
+        self.local(parameter).copy_(piece)
+
+    def store(self, parameter: Tensor, whole: Tensor) -> None:
+        """Replaces a parameter by a value that every rank holds whole: each keeps what it stores. No communication."""
+        start, stop = self.stored_rows(parameter)
+        self.local(parameter).copy_(whole[start:stop])
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """The whole parameter on every rank; for low-rank tensors only. Every rank."""
+        return parameter.detach()
+
+    def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Concatenates what each rank holds: rank i holds rows ranges[i] of the result. Every rank."""
+        return piece
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Context of one forward and backward pass; gradients are summed over ranks in the `last` one of a step."""
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the forward pass."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Scales gradients to a global norm of at most `max_norm` (0: leaves them) and returns the norm before. Every rank."""
+        kept = [p for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None])
+        if max_norm > 0.0:
+            torch.nn.utils.clip_grads_with_norm_(kept, max_norm, norm)
+        return norm
+
+    # ---- talk --------------------------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place where it can; the result is the same on all. Every rank."""
+        return tensor
+
+    def reduce_to(self, tensor: Tensor, owner: int) -> None:
+        """Sums a tensor over ranks into `owner`'s copy, in place; the others' copies become meaningless. Every rank."""
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Overwrites a tensor by `owner`'s, in place. Every rank."""
+
+    def any(self, condition: bool) -> bool:
+        """Whether `condition` holds on any rank. Every rank."""
+        return condition
+
+    def barrier(self) -> None:
+        """Waits for all ranks. Every rank."""
+
+    def close(self) -> None:
+        """Leaves the process group, if this strategy joined one."""

@@ -1,0 +1,78 @@
+"""Choosing the strategy: once, from the settings and the launcher's environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from loqt_scale.config import ParallelConfig
+from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.ddp import DDPStrategy
+from loqt_scale.strategies.fsdp import FSDPStrategy
+from loqt_scale.strategies.process_group import launched_world_size
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:
+    """The strategy's name, without side effects.
+
+    Raises:
+        ValueError: The strategy does not fit the launcher.
+    """
+    world_size = launched_world_size(environment)
+    launched = "RANK" in environment and "WORLD_SIZE" in environment
+    if config.strategy == "auto":
+        return "fsdp" if world_size > 1 else "single"
+    if config.strategy == "single" and world_size > 1:
+        raise ValueError(
+            f"parallel.strategy is 'single', but the launcher started {world_size} ranks; "
+            "write parallel.strategy: fsdp (or ddp, or auto), or start one process: python launch/train.py"
+        )
+    if config.strategy in ("ddp", "fsdp") and not launched:
+        raise ValueError(
+            f"parallel.strategy is '{config.strategy}', but no launcher set RANK and WORLD_SIZE; "
+            "write torchrun --standalone --nproc-per-node N launch/train.py ..., or parallel.strategy: single"
+        )
+    return config.strategy
+
+
+def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
+    """`auto`, `cpu` or `cuda` as this rank's device (cuda: by LOCAL_RANK).
+
+    Raises:
+        ValueError: cuda is asked for and not there, or there are more local ranks than GPUs.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("train.device is 'cuda', but torch sees no CUDA device; write train.device: cpu (or auto)")
+    index = int(environment.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {index} has no GPU of its own: {torch.cuda.device_count()} are visible; "
+            "start as many ranks per node as GPUs, or write train.device: cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def create_strategy(config: ParallelConfig, *, device: torch.device, dtype: str) -> Strategy:
+    """Makes the strategy of a run and joins its process group. Every rank.
+
+    Args:
+        config: The run's parallel settings.
+        device: This rank's device.
+        dtype: `float32` or `bfloat16`: the compute dtype.
+    """
+    name = resolve_strategy(config)
+    compute_dtype = DTYPES[dtype]
+    if name == "single":
+        return Strategy(device, compute_dtype)
+    if name == "ddp":
+        return DDPStrategy(device, compute_dtype, config.timeout_seconds)
+    return FSDPStrategy(
+        device, compute_dtype, config.timeout_seconds, reshard_after_forward=config.reshard_after_forward
+    )

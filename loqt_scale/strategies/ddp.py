@@ -1,0 +1,50 @@
+"""DDP: everything replicated, gradients all-reduced, and merges still shared out by rows.
+
+Replicas must not drift: each rank merges only its share of a layer's rows and the packed bytes are gathered, which is both
+N times less work and the reason why all replicas hold the same bits whatever their kernels do.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from loqt_scale.strategies.process_group import DistributedStrategy
+
+
+class DDPStrategy(DistributedStrategy):
+    """See the module's docstring."""
+
+    name = "ddp"
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wraps in DistributedDataParallel, with a hook that sums instead of averaging. Every rank."""
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+        wrapped.register_comm_hook(None, _sum_hook)
+        return wrapped
+
+    def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Skips the all-reduce in all but the last micro-step."""
+        assert isinstance(model, DistributedDataParallel)
+        return nullcontext() if last else model.no_sync()
+
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """Gathers every rank's share into every replica. Every rank. One all-gather."""
+        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
+        parameter.copy_(self.gather_pieces(piece, ranges))
+
+
+def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[list[Tensor]] = work.get_future()
+    return future.then(lambda done: done.value()[0])

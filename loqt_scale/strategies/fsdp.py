@@ -1,0 +1,97 @@
+"""FSDP2: every parameter sharded on dim 0, gathered block by block around forward and backward.
+
+Packed bytes are ordinary frozen parameters here: `fully_shard` shards them, gathers them with the block's other parameters
+in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of packed tensors
+counts whole quantization groups, each shard can be merged by itself; the work share of a rank in a merge is simply
+what it stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from loqt_scale.strategies.base import shard_range
+from loqt_scale.strategies.process_group import DistributedStrategy
+
+
+class FSDPStrategy(DistributedStrategy):
+    """See the module's docstring.
+
+    Args:
+        device: Where this rank computes.
+        compute_dtype: Dtype that floating parameters are gathered in; gradients are reduced in float32.
+        reshard_after_forward: Free gathered blocks between forward and backward.
+        timeout_seconds: Limit of a collective.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        timeout_seconds: int = 600,
+        *,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        super().__init__(device, compute_dtype, timeout_seconds)
+        self._reshard_after_forward = reshard_after_forward
+        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Applies `fully_shard` to each block and to the root, on the meta device: nothing is allocated."""
+        mixed = self.compute_dtype != torch.float32
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
+        )
+        for module in (*blocks, model):
+            reshard = self._reshard_after_forward if module is not model else False
+            fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # sums, not means: the trainer's loss is already divided by the global token count
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return model
+
+    def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
+        """This rank's chunk of dim 0."""
+        start, stop = shard_range(parameter.shape[0], self.rank, self.world_size)
+        assert isinstance(parameter, DTensor) and parameter.to_local().shape[0] == stop - start
+        return start, stop
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The shard behind a DTensor."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The stored shard is the work share."""
+        return self.local(parameter)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """One all-gather. Every rank."""
+        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
+        return self.gather_pieces(self.local(parameter.detach()), ranges)
+
+    def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Reduce-scatters gradients in the last micro-step only."""
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""
+        return nullcontext()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Norm over all shards. Every rank."""
+        norm = super().clip(parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

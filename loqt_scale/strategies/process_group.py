@@ -1,0 +1,82 @@
+"""Joining a process group from a launcher's environment, and the talking that every multi-process strategy shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loqt_scale.strategies.base import Strategy
+
+
+def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks that the launcher started: WORLD_SIZE as torchrun sets it, else 1."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def join_process_group(device: torch.device, timeout_seconds: int) -> bool:
+    """Joins the launcher's process group: nccl for CUDA, gloo for the CPU. True if this call joined it. Every rank."""
+    if dist.is_initialized():
+        return False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return True
+
+
+class DistributedStrategy(Strategy):
+    """Several ranks in one process group: the talk, and work shares that every rank stores whole unless overridden.
+
+    Args:
+        device: Where this rank computes.
+        compute_dtype: float32 or bfloat16.
+        timeout_seconds: Limit of a collective.
+    """
+
+    name = "distributed"
+
+    def __init__(self, device: torch.device, compute_dtype: torch.dtype, timeout_seconds: int = 600) -> None:
+        super().__init__(device, compute_dtype)
+        self._joined = join_process_group(device, timeout_seconds)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """See `Strategy.gather_pieces`. Every rank. One all-gather of pieces padded to the largest."""
+        most = max(stop - start for start, stop in ranges)
+        padded = piece.new_zeros((most, *piece.shape[1:]))
+        padded[: piece.shape[0]] = piece
+        gathered = piece.new_empty((self.world_size * most, *piece.shape[1:]))
+        dist.all_gather_into_tensor(gathered, padded)
+        return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Strategy.sum`. Every rank. One all-reduce."""
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_to(self, tensor: Tensor, owner: int) -> None:
+        """See `Strategy.reduce_to`. Every rank. One reduce."""
+        dist.reduce(tensor, dst=owner)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """See `Strategy.broadcast`. Every rank. One broadcast."""
+        dist.broadcast(tensor, src=owner)
+
+    def any(self, condition: bool) -> bool:
+        """See `Strategy.any`. Every rank. One all-reduce of one number."""
+        flag = torch.tensor(float(condition), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def barrier(self) -> None:
+        """See `Strategy.barrier`. Every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Destroys the process group if this strategy created it. Every rank."""
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()

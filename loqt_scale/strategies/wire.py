@@ -1,0 +1,96 @@
+"""Counting bytes at the collectives themselves.
+
+Every collective of torch.distributed, whoever calls it (FSDP2, DDP's reducer, our merges), is a dispatcher operator of the
+`c10d` or `_c10d_functional` namespace. `WireCounter` is a dispatch mode that sees them all and adds up their payloads. It slows
+Python down, so it wraps single steps: in tests, in benchmarks, and once in a run under `train.wire_counter: once`.
+
+A payload is the full tensor of the operation: the gathered output, the scattered input, the reduced or broadcast
+tensor. `sent_bytes` turns payloads into what one rank sends in a ring of N: (N-1)/N of the payload, twice that for an
+all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# operator name -> which argument carries the payload: the larger of its tensors
+_KINDS = {
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "scatter": "scatter",
+    "gather": "gather",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective call: its kind, its payload in bytes, and the payload's dtype."""
+
+    kind: str
+    payload_bytes: int
+    dtype: torch.dtype
+
+
+class WireCounter(TorchDispatchMode):
+    """Records every collective inside its `with` block. See the module's docstring.
+
+    Args:
+        world_size: N, for `sent_bytes`.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+        self.messages: list[Message] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = str(func.name()).partition("::")
+        if namespace in ("c10d", "_c10d_functional"):
+            self._record(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, name: str, args: Any) -> None:
+        plain = name.strip("_").split(".")[0].removesuffix("_")
+        for prefix, kind in sorted(_KINDS.items(), key=lambda item: -len(item[0])):
+            if plain.startswith(prefix):
+                tensors = list(_tensors(args))
+                if tensors:
+                    largest = max(tensors, key=lambda tensor: tensor.nbytes)
+                    factor = self.world_size if kind == "all_gather" and namespace_functional(name, args) else 1
+                    self.messages.append(Message(kind, largest.nbytes * factor, largest.dtype))
+                return
+
+    def payload_bytes(self, kind: str | None = None) -> int:
+        """Sum of payloads, of one kind or of all."""
+        return sum(m.payload_bytes for m in self.messages if kind in (None, m.kind))
+
+    def sent_bytes(self) -> int:
+        """Bytes that one rank sends if each collective runs as a ring."""
+        share = (self.world_size - 1) / self.world_size
+        return round(sum(m.payload_bytes * share * (2 if m.kind == "all_reduce" else 1) for m in self.messages))
+
+
+def namespace_functional(name: str, args: Any) -> bool:
+    """Functional all-gathers take only the input shard; their payload is that times the ranks."""
+    return name.startswith("all_gather_into_tensor") and len(list(_tensors(args))) == 1
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,229 @@
+"""The training loop.
+
+    share of the batch -> forward, backward (micro-steps) -> clip -> AdamW -> merge, on merge steps -> metrics
+
+`train(config)` runs a whole job on this rank; `Trainer` holds its parts. Whatever talks to other ranks goes through the
+strategy, whatever knows about subspaces through the MergeCoordinator.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
+from loqt_scale.build import build_model
+from loqt_scale.config import RunConfig
+from loqt_scale.data import build_corpus
+from loqt_scale.evaluation import evaluate
+from loqt_scale.merge import MergeCoordinator
+from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
+from loqt_scale.optim import create_optimizer, create_scheduler
+from loqt_scale.report import banner, merge_line, summary
+from loqt_scale.strategies import Strategy, create_strategy, resolve_device, resolve_strategy
+from loqt_scale.strategies.wire import WireCounter
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: The run.
+        strategy: How it is spread over ranks.
+        progress: Where lines for people go.
+        writer: Where numbers go.
+    """
+
+    def __init__(self, config: RunConfig, strategy: Strategy, progress: Progress, writer: MetricsWriter) -> None:
+        self.config, self.strategy, self.progress, self.writer = config, strategy, progress, writer
+        train = config.train
+        self.corpus = build_corpus(config.data, seed=train.seed, global_batch_size=train.global_batch_size)
+        self.built = build_model(config, vocab_size=self.corpus.tokenizer.vocab_size, strategy=strategy)
+        self.model = self.built.wrapped
+        self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
+        self.optimizer = create_optimizer(self.built.model, config.optim, self.built.dense_layers)
+        self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps)
+        self.merges = self._create_merges() if config.method == "loqt" else None
+        self.rates = RateMeter()
+        self.tokens = 0
+        self.last_good: dict[str, float] = {}
+
+    def _create_merges(self) -> MergeCoordinator:
+        return MergeCoordinator(
+            self.built.model,
+            self.optimizer,
+            self.config.loqt,
+            total_steps=self.config.train.steps,
+            strategy=self.strategy,
+            seed=self.config.train.seed,
+            initial_weights=self.built.initial_weights,
+        )
+
+    def run(self) -> tuple[float, float]:
+        """Trains; returns held-out loss before and after, in nats. Every rank."""
+        train = self.config.train
+        before = self.evaluate(0)
+        for step in range(train.steps):
+            self.step(step)
+            done = step + 1
+            if train.eval_every and done % train.eval_every == 0 and done < train.steps:
+                self.evaluate(done)
+        return before, self.evaluate(train.steps)
+
+    def step(self, step: int) -> None:
+        """One optimizer step, and the merge after it if there is one. Every rank."""
+        train = self.config.train
+        counter = self._wire_counter(step)
+        with ExitStack() as stack:
+            if counter is not None:
+                stack.enter_context(counter)
+            if self.merges is not None:
+                self.merges.prepare(step)
+            loss = self.accumulate(step)
+            norm = self.strategy.clip(self.parameters, self.config.optim.clip_norm)
+            merging = self.merges is not None and step in self.merges.steps
+            if (step + 1) % train.log_every == 0 or merging:
+                values = self._read(step, loss, norm)
+            else:
+                values = {}
+            self.optimizer.step()
+        values |= self._wire_values("wire/step", counter)
+        values |= self.merge(step, counter)
+        if values:
+            values |= {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rates.tick(self.tokens_per_step)
+        self._report(step, values)
+
+    def accumulate(self, step: int) -> Tensor:
+        """Forward and backward over this rank's share; returns the mean loss per token over all ranks (a tensor)."""
+        train, strategy = self.config.train, self.strategy
+        start, stop = share(train.global_batch_size, strategy.rank, strategy.world_size)
+        batch = self.corpus.train.sequences(step, start, stop)
+        steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
+        total = torch.zeros((), device=strategy.device)
+        pieces = micro_batches(batch, steps=steps, micro_batch_size=train.micro_batch_size, device=strategy.device)
+        for index, piece in enumerate(pieces):
+            with strategy.micro_step(self.model, last=index == steps - 1):
+                with strategy.autocast():
+                    logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
+                loss = summed_loss(logits, piece.labels) / self.tokens_per_step
+                loss.backward()
+            total += loss.detach()
+        return strategy.sum(total)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch that are predicted (packed sequences have no gaps)."""
+        return self.config.train.global_batch_size * self.config.data.seq_len
+
+    def merge(self, step: int, counter: WireCounter | None) -> dict[str, float]:
+        """Merges if the step is a merge step; returns its metrics. Every rank."""
+        if self.merges is None:
+            return {}
+        merge_counter = None if counter is None else WireCounter(self.strategy.world_size)
+        with ExitStack() as stack:
+            if merge_counter is not None:
+                stack.enter_context(merge_counter)
+            report = self.merges.finish(step)
+        if report is None:
+            return {}
+        self.progress.line(merge_line(report))
+        means = {f"merge/{key}": value for key, value in report.means().items()}
+        return means | {"merge/seconds": report.seconds} | self._wire_values("wire/merge", merge_counter)
+
+    def evaluate(self, step: int) -> float:
+        """Held-out loss in nats after `step` optimizer steps. Every rank."""
+        train = self.config.train
+        with self.rates.paused():
+            held_out = self.corpus.eval
+            loss = evaluate(
+                self.model, held_out, strategy=self.strategy, micro_batch_size=train.micro_batch_size
+            )
+        self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+        tokens = counted_tokens(held_out.labels)
+        self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
+        return loss
+
+    def _read(self, step: int, loss: Tensor, norm: Tensor) -> dict[str, float]:
+        """Reads loss and norm (waits for the device), before they can do harm."""
+        values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
+        if not all(math.isfinite(value) for value in values.values()):
+            good = ", ".join(f"{key} {value:.6g}" for key, value in self.last_good.items()) or "none yet"
+            raise NonFiniteLossError(
+                f"step {step + 1}: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}; the update was "
+                f"not applied. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, lengthen "
+                "optim.warmup_steps, or look at the data of this step"
+            )
+        return values
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        done = step + 1
+        self.tokens += self.tokens_per_step
+        rate = self.rates.tokens_per_second
+        self.progress.update(done, loss=values.get("train/loss"), tokens_per_second=rate)
+        if not values:
+            return
+        self.last_good = {"step": done, "train/loss": values["train/loss"], "train/grad_norm": values["train/grad_norm"]}
+        values["train/perplexity"] = perplexity(values["train/loss"])
+        values |= {
+            "train/tokens": self.tokens,
+            "perf/tokens_per_second": rate,
+            "perf/step_seconds": self.rates.seconds_per_step,
+            **memory_metrics(self.strategy.device),
+        }
+        self.writer.log(done, values)
+
+    def _wire_counter(self, step: int) -> WireCounter | None:
+        """Counts the bytes of the first merge step and of the step after it, if asked to."""
+        wanted = self.config.train.wire_counter == "once" and step in (0, 1)
+        return WireCounter(self.strategy.world_size) if wanted else None
+
+    def _wire_values(self, name: str, counter: WireCounter | None) -> dict[str, float]:
+        if counter is None:
+            return {}
+        return {f"{name}_payload_bytes": counter.payload_bytes(), f"{name}_sent_bytes": counter.sent_bytes()}
+
+
+def train(config: RunConfig) -> dict[str, float]:
+    """Runs one training job on this rank; every rank of the job calls it.
+
+    Returns:
+        `eval/loss_before` and `eval/loss_after`, held-out, in nats.
+
+    Raises:
+        ValueError: Settings that cannot work, before anything is allocated.
+        NonFiniteLossError: The loss became NaN or infinite.
+    """
+    from loqt_scale.config_io import save_run_config
+    from loqt_scale.rundir import prepare_run_dir
+
+    resolve_strategy(config.parallel)
+    device = resolve_device(config.train.device)
+    strategy = create_strategy(config.parallel, device=device, dtype=config.model.dtype)
+    try:
+        if strategy.is_main:
+            run_dir = prepare_run_dir(config.train.run_dir, config.train.on_existing_run)
+            save_run_config(config, run_dir / "config.yaml")
+        strategy.barrier()
+        with (
+            MetricsWriter(config.train.run_dir, enabled=strategy.is_main) as writer,
+            Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
+        ):
+            trainer = Trainer(config, strategy, progress, writer)
+            progress.line(banner(trainer.built.model, trainer.corpus, config, strategy))
+            before, after = trainer.run()
+            progress.close()
+        if strategy.is_main:
+            print(summary(config, before, after), flush=True)
+        return {"eval/loss_before": before, "eval/loss_after": after}
+    finally:
+        strategy.close()

@@ -1,0 +1,189 @@
+"""`build_corpus` end to end: embedded, files, and streamed from a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loqt_scale.config import DataConfig
+from loqt_scale.data import Corpus, build_corpus
+from loqt_scale.data.packing import windows_of_stream
+from loqt_scale.data.tokenizers import ByteTokenizer
+
+T = 8
+TRAIN = [f"training text number {i:03d}" for i in range(60)]
+HELD_OUT = [f"held-out {i}" for i in range(9)]
+
+
+def write_jsonl(path: Path, rows: list[str], field: str = "text") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({field: row}) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for shard in range(3):
+        write_jsonl(tmp_path / "set" / f"train-{shard:05d}-of-00003.jsonl", TRAIN[shard::3])
+    write_jsonl(tmp_path / "set" / "validation.jsonl", HELD_OUT)
+    return tmp_path / "set"
+
+
+def build(global_batch_size: int = 4, seed: int = 0, **settings: Any) -> Corpus:
+    return build_corpus(DataConfig(**{"seq_len": T} | settings), seed=seed, global_batch_size=global_batch_size)
+
+
+def read(corpus: Corpus, steps: int, batch_size: int = 4) -> torch.Tensor:
+    return torch.cat([corpus.train.sequences(step, 0, batch_size).input_ids for step in range(steps)])
+
+
+def documents_of(ids: torch.Tensor) -> list[str]:
+    tokens = ids.flatten().tolist()
+    tokenizer = ByteTokenizer()
+    ends = [i for i, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+    return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip([-1, *ends], ends, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def test_embedded_corpus_is_the_default(cache_dir: str) -> None:
+    corpus = build(seq_len=256, cache_dir=cache_dir)
+    batch = corpus.train.sequences(10**6, 0, 4)
+    assert batch.input_ids.shape == (4, 256)
+    assert 0 < len(corpus.eval.input_ids) <= 256
+    assert corpus.description.startswith("embedded corpus") and "\n" not in corpus.description
+    assert int(batch.input_ids.max()) < corpus.tokenizer.vocab_size == 320
+
+
+def test_files_with_each_tokenizer(tmp_path: Path, cache_dir: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(TRAIN))
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    for tokenizer in ("bytes", "bpe", str(tmp_path / "tokenizer")):
+        corpus = build(files=[str(path)], tokenizer=tokenizer, bpe_vocab_size=300, cache_dir=cache_dir)
+        assert corpus.train.sequences(0, 1, 3).labels.shape == (2, T)
+        assert "train" in corpus.description and "eval" in corpus.description
+        assert int((corpus.eval.labels >= 0).sum()) > 0
+
+
+def test_eval_counts_every_held_out_token_once(tmp_path: Path, cache_dir: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(TRAIN))
+    corpus = build(files=[str(path)], eval_fraction=0.3, cache_dir=cache_dir)
+    kept = corpus.eval.labels[corpus.eval.labels >= 0]
+    held_out = documents_of(torch.cat([corpus.eval.input_ids[0, :1], kept]))
+    assert set(held_out) < {text + "\n" for text in TRAIN} | {TRAIN[-1]}
+    assert len(held_out) == len(set(held_out)) > 5
+
+
+def test_data_errors_come_out_of_build(tmp_path: Path, cache_dir: str) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(FileNotFoundError, match=r"data\.files"):
+        build(files=[str(path)], cache_dir=cache_dir)
+    path.write_text("a\n\nb")
+    with pytest.raises(ValueError, match="corpus smaller than one sequence"):
+        build(files=[str(path)], cache_dir=cache_dir)
+    path.write_text("")
+    with pytest.raises(ValueError, match="corpus is empty"):
+        build(files=[str(path)], cache_dir=cache_dir)
+    with pytest.raises(ValueError, match="global_batch_size is 0"):
+        build(0, files=[str(path)])
+
+
+def test_stream_trains_on_one_split_and_holds_out_the_other(folder: Path) -> None:
+    corpus = build(dataset=str(folder))
+    epoch = sum(len(text) + 1 for text in TRAIN)
+    read_once = documents_of(read(corpus, epoch // (4 * T)))
+    assert set(read_once) <= set(TRAIN) and len(read_once) == len(set(read_once)) >= len(TRAIN) - 2
+    assert read_once != TRAIN[: len(read_once)]  # shuffled
+    kept = corpus.eval.labels[corpus.eval.labels >= 0]
+    assert documents_of(torch.cat([corpus.eval.input_ids[0, :1], kept])) == HELD_OUT
+    assert "streamed" in corpus.description and str(folder) in corpus.description
+
+
+def test_stream_wraps_over_epochs_in_a_new_order(folder: Path) -> None:
+    tokens = sum(len(text) + 1 for text in TRAIN)
+    read_thrice = documents_of(read(build(dataset=str(folder)), 3 * tokens // (4 * T)))
+    epochs = [read_thrice[i * len(TRAIN) : (i + 1) * len(TRAIN)] for i in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(TRAIN)
+    assert epochs[0] != epochs[1]
+
+
+def test_stream_depends_on_seed_and_step_only(folder: Path) -> None:
+    whole = read(build(dataset=str(folder)), 6)
+    ranks = [build(dataset=str(folder)) for _ in range(2)]
+    shares = [ranks[i].train.sequences(s, 2 * i, 2 * i + 2).input_ids for s in range(6) for i in range(2)]
+    assert torch.equal(torch.cat(shares), whole)
+    assert torch.equal(build(dataset=str(folder)).train.sequences(5, 0, 4).input_ids, whole[-4:])
+    assert not torch.equal(read(build(dataset=str(folder), seed=1), 6), whole)
+
+
+def test_stream_of_parquet_with_its_own_splits_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # The library sleeps at the end of each shuffled epoch of parquet, to let Arrow's threads end.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+    for split, rows in (("train", TRAIN), ("test", HELD_OUT)):
+        pq.write_table(pa.table({"content": rows}), tmp_path / f"{split}.parquet")
+    corpus = build(dataset=str(tmp_path), eval_split="test", text_field="content", max_eval_sequences=3)
+    joined = np.array([i for text in HELD_OUT for i in [*text.encode(), 256]])
+    first = next(windows_of_stream([joined], T))[:3]
+    assert torch.equal(corpus.eval.input_ids, torch.from_numpy(first[:, :-1]))
+    assert torch.equal(corpus.eval.labels, torch.from_numpy(first[:, 1:]))
+    assert corpus.train.sequences(2, 0, 4).input_ids.shape == (4, T)
+
+
+def test_missing_splits_list_the_available_ones(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no split 'test'; write data\.eval_split: one of train, validation"):
+        build(dataset=str(folder), eval_split="test")
+    with pytest.raises(ValueError, match=r"no split 'all'; write data\.split: one of train, validation"):
+        build(dataset=str(folder), split="all")
+    with pytest.raises(ValueError, match=r"both 'train'.*data\.eval_split"):
+        build(dataset=str(folder), eval_split="train")
+
+
+def test_stream_without_the_column_lists_the_columns(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column 'content'; write data\.text_field: one of text"):
+        build(dataset=str(folder), text_field="content")
+
+
+def test_unknown_data_sets_are_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope is not a data set .*data\.dataset"):
+        build(dataset=str(tmp_path / "nope"))
+    with pytest.raises(ValueError, match=r"cannot be opened .*data\.dataset_config"):
+        build(dataset=str(folder), dataset_config="en")
+
+
+def test_streams_without_text_are_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ["abc"])
+    write_jsonl(tmp_path / "validation.jsonl", [" "])
+    with pytest.raises(ValueError, match=r"corpus is empty: split 'validation' .*data\.text_field"):
+        build(dataset=str(tmp_path))
+    write_jsonl(tmp_path / "validation.jsonl", ["text"])
+    corpus = build(dataset=str(tmp_path))
+    with pytest.raises(ValueError, match=r"smaller than one sequence: split 'train' .* has 4 tokens.*data\.seq_len"):
+        corpus.train.sequences(0, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_stream_with_an_empty_split_is_refused(tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split, rows in (("train", []), ("validation", HELD_OUT)):
+        path = tmp_path / f"{split}.{kind}"
+        if kind == "jsonl":
+            write_jsonl(path, rows)
+        else:
+            pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), path)
+    with pytest.raises(ValueError, match=r"empty.*write .*data\.dataset"):
+        build(dataset=str(tmp_path))

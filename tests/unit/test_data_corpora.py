@@ -1,0 +1,166 @@
+"""Local text: the embedded corpus and the three kinds of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from loqt_scale.data import corpora
+from loqt_scale.data.corpora import EMBEDDED_MAX_BYTES, embedded_text, files_text
+
+ROWS = ["first\n\nstill first", "second", "third"]
+
+
+def read(*patterns: str | Path, field: str = "text") -> list[str]:
+    return list(files_text([str(pattern) for pattern in patterns], field).documents())
+
+
+def write_jsonl(path: Path, texts: list[str | None], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text, "n": i}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def write_parquet(path: Path, texts: list[str], field: str = "text") -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({field: texts, "n": list(range(len(texts)))}), path)
+    return path
+
+
+def test_embedded_corpus_is_a_few_megabytes_of_documents_in_a_fixed_order() -> None:
+    text = embedded_text()
+    documents = list(text.documents())
+    size = sum(len(document.encode("utf-8", "surrogatepass")) for document in documents)
+    assert len(documents) > 300
+    assert 3_000_000 < size < EMBEDDED_MAX_BYTES + 1_000_000
+    assert documents == list(text.documents())
+    assert text.key == embedded_text().key
+    assert documents[0].startswith(('The "assert"', "The"))  # prose first
+    assert all(document.strip() for document in documents)
+
+
+def test_embedded_corpus_leaves_out_tests_and_files_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "# " + "words " * 60
+    for name in ("b.py", "a/x.py", "test/t.py", "site-packages/s.py", "_sysconfigdata_x.py", "config-3/c.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{long}\n# {name}")
+    (tmp_path / "short.py").write_text("pass")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    sources = [d for d in embedded_text().documents() if d.startswith(long)]
+    assert [d.rsplit(" ", 1)[1] for d in sources] == ["b.py", "a/x.py"]
+
+
+def test_embedded_corpus_without_any_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(corpora, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(ValueError, match=r"no embedded corpus; write data\.files"):
+        embedded_text()
+
+
+def test_text_files_are_parted_by_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n  \t\r\n\r\nthree\n   \nfour")
+    assert read(path) == ["one\ntwo\n", "three\n", "four"]
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 .*data\.files"):
+        read(path)
+
+
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_json_lines_and_parquet_give_their_text_column(tmp_path: Path, field: str) -> None:
+    expected = [ROWS[0], ROWS[1], ROWS[2]]
+    for path in (
+        write_jsonl(tmp_path / "a.jsonl", [ROWS[0], None, "  ", *ROWS[1:]], field),
+        write_jsonl(tmp_path / "b.json", list(ROWS), field),
+        write_parquet(tmp_path / "c.parquet", ROWS, field),
+    ):
+        assert read(path, field=field) == expected
+
+
+def test_globs_are_sorted_recursive_and_read_a_file_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "**" / "*.txt", tmp_path / "a.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+    assert read(tmp_path / "b.txt", tmp_path / "*.txt") == ["b.txt", "a.txt"]
+
+
+def test_names_with_glob_characters_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    assert read(write_jsonl(folder / "x?.jsonl", ["hello"])) == ["hello"]
+
+
+def test_key_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    os.utime(path, ns=(1, 1))
+    first = files_text([str(path)], "text").key
+    assert files_text([str(path)], "text").key == first
+    path.write_text("two")
+    assert files_text([str(path)], "text").key != first
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope\.txt does not exist.*data\.files"):
+        files_text([str(tmp_path / "nope.txt")], "text")
+
+
+def test_glob_without_matches_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.jsonl.*data\.files"):
+        files_text([str(tmp_path / "*.jsonl")], "text")
+
+
+def test_unknown_extension_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x")
+    with pytest.raises(ValueError, match=r"a\.csv is not a kind of file .*\.parquet.*data\.files"):
+        files_text([str(path)], "text")
+
+
+def test_folder_and_empty_list_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.files names the folder .*\*\.jsonl"):
+        files_text([str(tmp_path)], "text")
+    with pytest.raises(ValueError, match=r"data\.files is empty"):
+        files_text([], "text")
+
+
+def test_missing_column_lists_the_columns(tmp_path: Path) -> None:
+    for path in (
+        write_jsonl(tmp_path / "a.jsonl", ["x"], "content"),
+        write_parquet(tmp_path / "a.parquet", ["x"], "content"),
+    ):
+        with pytest.raises(ValueError, match=r"no column 'text'; write data\.text_field: one of content, n"):
+            read(path)
+
+
+def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(ValueError, match=r"column 'n' of .* holds int, not text; write data\.text_field"):
+        read(path, field="n")
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "a"}\n{"text":\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl cannot be read as json .*data\.files"):
+        read(path)
+
+
+def test_empty_files_hold_no_documents(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (tmp_path / name).touch()
+    write_parquet(tmp_path / "a.parquet.parquet", [])
+    assert read(tmp_path / "a.*") == []

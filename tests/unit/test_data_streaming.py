@@ -1,0 +1,133 @@
+"""Streams: the same batches however they are asked for, forward only, errors where the loop sees them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loqt_scale.data.streaming import StreamedSequences
+
+T = 2
+
+
+def windows(sizes: list[int]) -> Iterator[np.ndarray]:
+    """Endless windows in chunks of these sizes, again and again; window i starts with token i T."""
+    first = 0
+    while True:
+        for size in sizes:
+            starts = np.arange(first, first + size) * T
+            first += size
+            yield starts[:, None] + np.arange(T + 1)
+
+
+def stream(batch_size: int, sizes: list[int] | None = None) -> StreamedSequences:
+    return StreamedSequences(lambda: windows(sizes or [3]), global_batch_size=batch_size)
+
+
+def numbers(made: StreamedSequences, step: int, start: int, stop: int) -> list[int]:
+    return [int(first) // T for first in made.sequences(step, start, stop).input_ids[:, 0]]
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "data-stream"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 5))
+def test_batches_are_consecutive_and_skipping_consumes(batch_size: int, sizes: list[int], step: int) -> None:
+    made = stream(batch_size, sizes)
+    expected = list(range(step * batch_size, (step + 1) * batch_size))
+    assert numbers(made, step, 0, batch_size) == expected
+    half = batch_size // 2
+    assert numbers(made, step, half, batch_size) + numbers(made, step, 0, half) == expected[half:] + expected[:half]
+    assert numbers(made, step + 1, 0, 1) == [expected[-1] + 1]
+    made.close()
+
+
+def test_labels_are_the_next_tokens() -> None:
+    made = stream(2)
+    batch = made.sequences(0, 0, 2)
+    assert batch.input_ids.dtype == torch.int64
+    assert torch.equal(batch.labels, batch.input_ids + 1)
+    made.close()
+
+
+def test_going_back_is_refused() -> None:
+    made = stream(2)
+    made.sequences(3, 0, 1)
+    with pytest.raises(ValueError, match=r"step 2 was asked for after step 3.*only goes forward"):
+        made.sequences(2, 0, 1)
+    made.close()
+
+
+def test_ranges_outside_the_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not exist"):
+        stream(2).sequences(0, 0, 3)
+
+
+def test_errors_of_the_reader_reach_the_caller_every_time() -> None:
+    def failing() -> Iterator[np.ndarray]:
+        yield next(windows([1]))
+        raise ValueError("no column")
+
+    made = StreamedSequences(failing, global_batch_size=1)
+    assert numbers(made, 0, 0, 1) == [0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no column"):
+            made.sequences(1, 0, 1)
+
+
+def test_a_stream_that_ends_is_an_error() -> None:
+    made = StreamedSequences(lambda: iter([]), global_batch_size=1)
+    with pytest.raises(RuntimeError, match="endless"):
+        made.sequences(0, 0, 1)
+
+
+def test_reading_ahead_is_bounded() -> None:
+    read = count()
+    latest = 0
+
+    def counting() -> Iterator[np.ndarray]:
+        nonlocal latest
+        for chunk in windows([1]):
+            latest = next(read)
+            yield chunk
+
+    made = StreamedSequences(counting, global_batch_size=1)
+    made.sequences(0, 0, 1)
+    time.sleep(0.2)
+    assert 2 <= latest <= 12
+    made.close()
+
+
+def test_thread_starts_late_and_ends_with_its_owner() -> None:
+    gc.collect()
+    time.sleep(0.3)  # readers of the tests before this one
+    before = len(stream_threads())
+    made = stream(1)
+    assert len(stream_threads()) == before
+    made.sequences(0, 0, 1)
+    assert len(stream_threads()) == before + 1
+    del made
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while len(stream_threads()) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(stream_threads()) == before
+
+
+def test_a_closed_stream_says_so() -> None:
+    made = stream(1, [1])
+    made.sequences(0, 0, 1)
+    made.close()
+    with pytest.raises(ValueError, match="was closed"):
+        made.sequences(1, 0, 1)

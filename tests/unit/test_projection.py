@@ -1,0 +1,106 @@
+"""Subspaces: exactness of the oracle, energy kept by the cheap methods, invariance and determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loqt_scale.functional import projection as P
+
+SHAPES = [(96, 64), (64, 96), (64, 64)]
+
+
+def gradient_like(out_features: int, in_features: int, decay: float = 1.5, size: float = 1e-6) -> Tensor:
+    """A matrix with a power-law spectrum, tiny as gradients are."""
+    generator = torch.Generator().manual_seed(3)
+    n = min(out_features, in_features)
+    left = torch.linalg.qr(torch.randn(out_features, n, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(in_features, n, generator=generator))[0]
+    return (left * torch.arange(1, n + 1).float().pow(-decay)) @ right.T * size
+
+
+def sketched(gradient: Tensor, rank: int, side: str, oversampling: float = 1.0) -> tuple[Tensor, Tensor]:
+    width = P.sketch_width(rank, *gradient.shape, oversampling)
+    features = gradient.shape[0] if side == "input" else gradient.shape[1]
+    omega = P.test_matrix(features, width, seed=5, device=torch.device("cpu"))
+    sketch = gradient.T @ omega if side == "input" else gradient @ omega
+    return sketch, P.sketch_basis(sketch, rank)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_svd_takes_the_right_side(shape: tuple[int, int], side: str) -> None:
+    """The reference's eigh path takes rows for columns on one side; the best r-dimensional subspace is unmistakable."""
+    gradient = gradient_like(*shape)
+    basis = P.svd_basis(gradient, 8, side)
+    assert basis.shape == (shape[1] if side == "input" else shape[0], 8)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
+    singular = torch.linalg.svdvals(gradient.double())
+    best = singular[:8].square().sum() / singular.square().sum()
+    torch.testing.assert_close(P.captured_energy(gradient, basis, side), best, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_cheap_methods_keep_the_energy(shape: tuple[int, int], side: str) -> None:
+    gradient = gradient_like(*shape)
+    best = P.captured_energy(gradient, P.svd_basis(gradient, 8, side), side)
+    randomized = P.randomized_basis(gradient, 8, side, oversampling=1.0, power_iterations=2, seed=1)
+    sketch, basis = sketched(gradient, 8, side)
+    for candidate in (randomized, basis):
+        torch.testing.assert_close(candidate.T @ candidate, torch.eye(8), atol=1e-5, rtol=0)
+        assert P.captured_energy(gradient, candidate, side) >= 0.99 * best
+    estimate = P.sketched_energy(sketch, basis)
+    assert abs(float(estimate) - float(P.captured_energy(gradient, basis, side))) < 0.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    out_features=st.integers(2, 40), in_features=st.integers(2, 40), side=st.sampled_from(["input", "output"]), d=st.data()
+)
+def test_a_gradient_of_the_right_rank_is_caught_whole(out_features: int, in_features: int, side: str, d: st.DataObject) -> None:
+    rank = d.draw(st.integers(1, min(out_features, in_features)))
+    generator = torch.Generator().manual_seed(rank)
+    left = torch.randn(out_features, rank, generator=generator)
+    gradient = left @ torch.randn(rank, in_features, generator=generator)
+    bases = [
+        P.svd_basis(gradient, rank, side),
+        P.randomized_basis(gradient, rank, side, oversampling=0.0, power_iterations=1, seed=0),
+        sketched(gradient, rank, side)[1],
+    ]
+    for basis in bases:
+        assert P.captured_energy(gradient, basis, side) > 0.9999
+
+
+def test_sketches_add_up_over_ranks_and_micro_batches() -> None:
+    parts = [gradient_like(64, 48) * weight for weight in (0.2, 0.5, 0.3)]
+    omega = P.test_matrix(64, 24, seed=9, device=torch.device("cpu"))
+    together = torch.stack(parts).sum(0).T @ omega
+    apart = torch.stack([part.T @ omega for part in parts]).sum(0)
+    torch.testing.assert_close(P.sketch_basis(together, 8).abs(), P.sketch_basis(apart, 8).abs(), rtol=1e-3, atol=1e-3)
+
+
+def test_no_global_randomness_and_same_seed_same_numbers() -> None:
+    before = torch.get_rng_state()
+    first = P.test_matrix(10, 5, seed=4, device=torch.device("cpu"))
+    P.randomized_basis(gradient_like(20, 10), 4, "input", oversampling=1.0, power_iterations=1, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, P.test_matrix(10, 5, seed=4, device=torch.device("cpu")))
+    assert not torch.equal(first, P.test_matrix(10, 5, seed=5, device=torch.device("cpu")))
+
+
+def test_a_zero_gradient_still_gives_a_basis() -> None:
+    zero = torch.zeros(12, 10)
+    for basis in (P.svd_basis(zero, 3, "input"), P.sketch_basis(torch.zeros(10, 20), 3)):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_overlap() -> None:
+    basis = torch.linalg.qr(torch.randn(30, 6))[0]
+    rotated = basis @ torch.linalg.qr(torch.randn(6, 6))[0]
+    torch.testing.assert_close(P.subspace_overlap(basis, rotated), torch.tensor(1.0))
+    other = torch.linalg.qr(torch.cat([basis, torch.randn(30, 6)], 1))[0][:, 6:]
+    assert P.subspace_overlap(basis, other) < 1e-5

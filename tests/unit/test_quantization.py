@@ -1,0 +1,92 @@
+"""Packing: against a naive NF4, and whatever way the rows are cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
+
+# the NF4 code book, QLoRA appendix E
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    + [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    + [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    dtype=torch.float64,
+)
+
+
+def naive_round_trip(dense: torch.Tensor, block: int) -> torch.Tensor:
+    """Nearest code of each block, one value at a time in spirit: float64, no packing."""
+    flat = dense.double().reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
+    scale = padded.abs().amax(1, keepdim=True)
+    unit = padded / scale.clamp_min(1e-300)
+    code = (unit[..., None] - NF4).abs().argmin(-1)
+    return (NF4[code] * scale).reshape(-1)[: len(flat)].reshape(dense.shape)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(5, 64), (512, 1376), (7, 96), (130, 127), (3, 1)])
+def test_round_trip_is_nearest_code(rows: int, cols: int) -> None:
+    dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
+    layout = MatrixLayout(rows, cols, "nf4")
+    codes, scales = pack(dense, layout)
+    assert codes.shape == layout.codes_shape and codes.dtype == torch.uint8
+    assert scales is not None and scales.shape == layout.scales_shape and scales.dtype == torch.uint8
+    expected = naive_round_trip(dense, 64)
+    got = unpack(codes, scales, layout, torch.float64)
+    # a value on the midpoint of two codes may fall either way in float32
+    close = torch.isclose(got, expected, atol=1e-6)
+    assert (~close).float().mean() < 1e-4
+    assert got.shape == dense.shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 60), cols=st.integers(1, 80), ranks=st.integers(1, 5), block=st.sampled_from([32, 64]))
+def test_any_cut_into_groups_packs_the_same_bits(rows: int, cols: int, ranks: int, block: int) -> None:
+    layout = MatrixLayout(rows, cols, "nf4", block)
+    dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows * 100 + cols))
+    codes, scales = pack(dense, layout)
+    assert scales is not None
+    chunk = -(-layout.groups // ranks)
+    parts = []
+    for rank in range(ranks):
+        groups = min(rank * chunk, layout.groups), min((rank + 1) * chunk, layout.groups)
+        first, last = layout.rows_of_groups(*groups)
+        piece = pack(dense[first:last], layout)
+        assert piece[0].shape[0] == groups[1] - groups[0]
+        assert torch.equal(
+            unpack(*piece, layout, torch.float32, rows=last - first),
+            unpack(codes, scales, layout, torch.float32)[first:last],
+        )
+        parts.append(piece)
+    assert torch.equal(torch.cat([p[0] for p in parts]), codes)
+    assert torch.equal(torch.cat([p[1] for p in parts if p[1] is not None]), scales)
+
+
+@given(cols=st.integers(1, 3000), block=st.sampled_from([32, 64, 128]))
+def test_groups_are_the_fewest_whole_rows(cols: int, block: int) -> None:
+    group = MatrixLayout(10, cols, "nf4", block).group_rows
+    assert group * cols % block == 0
+    assert group * cols == math.lcm(cols, block)
+
+
+def test_scheme_none_keeps_every_bit_and_copies() -> None:
+    dense = torch.randn(5, 7)
+    layout = MatrixLayout(5, 7, "none")
+    codes, scales = pack(dense, layout)
+    assert scales is None and torch.equal(codes, dense) and codes.data_ptr() != dense.data_ptr()
+    again = unpack(codes, None, layout, torch.float32)
+    assert again.data_ptr() != codes.data_ptr()
+    assert torch.equal(again, dense)
+
+
+def test_zero_rows_and_zero_values() -> None:
+    layout = MatrixLayout(4, 64, "nf4")
+    codes, scales = pack(torch.zeros(4, 64), layout)
+    assert torch.equal(unpack(codes, scales, layout, torch.float32), torch.zeros(4, 64))
+    assert unpack(*pack(torch.zeros(0, 64), layout), layout, torch.float32, rows=0).shape == (0, 64)
