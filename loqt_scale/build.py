@@ -20,9 +20,9 @@ from loqt_scale.config import RunConfig
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
-from loqt_scale.models import build_meta_model, decoder_blocks, load_model_config, resolve_weights_folder
+from loqt_scale.models import build_meta_model, decoder_blocks, init_buffers, load_model_config, resolve_weights_folder
 from loqt_scale.strategies import Strategy
-from loqt_scale.weights import RandomWeights, WeightSource, init_buffers, pretrained_weights
+from loqt_scale.weights import RandomWeights, WeightSource, pretrained_weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def build_model(config: RunConfig, *, vocab_size: int, strategy: Strategy) -> Bu
             block.compile()
     model = strategy.shard(model, blocks)
     allocate(model, strategy.device)
-    init_buffers(model, strategy.device)
     fill(model, source, strategy)
     return BuiltModel(strategy.wrap(model), model, source, dense_layers)
 
@@ -81,7 +80,10 @@ def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """`to_empty` that keeps tied parameters tied (it would give each holder storage of its own). Local."""
+    """Gives a meta-device model storage: this rank's empty rows to its parameters, true values to its buffers. Local.
+
+    `to_empty` alone would give each holder of a tied parameter storage of its own.
+    """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -90,6 +92,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     for (first, first_name), *others in holders.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
+    init_buffers(model, device)
 
 
 @torch.no_grad()

@@ -10,19 +10,16 @@ quantizes or copies them, and drops them before it asks for the next. Three rule
 
 `RandomWeights` draws what the model's own initialiser would draw, in chunks with a random stream each.
 `SafetensorsWeights` reads slices of files, `DenseWeights` of tensors already in memory; `pretrained_weights` chooses
-between those two. Buffers, the other tensors that the meta device leaves empty, are small: `init_buffers` computes all
-of them on every rank.
+between those two. Buffers, the other tensors that the meta device leaves empty, are small: `models.init_buffers`
+computes all of them on every rank.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,6 +28,17 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loqt_scale.models import bare_copy, init_buffers, isolated_rng, skeleton, tied_names
+
+__all__ = [
+    "DenseWeights",
+    "RandomWeights",
+    "SafetensorsWeights",
+    "WeightSource",
+    "init_buffers",
+    "pretrained_weights",
+]
 
 CHUNK_ELEMENTS = 2**18
 """Numbers drawn at a time (1 MB): a rank that owns few rows draws at most two chunks that it does not keep all of."""
@@ -69,7 +77,9 @@ def _check(name: str, shapes: Mapping[str, tuple[int, ...]], start: int, stop: i
     """The shape of `name`, once its name and the rows asked for are known to be right."""
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, n=1, cutoff=0.0)
-        raise ValueError(f"there are no weights for a parameter {name!r}; the nearest name is {near[0] if near else None!r}")
+        raise ValueError(
+            f"there are no weights for a parameter {name!r}; the nearest name is {near[0] if near else ''!r}"
+        )
     shape = shapes[name]
     if not 0 <= start <= stop <= shape[0]:
         raise ValueError(f"rows [{start}, {stop}) of {name} were asked for; write rows within [0, {shape[0]})")
@@ -79,36 +89,10 @@ def _check(name: str, shapes: Mapping[str, tuple[int, ...]], start: int, stop: i
 # ---- random: the model's own initialiser, a chunk of rows at a time ------------------------------------------------
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
-    """A module of the same class that shares everything but the registries of parameters, buffers and children.
-
-    Neither the constructor nor the copy protocol is called: a sharded module (FSDP) overrides both.
-    """
-    clone = cast(nn.Module, object.__new__(type(module)))
-    clone.__dict__.update(module.__dict__)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        clone.__dict__[registry] = dict(module.__dict__[registry])
-    return clone
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    """A copy of a module tree with all parameters and buffers on meta: structure, shapes, and no link to the original."""
-    clone = _bare_copy(module)
-    for name, parameter in clone._parameters.items():
-        if parameter is not None:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            clone._parameters[name] = nn.Parameter(empty, requires_grad=False)
-    for name, buffer in clone._buffers.items():
-        clone._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="meta")
-    for name, child in clone._modules.items():
-        clone._modules[name] = None if child is None else _skeleton(child)
-    return clone
-
-
 def _initialize(path: list[nn.Module]) -> None:
     """Initialise the last module of a root-to-owner path as Hugging Face would: bottom up, each by its nearest model.
 
-    Ancestors take their turn too, because some overwrite what a child drew (GPT-2 scales down its residual projections).
+    Ancestors take their turn too: some overwrite what a child drew (GPT-2 scales down its residual projections).
     A module with no `PreTrainedModel` above it has only its own `reset_parameters`.
     """
     for depth in reversed(range(len(path))):
@@ -123,18 +107,6 @@ def _reset(module: nn.Module) -> None:
     reset = getattr(module, "reset_parameters", None)
     if callable(reset):
         reset()
-
-
-@contextmanager
-def _isolated_rng(*key: object) -> Iterator[None]:
-    """Run with the CPU generator seeded from a stable hash of `key`; the global random state is back afterwards.
-
-    Not `torch.manual_seed`, which would reseed the accelerators as well.
-    """
-    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(int.from_bytes(digest, "big") >> 1)
-        yield
 
 
 class _Recorder(TorchDispatchMode):
@@ -175,11 +147,12 @@ class RandomWeights:
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        self._root = _skeleton(model)
+        self._root = skeleton(model)
         self._seed = seed
-        self._first_name: dict[str, str] = {name: names[0] for names in _tied_names(model) for name in names}
+        self._first_name: dict[str, str] = {name: names[0] for names in tied_names(model) for name in names}
         parameters = model.named_parameters(remove_duplicate=False)
         self._shapes = {name: _row_shape(parameter.shape) for name, parameter in parameters}
+        self._drawn: tuple[tuple[str, int], torch.Tensor] | None = None  # the last chunk: readers come in small steps
         self._chunk_rows: dict[str, int] = {}  # 0: whole, together with the other parameters of its module
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -198,7 +171,9 @@ class RandomWeights:
         for chunk in chunks:
             first, last = chunk * size, min((chunk + 1) * size, shape[0])
             low, high = max(first, start), min(last, stop)
-            out[low - start : high - start] = self._draw(name, chunk, first, last)[low - first : high - first]
+            if self._drawn is None or self._drawn[0] != (name, chunk):
+                self._drawn = ((name, chunk), self._draw(name, chunk, first, last))
+            out[low - start : high - start] = self._drawn[1][low - first : high - first]
         return out
 
     def _find_chunk_rows(self, name: str) -> int:
@@ -210,7 +185,7 @@ class RandomWeights:
             # No padding row here: zeroing one row is no elementwise call, and `_draw` takes care of it.
             path, target = self._stand_in(name, (0, rows), device="meta", alone=True, padding=False)
             try:
-                with _isolated_rng(), _Recorder(target) as record:
+                with isolated_rng(), _Recorder(target) as record:
                     _initialize(path)
             except (RuntimeError, NotImplementedError):  # it reads values, which meta tensors lack
                 return 0
@@ -222,7 +197,7 @@ class RandomWeights:
         """Rows [first, last) of one chunk, (last - first, *rest), from that chunk's own stream."""
         alone = self._chunk_rows[name] > 0
         path, target = self._stand_in(name, (first, last), device="cpu", alone=alone, padding=True)
-        with _isolated_rng(self._seed, name, chunk):
+        with isolated_rng(self._seed, name, chunk):
             _initialize(path)
             if bool(target.isnan().any()):
                 # Not covered by the model's `_init_weights`: such a module keeps what its constructor drew.
@@ -245,9 +220,9 @@ class RandomWeights:
             owner's other parameters stay on meta if `alone`, else they are like it, with all of their rows.
         """
         owner_name, _, leaf = name.rpartition(".")
-        path = [_bare_copy(self._root)]
+        path = [bare_copy(self._root)]
         for part in filter(None, owner_name.split(".")):
-            child = _bare_copy(cast(nn.Module, path[-1]._modules[part]))
+            child = bare_copy(cast(nn.Module, path[-1]._modules[part]))
             path[-1]._modules[part] = child
             path.append(child)
         owner, (first, last) = path[-1], span
@@ -260,95 +235,6 @@ class RandomWeights:
             row = owner.padding_idx - first
             owner.padding_idx = row if padding and 0 <= row < last - first else None
         return path, cast(torch.Tensor, owner._parameters[leaf])
-
-
-def _tied_names(model: nn.Module) -> list[list[str]]:
-    """For every distinct parameter, all of its names, the one `named_parameters()` gives first."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
-
-
-# ---- buffers: small, so every rank computes them all ---------------------------------------------------------------
-
-
-def init_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Give every buffer of a model built on meta its true value, on `device`; parameters are not touched.
-
-    A module's own `_init_weights` fills its buffers where it can (rotary frequencies, embedding scales). For the rest
-    the model's constructor is run once more with all parameters on meta, so that only the buffers take memory. Buffers
-    that already have values are only moved.
-
-    Args:
-        model: A `PreTrainedModel`, or a model that contains some; its layers may be converted or sharded already.
-        device: Where the buffers go.
-
-    Raises:
-        ValueError: A buffer on meta has no initialiser and the model cannot be rebuilt.
-    """
-    rebuilt: dict[str, torch.Tensor] = {}
-    for name, path in _module_paths([model]):
-        own = {leaf: buffer for leaf, buffer in path[-1]._buffers.items() if buffer is not None}
-        covered = _own_buffers(path) if any(buffer.is_meta for buffer in own.values()) else {}
-        for leaf, buffer in own.items():
-            value = covered.get(leaf) if buffer.is_meta else buffer
-            if value is None:
-                full_name = re.sub(r"(_checkpoint_wrapped_module|_orig_mod)\.", "", f"{name}.{leaf}".lstrip("."))
-                rebuilt = rebuilt or _rebuilt_buffers(model)
-                if full_name not in rebuilt:
-                    raise ValueError(
-                        f"nothing computes the buffer {full_name} (of a {type(path[-1]).__name__}) of a model built on "
-                        "meta; cover it in the model's _init_weights, or give it a value before the call"
-                    )
-                value = rebuilt[full_name]
-            path[-1]._buffers[leaf] = value.to(device)
-
-
-def _module_paths(path: list[nn.Module], name: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
-    """Every module's name with the modules from the root to it."""
-    yield name, path
-    for leaf, child in path[-1].named_children():
-        yield from _module_paths([*path, child], f"{name}.{leaf}".lstrip("."))
-
-
-def _own_buffers(path: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """The buffers of the last module of a path that its nearest model's `_init_weights` writes.
-
-    It runs twice over different fillings; a buffer that comes out the same was written. (NaN would do for floats only.)
-    """
-    nearest = next((m for m in reversed(path) if isinstance(m, PreTrainedModel)), None)
-    if nearest is None:
-        return {}
-    results = []
-    for fill in (0, 1):
-        stand_in = _skeleton(path[-1])
-        for leaf, buffer in path[-1]._buffers.items():
-            if buffer is not None:
-                empty = torch.full(buffer.shape, fill, dtype=buffer.dtype)
-                stand_in._buffers[leaf] = empty if buffer.is_meta else buffer.detach().to("cpu", copy=True)
-        with _isolated_rng():
-            nearest._init_weights(stand_in)
-        results.append(stand_in._buffers)
-    zeros, ones = results
-    return {leaf: b for leaf, b in zeros.items() if b is not None and torch.equal(b, cast(torch.Tensor, ones[leaf]))}
-
-
-def _rebuilt_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All buffers of a second instance of the model, whose parameters go to meta as soon as they are registered."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, None if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        with _isolated_rng(), torch.device("cpu"):
-            return dict(type(model)(model.config).named_buffers(remove_duplicate=False))
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 # ---- pretrained: slices of files, or of tensors in memory ----------------------------------------------------------
@@ -385,7 +271,7 @@ class SafetensorsWeights:
 
     def __init__(self, folder: str | Path, stored_names: Mapping[str, str] | None = None) -> None:
         self._stored_names = dict(stored_names or {})
-        self._files = {
+        self._files: dict[str, Any] = {
             name: handle
             for handle in (safe_open(path, framework="pt", device="cpu") for path in _safetensors_files(Path(folder)))
             for name in handle.keys()  # noqa: SIM118 (not a dict)
@@ -465,8 +351,9 @@ def pretrained_weights(folder: str | Path, model: nn.Module) -> WeightSource:
 def _match_names(model: nn.Module, stored: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """(parameter name to stored name, parameters that are not stored), tied names and base prefix considered."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    matched, missing = {}, []
-    for names in _tied_names(model):
+    matched: dict[str, str] = {}
+    missing: list[str] = []
+    for names in tied_names(model):
         candidates = [*names, *(name.removeprefix(prefix) for name in names)]
         found = next((name for name in candidates if name in stored), None)
         if found is None:

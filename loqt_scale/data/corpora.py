@@ -225,7 +225,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.stat().st_size == 0:
         return  # pyarrow would call an empty file malformed; here it is a file without documents
     # Imported here: it takes seconds, which the embedded corpus need not pay.
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     loader = _LOADERS[path.suffix.lower()]
     # The library expands globs again, so characters that are special in one have to be escaped.

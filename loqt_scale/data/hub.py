@@ -20,7 +20,7 @@ from loqt_scale.data.packing import Int64Array, evaluation_windows, join_documen
 from loqt_scale.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need not pay
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
 SHUFFLE_ROWS = 10_000
 """Rows in the shuffle buffer: filled before the first sequence comes out."""

@@ -7,6 +7,7 @@ twenty more, and the lines that mean something (merges, evaluations).
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from types import TracebackType
@@ -18,6 +19,7 @@ from loqt_scale.metrics.text import format_count, format_duration, format_perple
 
 ProgressMode = Literal["auto", "on", "off"]
 PLAIN_LINES = 20
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
@@ -39,10 +41,10 @@ class Progress:
         self._next_plain = initial_step + 1
         self._loss: float | None = None
         self._bar: tqdm[Any] | None = None
-        if enabled and (mode == "on" or (mode == "auto" and sys.stderr.isatty())):
+        if enabled and (mode == "on" or (mode == "auto" and _on_terminal())):
             # dynamic_ncols: the bar follows the window; smoothing 0.1: the ETA recovers soon after a merge.
             self._bar = tqdm(
-                total=total_steps, initial=initial_step, unit="step", dynamic_ncols=True, smoothing=0.1, leave=True
+                total=total_steps, initial=initial_step, dynamic_ncols=True, smoothing=0.1, bar_format=BAR_FORMAT
             )
 
     def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
@@ -100,3 +102,13 @@ class Progress:
     def _eta(self, step: int) -> float:
         done = step - self._initial
         return (time.perf_counter() - self._begin) / done * (self._total - step) if done > 0 else math.inf
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is a terminal with room for a bar: some launchers give a terminal of no columns."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # a stand-in without a file descriptor, e.g. a notebook's
+        return True

@@ -4,8 +4,6 @@ Replicas must not drift: each rank merges only its share of a layer's rows and t
 N times less work and the reason why all replicas hold the same bits whatever their kernels do.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,7 +26,6 @@ class DDPStrategy(DistributedStrategy):
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
         )
         wrapped.register_comm_hook(None, _sum_hook)
         return wrapped

@@ -27,6 +27,10 @@ def join_process_group(device: torch.device, timeout_seconds: int) -> bool:
     return True
 
 
+# torch 2.13 renamed it and warns of the old name; 2.11 has only that one
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 class DistributedStrategy(Strategy):
     """Several ranks in one process group: the talk, and work shares that every rank stores whole unless overridden.
 
@@ -49,7 +53,7 @@ class DistributedStrategy(Strategy):
         padded = piece.new_zeros((most, *piece.shape[1:]))
         padded[: piece.shape[0]] = piece
         gathered = piece.new_empty((self.world_size * most, *piece.shape[1:]))
-        dist.all_gather_into_tensor(gathered, padded)
+        _all_gather(gathered, padded)
         return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
 
     def sum(self, tensor: Tensor) -> Tensor:

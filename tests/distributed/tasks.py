@@ -1,0 +1,45 @@
+"""What the rank processes run: whole training jobs through the product's own entry, and looks at their live tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SMALL_RUN = {
+    # hidden 96 and intermediate 86: neither fills NF4 blocks of 64 by single rows, nor divides by 2 and 3 groups
+    "model.preset": "llama_nano",
+    "model.overrides": {"hidden_size": 96, "intermediate_size": 86, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "data.seq_len": 32,
+    "data.max_eval_sequences": 7,
+    "loqt.rank": 8,
+    "loqt.merge.gap": 12,
+    "optim.lr": 5e-3,
+    "optim.warmup_steps": 4,
+    "train.steps": 40,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 8,
+    "train.progress": "off",
+}
+
+
+def small_config(settings: dict[str, Any]) -> Any:
+    """The equivalence tests' RunConfig with settings replaced, through the product's own parser."""
+    from loqt_scale.config_io import parse_run_config
+
+    merged = {**SMALL_RUN, **settings}
+    return parse_run_config([f"--{key}={_word(value)}" for key, value in merged.items()])
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def train_run(**settings: Any) -> list[dict[str, float]]:
+    """Runs one job on this rank and returns its metrics, a dict a logged step."""
+    from loqt_scale.trainer import train
+
+    config = small_config(settings)
+    train(config)
+    lines = (Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,123 @@
+"""The same numbers everywhere: every strategy, world size and accumulation against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.pool import RankPool
+
+FIRST_MERGE = 13  # steps with a loss from before the second merge (merges after steps 0, 13, 26, 39)
+
+
+class Runs:
+    """Runs the small job once per setting and remembers its losses."""
+
+    def __init__(self, ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
+        self._ranks, self._folder = ranks, folder
+        self._common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
+        self._known: dict[str, list[dict[str, float]]] = {}
+
+    def metrics(self, world_size: int, strategy: str, **settings: Any) -> list[dict[str, float]]:
+        key = "-".join([strategy, str(world_size), *(f"{k}={v}" for k, v in sorted(settings.items()))])
+        if key not in self._known:
+            run_dir = self._folder / str(len(self._known))
+            arguments = {**self._common, "train.run_dir": str(run_dir), "parallel.strategy": strategy, **settings}
+            self._known[key] = self._ranks.run(world_size, "tests.distributed.tasks:train_run", **arguments)[0]
+        return self._known[key]
+
+    def losses(self, world_size: int, strategy: str, **settings: Any) -> list[float]:
+        return [row["train/loss"] for row in self.metrics(world_size, strategy, **settings) if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path) -> Runs:
+    return Runs(ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
+
+
+def assert_same_losses(losses: list[float], reference: list[float]) -> None:
+    assert len(losses) == len(reference) == 40
+    assert reference[-1] < reference[0] - 1.0, "the reference must have learnt something, or equality proves nothing"
+    for step, (loss, expected) in enumerate(zip(losses, reference, strict=True)):
+        tolerance = 1e-4 if step == 0 else 1e-3  # step 0 ends in the first merge
+        assert loss == pytest.approx(expected, abs=tolerance), f"step {step}"
+
+
+SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp")]
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
+def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strategy: str) -> None:
+    assert_same_losses(runs.losses(world_size, strategy), runs.losses(1, "single"))
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
+def test_before_any_further_merge_they_are_closer_still(runs: Runs, world_size: int, strategy: str) -> None:
+    """Under 1e-4 until the second merge: the first one (no old subspace, true weights) only adds rounding."""
+    pairs = list(zip(runs.losses(world_size, strategy), runs.losses(1, "single"), strict=True))
+    assert all(abs(loss - expected) < 1e-4 for loss, expected in pairs[:FIRST_MERGE])
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp"), (3, "ddp")])
+def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str) -> None:
+    """Micro-batches of 2 and 1 sequences: 4 accumulation steps on 1 and 2 ranks, an empty one on the third of 3."""
+    micro = {1: 2, 2: 1, 3: 1}[world_size]
+    assert_same_losses(runs.losses(world_size, strategy, **{"train.micro_batch_size": micro}), runs.losses(1, "single"))
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
+def test_bf16_stays_within_two_percent(runs: Runs, world_size: int, strategy: str) -> None:
+    losses = runs.losses(world_size, strategy, **{"model.dtype": "bfloat16"})
+    for loss, expected in zip(losses, runs.losses(1, "single"), strict=True):
+        assert loss == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+def test_dense_subspace_methods_too(runs: Runs, method: str) -> None:
+    setting = {"loqt.subspace.method": method}
+    assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_state_policies_too(runs: Runs, policy: str) -> None:
+    setting = {"loqt.merge.optimizer_state": policy}
+    assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
+
+
+def test_unquantized_and_checkpointed_and_kept_gathered(runs: Runs) -> None:
+    plain = {"loqt.quantization.weight": "none", "loqt.quantization.projection": "none"}
+    spread = {**plain, "model.activation_checkpointing": True, "parallel.reshard_after_forward": False}
+    assert_same_losses(runs.losses(2, "fsdp", **spread), runs.losses(1, "single", **plain))
+
+
+def test_full_rank_method_too(runs: Runs) -> None:
+    setting = {"method": "full", "optim.lr": 2e-3}
+    assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
+
+
+def test_evaluation_is_the_same_everywhere(runs: Runs) -> None:
+    def evaluations(world_size: int, strategy: str) -> list[float]:
+        return [row["eval/loss"] for row in runs.metrics(world_size, strategy) if "eval/loss" in row]
+
+    reference = evaluations(1, "single")
+    assert len(reference) == 2
+    for world_size, strategy in SPREAD:
+        assert evaluations(world_size, strategy) == pytest.approx(reference, abs=1e-3)
+
+
+def test_merge_diagnostics_agree(runs: Runs) -> None:
+    """Sums over shards are sums over the whole; compensation helps at every merge; three merges and more took place."""
+
+    def merges(world_size: int, strategy: str) -> list[dict[str, float]]:
+        rows = [row for row in runs.metrics(world_size, strategy) if "merge/error_after" in row]
+        return [{key: value for key, value in row.items() if key.startswith("merge/")} for row in rows]
+
+    reference = merges(1, "single")
+    assert len(reference) >= 3
+    assert all(row["merge/error_after"] < row["merge/error_before"] for row in reference)
+    for world_size, strategy in SPREAD:
+        for row, expected in zip(merges(world_size, strategy), reference, strict=True):
+            for key in ("merge/error_before", "merge/error_after", "merge/gradient_energy"):
+                assert row[key] == pytest.approx(expected[key], rel=0.02), key
