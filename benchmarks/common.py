@@ -31,7 +31,9 @@ def hardware() -> str:
 def commit() -> str:
     """Short hash of the checkout, with `+` if it has changes."""
     run = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    changed = [line for line in run("status", "--porcelain", "--", "loqt_scale", "benchmarks/*.py").splitlines() if line]
+    changed = [
+        line for line in run("status", "--porcelain", "--", "loqt_scale", "benchmarks/*.py").splitlines() if line
+    ]
     return (run("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
@@ -45,7 +47,11 @@ def publish(title: str, command: str, text: str) -> None:
     """Prints a result and puts it into RESULTS.md, replacing an earlier one with the same title."""
     section = f"## {title}\n\n`{command}`  \n{date.today()}, commit {commit()}, {hardware()}\n\n{text}\n"
     print("\n" + section, flush=True)
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n\nEach table is printed by its script.\n"
+    old = (
+        RESULTS.read_text(encoding="utf-8")
+        if RESULTS.exists()
+        else "# Results\n\nEach table is printed by its script.\n"
+    )
     head, *sections = old.split("\n## ")
     kept = [part for part in sections if part.partition("\n")[0] != title]
     parts = [head.rstrip() + "\n", *(f"## {part.rstrip()}\n" for part in kept), section]
@@ -61,5 +67,7 @@ def run_job(arguments: Sequence[str], *, ranks: int = 1, run_dir: Path, threads:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(script)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"{' '.join(script)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """LoQT (low-rank adapters for quantized training, NeurIPS 2024) on one device and on many.
 
-The library's surface; everything is imported when it is first used, so that `loqt-scale --help` does not wait for torch.
+The library's surface; everything is imported when it is first used, so that `loqt-scale --help` does not wait for
+torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
     MergeCoordinator   runs the merges of a training loop of your own

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import ModelConfig, RunConfig
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
@@ -42,13 +42,27 @@ class BuiltModel:
     dense_layers: tuple[str, ...]
 
 
-def build_model(config: RunConfig, *, vocab_size: int, strategy: Strategy) -> BuiltModel:
-    """Builds, converts, shards and fills the run's model. Every rank.
+@dataclass(frozen=True)
+class ModelDesign:
+    """A model on the meta device, converted: all that can be wrong with the settings has been found out.
+
+    Args:
+        model: The model; no storage.
+        weights: Where its values will come from.
+        dense_layers: As in `BuiltModel`.
+    """
+
+    model: nn.Module
+    weights: WeightSource
+    dense_layers: tuple[str, ...]
+
+
+def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
+    """Builds and converts the run's model on the meta device. Local.
 
     Args:
         config: The run.
         vocab_size: The tokenizer's.
-        strategy: Where parameters go.
 
     Raises:
         ValueError: Settings that do not fit the model (see `models` and `layers.convert`).
@@ -61,16 +75,28 @@ def build_model(config: RunConfig, *, vocab_size: int, strategy: Strategy) -> Bu
         convert_to_loqt(model, config.loqt)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
-    if config.model.activation_checkpointing:
+    return ModelDesign(model, source, dense_layers)
+
+
+def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:
+    """Shards, allocates and fills a designed model, in place. Every rank.
+
+    Args:
+        design: What `design_model` returned; its model becomes the built one.
+        config: Checkpointing and compilation.
+        strategy: Where parameters go.
+    """
+    model, source = design.model, design.weights
+    if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     blocks = [block for _, block in decoder_blocks(model)]
-    if config.model.compile:
+    if config.compile:
         for block in blocks:
             block.compile()
     model = strategy.shard(model, blocks)
     allocate(model, strategy.device)
     fill(model, source, strategy)
-    return BuiltModel(strategy.wrap(model), model, source, dense_layers)
+    return BuiltModel(strategy.wrap(model), model, source, design.dense_layers)
 
 
 def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:

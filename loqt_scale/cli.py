@@ -69,7 +69,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         COMMANDS[name].run(argv, prog)
     except ConfigError as error:
         return _fail(prog, str(error))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if TRACEBACK_VARIABLE in os.environ or not (place := _raised_here(error)):
             raise
         # Not once per host as above: a rank may fail alone (its disk, its share of the data).

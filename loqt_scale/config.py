@@ -36,12 +36,13 @@ class SubspaceConfig:
     Args:
         method: sketch = one pass, no dense gradient ever exists (the default); randomized = randomized SVD of the dense
             gradient; svd = exact SVD of the dense gradient (the oracle).
-        oversampling: Extra sketch columns as a fraction of the rank; 1.0 means k = 2 r.
+        oversampling: Extra sketch columns as a fraction of the rank; 3.0 means l = 4 r. More makes P less sensitive to
+            rounding; less saves memory on merge steps (each layer's sketch is F x l float32).
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 
     method: SubspaceMethod = "sketch"
-    oversampling: float = 1.0
+    oversampling: float = 3.0
     power_iterations: int = 2
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class MergeConfig:
         schedule: exponential = gap + floor(growth^i) (the paper); linear = gap + floor(growth · i); constant = gap.
         growth: ψ of the paper: how the gap grows with the number i of merges done.
         last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
-        compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; 0 leaves B at zero.
-        optimizer_state: What happens to B's Adam moments: transport = rotated into the new basis; reset = zeroed;
+        compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; 0 leaves B at
+        zero. optimizer_state: What happens to B's Adam moments: transport = rotated into the new basis; reset = zeroed;
             keep = left as they are, in the old basis (what the published code does).
     """
 
@@ -212,9 +213,7 @@ class DataConfig:
         _require(
             0.0 < self.eval_fraction < 1.0, f"data.eval_fraction is {self.eval_fraction}; write a number in (0, 1)"
         )
-        _require(
-            self.max_eval_sequences >= 1, f"data.max_eval_sequences is {self.max_eval_sequences}; write 1 or more"
-        )
+        _require(self.max_eval_sequences >= 1, f"data.max_eval_sequences is {self.max_eval_sequences}; write 1 or more")
         _require(
             not (self.tokenizer == "bpe" and self.dataset is not None),
             "data.tokenizer is 'bpe', which is trained on local text, but data.dataset is streamed; "
@@ -253,9 +252,7 @@ class OptimConfig:
             self.full_precision_lr is None or self.full_precision_lr > 0.0,
             f"optim.full_precision_lr is {self.full_precision_lr}; write a positive number, or null for optim.lr's",
         )
-        _require(
-            all(0.0 <= b < 1.0 for b in self.betas), f"optim.betas is {self.betas}; write two numbers in [0, 1)"
-        )
+        _require(all(0.0 <= b < 1.0 for b in self.betas), f"optim.betas is {self.betas}; write two numbers in [0, 1)")
         _require(self.eps > 0.0, f"optim.eps is {self.eps}; write a positive number")
         _require(self.weight_decay >= 0.0, f"optim.weight_decay is {self.weight_decay}; write 0 or more")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; write 0 or more")

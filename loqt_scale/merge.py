@@ -1,8 +1,8 @@
 """The merge: every rank takes part, one layer at a time, low-rank tensors on the wire.
 
 On a merge step u the trainer calls `prepare(u)` before the forward pass (probes start to collect each layer's weight
-gradient, sketched or dense) and `finish(u)` after the optimizer step. `finish` walks over the layers in waves of one layer
-per rank, dealt out by cost:
+gradient, sketched or dense) and `finish(u)` after the optimizer step. `finish` walks over the layers in waves of one
+layer per rank, dealt out by cost:
 
     reduce     each layer's sketch (F x l) to its owner
     factorise  the owners find their P, at the same time
@@ -11,7 +11,8 @@ per rank, dealt out by cost:
                nobody ever holds a whole W
     transport  B's Adam moments into the new basis
 
-`B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards): then it is
+`B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):
+then it is
 all-gathered, which is still low-rank. At step 0, W is read once more from its source, so that the first quantization's
 error is compensated too instead of being lost.
 """
@@ -65,9 +66,10 @@ class MergeReport:
         step: The merge step.
         index: How many merges came before it.
         seconds: Wall time of `finish` on this rank.
-        layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy` kept by P,
-            `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the last two are nan
-            in the first merge.
+        layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
+            kept by P,
+            `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the last two
+            are nan in the first merge.
     """
 
     step: int
@@ -116,9 +118,7 @@ class MergeCoordinator:
         self._initial_weights = initial_weights
         merge = config.merge
         last = int(merge.last_step_fraction * (total_steps - 1))
-        steps = merge_steps(
-            total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last
-        )
+        steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._index_of_step = {step: index for index, step in enumerate(steps)}
         self._waves = _deal(self._layers, self._strategy.world_size)
 
@@ -265,7 +265,7 @@ class MergeCoordinator:
         return unpack(codes, scales, layer.spec.projection, torch.float32)
 
     def _factor_for_rows(self, layer: LoQTLinear, rows: tuple[int, int]) -> Tensor:
-        """B as this rank's rows of W need it: those rows (input side) or all of it (output side), a copy. Every rank."""
+        """B as this rank's rows of W need it: those rows (input side) or all (output side), a copy. Every rank."""
         factor, strategy = layer.factor, self._strategy
         if layer.side == "output":
             return strategy.gather(factor).float().clone()
@@ -273,9 +273,7 @@ class MergeCoordinator:
             return strategy.read(factor).detach().float().clone()
         return strategy.gather(factor)[slice(*rows)].float().clone()
 
-    def _merged_rows(
-        self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, first: bool
-    ) -> Tensor:
+    def _merged_rows(self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, first: bool) -> Tensor:
         """This rank's rows of W = dequant(W_q) + s L(B), float32; at step 0 W_q is the true initial weight. Local."""
         layer = self._layers[name]
         layout = layer.spec.base

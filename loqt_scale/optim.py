@@ -1,8 +1,8 @@
 """AdamW over two groups of parameters, its schedule, and access to the moments that a merge must carry over.
 
 Group `low_rank` holds the factors B (under `--method full`: the same layers' dense weights), group `full_precision`
-everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what suits a
-factor (1e-2) ruins an embedding in plain Adam.
+everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what
+suits a factor (1e-2) ruins an embedding in plain Adam.
 """
 
 from __future__ import annotations

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
-from loqt_scale.build import build_model
+from loqt_scale.build import ModelDesign, build_model, design_model
 from loqt_scale.config import RunConfig
-from loqt_scale.data import build_corpus
+from loqt_scale.config_io import save_run_config
+from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.optim import create_optimizer, create_scheduler
 from loqt_scale.report import banner, merge_line, summary
+from loqt_scale.rundir import prepare_run_dir
 from loqt_scale.strategies import Strategy, create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.wire import WireCounter
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite."""
 
 
@@ -36,16 +38,27 @@ class Trainer:
 
     Args:
         config: The run.
+        corpus: Its text.
+        design: Its model, still on the meta device.
         strategy: How it is spread over ranks.
         progress: Where lines for people go.
         writer: Where numbers go.
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, progress: Progress, writer: MetricsWriter) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        design: ModelDesign,
+        *,
+        strategy: Strategy,
+        progress: Progress,
+        writer: MetricsWriter,
+    ) -> None:
         self.config, self.strategy, self.progress, self.writer = config, strategy, progress, writer
         train = config.train
-        self.corpus = build_corpus(config.data, seed=train.seed, global_batch_size=train.global_batch_size)
-        self.built = build_model(config, vocab_size=self.corpus.tokenizer.vocab_size, strategy=strategy)
+        self.corpus = corpus
+        self.built = build_model(design, config.model, strategy)
         self.model = self.built.wrapped
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = create_optimizer(self.built.model, config.optim, self.built.dense_layers)
@@ -89,10 +102,8 @@ class Trainer:
             loss = self.accumulate(step)
             norm = self.strategy.clip(self.parameters, self.config.optim.clip_norm)
             merging = self.merges is not None and step in self.merges.steps
-            if (step + 1) % train.log_every == 0 or merging:
-                values = self._read(step, loss, norm)
-            else:
-                values = {}
+            logged = (step + 1) % train.log_every == 0 or merging
+            values = self._read(step, loss, norm) if logged else {}
             self.optimizer.step()
         values |= self._wire_values("wire/step", counter)
         values |= self.merge(step, counter)
@@ -145,9 +156,7 @@ class Trainer:
         train = self.config.train
         with self.rates.paused():
             held_out = self.corpus.eval
-            loss = evaluate(
-                self.model, held_out, strategy=self.strategy, micro_batch_size=train.micro_batch_size
-            )
+            loss = evaluate(self.model, held_out, strategy=self.strategy, micro_batch_size=train.micro_batch_size)
         self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
         tokens = counted_tokens(held_out.labels)
         self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
@@ -159,8 +168,8 @@ class Trainer:
         if not all(math.isfinite(value) for value in values.values()):
             good = ", ".join(f"{key} {value:.6g}" for key, value in self.last_good.items()) or "none yet"
             raise NonFiniteLossError(
-                f"step {step + 1}: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}; the update was "
-                f"not applied. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, lengthen "
+                f"step {step + 1}: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}; the update "
+                f"was not applied. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, lengthen "
                 "optim.warmup_steps, or look at the data of this step"
             )
         return values
@@ -172,7 +181,11 @@ class Trainer:
         self.progress.update(done, loss=values.get("train/loss"), tokens_per_second=rate)
         if not values:
             return
-        self.last_good = {"step": done, "train/loss": values["train/loss"], "train/grad_norm": values["train/grad_norm"]}
+        self.last_good = {
+            "step": done,
+            "train/loss": values["train/loss"],
+            "train/grad_norm": values["train/grad_norm"],
+        }
         values["train/perplexity"] = perplexity(values["train/loss"])
         values |= {
             "train/tokens": self.tokens,
@@ -203,13 +216,13 @@ def train(config: RunConfig) -> dict[str, float]:
         ValueError: Settings that cannot work, before anything is allocated.
         NonFiniteLossError: The loss became NaN or infinite.
     """
-    from loqt_scale.config_io import save_run_config
-    from loqt_scale.rundir import prepare_run_dir
-
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
     strategy = create_strategy(config.parallel, device=device, dtype=config.model.dtype)
     try:
+        corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+        design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+        # only now, when the settings have proved to fit, is an older run in this folder moved aside
         if strategy.is_main:
             run_dir = prepare_run_dir(config.train.run_dir, config.train.on_existing_run)
             save_run_config(config, run_dir / "config.yaml")
@@ -218,7 +231,7 @@ def train(config: RunConfig) -> dict[str, float]:
             MetricsWriter(config.train.run_dir, enabled=strategy.is_main) as writer,
             Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
         ):
-            trainer = Trainer(config, strategy, progress, writer)
+            trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
             progress.line(banner(trainer.built.model, trainer.corpus, config, strategy))
             before, after = trainer.run()
             progress.close()

@@ -63,7 +63,9 @@ def low_rank_rows(basis: Tensor, factor: Tensor, side: str, start: int, stop: in
     return factor[start:stop] @ basis.T if side == "input" else basis[start:stop] @ factor.T
 
 
-def add_low_rank(weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, factor: Tensor, side: str, scale: float) -> None:
+def add_low_rank(
+    weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, factor: Tensor, side: str, scale: float
+) -> None:
     """W += s L(B) on this shard's rows, in place."""
     for start, stop in row_chunks(weight_NI.shape[0], layout):
         weight_NI[start:stop].add_(low_rank_rows(basis, factor, side, start, stop), alpha=scale)
@@ -166,8 +168,8 @@ def update_survival(
     """How much of the folded update U = s L(B_old) the new effective weight still holds, as two sums over this shard.
 
     Returns:
-        [<W_eff_new - W, U>, ||U||^2], float32 (2,). With W = W_q_old + U, 1 + first / second is the share that survived:
-        1 if all, 0 if re-quantization rounded it away.
+        [<W_eff_new - W, U>, ||U||^2], float32 (2,). With W = W_q_old + U, 1 + first / second is the share that
+        survived: 1 if all, 0 if re-quantization rounded it away.
     """
     sums = weight_NI.new_zeros(2)
     group_rows = layout.group_rows

@@ -6,12 +6,12 @@
 
 The weight gradient dY^T X is never formed, which is where LoQT's compute saving lies: 4 T O I FLOPs instead of 6 T O I.
 
-*Fold or branch.* The low-rank term can be written into the freshly dequantized weight (fold: one GEMM of 2 O I R FLOPs) or
-applied beside it (branch: 2 T R (O + I)). `choose_path` counts both, forward and backward apart.
+*Fold or branch.* The low-rank term can be written into the freshly dequantized weight (fold: one GEMM of 2 O I R
+FLOPs) or applied beside it (branch: 2 T R (O + I)). `choose_path` counts both, forward and backward apart.
 
 *Probes.* A merge needs the weight gradient's sketch, or the dense gradient for the exact methods. Both are gradients of
-factors that are added to y with value zero: y += x Z Omega^T has dZ = X^T (dY Omega), the sketch itself. So a probe is one more
-differentiable input (its values are never read), autograd accumulates it over micro-batches in `.grad`, and
+factors that are added to y with value zero: y += x Z Omega^T has dZ = X^T (dY Omega), the sketch itself. So a probe
+is one more differentiable input (its values are never read), autograd accumulates it over micro-batches in `.grad`, and
 the function stays free of side effects: activation checkpointing, torch.compile and double use of a layer all work.
 """
 
@@ -58,8 +58,8 @@ def resolve_side(side: Literal["auto", "input", "output"], out_features: int, in
 def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> Literal["fold", "branch"]:
     """The cheaper way to apply the low-rank term, in FLOPs.
 
-    Forward on side input needs X P anyway (it is saved), and backward on side output needs dY P anyway, so there the branch
-    costs only its second GEMM.
+    Forward on side input needs X P anyway (it is saved), and backward on side output needs dY P anyway, so there the
+    branch costs only its second GEMM.
     """
     if spec.compute != "auto":
         return spec.compute
@@ -80,7 +80,9 @@ def effective_weight(base: Tensor, projection: Tensor, factor: Tensor, spec: Low
     return base.addmm_(projection, factor.T, alpha=spec.scale)
 
 
-def _matmul_weight(x_TI: Tensor, weight: Tensor, proj: Tensor, factor: Tensor, spec: LowRankSpec) -> tuple[Tensor, Tensor | None]:
+def _matmul_weight(
+    x_TI: Tensor, weight: Tensor, proj: Tensor, factor: Tensor, spec: LowRankSpec
+) -> tuple[Tensor, Tensor | None]:
     """(y (T, O), X P or None): the forward product by the cheaper path. `weight` is consumed."""
     path = choose_path(spec, x_TI.shape[0], backward=False)
     xp_TR = x_TI @ proj if spec.side == "input" else None
@@ -92,7 +94,9 @@ def _matmul_weight(x_TI: Tensor, weight: Tensor, proj: Tensor, factor: Tensor, s
     return y_TO.addmm_(x_TI @ factor, proj.T, alpha=spec.scale), None
 
 
-def _input_gradient(dy_TO: Tensor, weight: Tensor, proj: Tensor, factor: Tensor, dyp_TR: Tensor | None, spec: LowRankSpec) -> Tensor:
+def _input_gradient(
+    dy_TO: Tensor, weight: Tensor, proj: Tensor, factor: Tensor, dyp_TR: Tensor | None, spec: LowRankSpec
+) -> Tensor:
     """dX = dY W_eff (T, I) by the cheaper path. `weight` is consumed."""
     if choose_path(spec, dy_TO.shape[0], backward=True) == "fold":
         return dy_TO @ effective_weight(weight, proj, factor, spec)
@@ -132,7 +136,7 @@ class LowRankLinear(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, omega = ctx.saved_tensors
         spec: LowRankSpec = ctx.spec
         dtype = dy_TO.dtype

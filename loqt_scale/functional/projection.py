@@ -11,8 +11,8 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
       side output   Z = G Omega   = dY^T (X Omega)      Omega (I x l), Z (O x l)
 
   which accumulates over micro-batches and adds up over ranks. Z's leading left singular vectors are P (Halko et al.,
-  section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not needed:
-  at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
+  section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not
+  needed: at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
   The last `VALIDATION_COLUMNS` of Omega do not enter P: they estimate, without bias, how much energy P keeps.
 """
 
@@ -30,9 +30,16 @@ def sketch_width(rank: int, out_features: int, in_features: int, oversampling: f
 
 
 def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -> Tensor:
-    """Omega, (features, width), standard normal float32 from a generator of its own (the global RNG is untouched)."""
+    """Omega, (features, width) float32, from a generator of its own (the global RNG is untouched).
+
+    The columns that enter P are orthonormal (a little better than Gaussian ones, and exact once l reaches the full
+    dimension); the validation columns are standard normal, which makes their energies unbiased.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
-    return torch.randn(features, width, generator=generator, device=device)
+    omega = torch.randn(features, width, generator=generator, device=device)
+    used = width - VALIDATION_COLUMNS
+    omega[:, :used] = torch.linalg.qr(omega[:, :used])[0]
+    return omega
 
 
 def sketch_basis(sketch_FL: Tensor, rank: int) -> Tensor:
@@ -47,13 +54,14 @@ def sketch_basis(sketch_FL: Tensor, rank: int) -> Tensor:
     """
     used = _normalized(sketch_FL[:, :-VALIDATION_COLUMNS].float())
     left, _, _ = torch.linalg.svd(used, full_matrices=False)
-    return left[:, :rank].contiguous()
+    return _signed(left[:, :rank])
 
 
 def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
     """Estimates `captured_energy` from the validation columns, which P has not seen: scalar in [0, 1].
 
-    A Gaussian sketch keeps squared norms in expectation: E||A Omega||_F^2 = l ||A||_F^2, with A = G^T and P^T G^T alike.
+    A Gaussian sketch keeps squared norms in expectation: E||A Omega||_F^2 = l ||A||_F^2, with A = G^T and P^T G^T
+    alike.
     """
     unseen = _normalized(sketch_FL[:, -VALIDATION_COLUMNS:].float())
     return (basis_FR.float().T @ unseen).square().sum() / unseen.square().sum().clamp_min(1e-30)
@@ -62,7 +70,7 @@ def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
 def svd_basis(gradient_OI: Tensor, rank: int, side: str) -> Tensor:
     """P from an exact SVD of the dense gradient, float32."""
     left, _, right = torch.linalg.svd(_normalized(gradient_OI.double()), full_matrices=False)
-    return (right[:rank].T if side == "input" else left[:, :rank]).float().contiguous()
+    return _signed((right[:rank].T if side == "input" else left[:, :rank]).float())
 
 
 def randomized_basis(
@@ -78,14 +86,17 @@ def randomized_basis(
         z, _ = torch.linalg.qr(matrix.T @ q)
         q, _ = torch.linalg.qr(matrix @ z)
     left, _, _ = torch.linalg.svd(q.T @ matrix, full_matrices=False)
-    return orthonormal(q @ left[:, :rank])
+    return _signed(q @ left[:, :rank])
 
 
-def orthonormal(basis_FR: Tensor) -> Tensor:
-    """The nearest thing to `basis` with orthonormal columns that QR gives, with the columns' signs kept."""
-    q, r = torch.linalg.qr(basis_FR)
-    signs = torch.sign(torch.diagonal(r))
-    return (q * torch.where(signs == 0, torch.ones_like(signs), signs)).contiguous()
+def _signed(basis_FR: Tensor) -> Tensor:
+    """Each column with the sign that makes its largest entry positive.
+
+    A singular vector's sign is arbitrary, and NF4 is not symmetric about zero: without a rule, rounding errors of 1e-7
+    in a gradient could flip a column and with it the whole quantized P.
+    """
+    largest = basis_FR.gather(0, basis_FR.abs().argmax(0, keepdim=True))
+    return (basis_FR * torch.where(largest < 0, -1.0, 1.0)).contiguous()
 
 
 def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
@@ -103,4 +114,3 @@ def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:
 def _normalized(matrix: Tensor) -> Tensor:
     """Scaled to a largest entry of 1: gradients of 1e-6 would otherwise meet absolute tolerances inside LAPACK."""
     return matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
-

@@ -86,8 +86,8 @@ def pack(dense_RC: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor | None]
     """Quantizes whole groups of rows.
 
     Args:
-        dense_RC: Rows of the matrix, (n, cols), any float dtype; n is a whole number of groups, except at the matrix's end.
-        layout: Layout of the whole matrix.
+        dense_RC: Rows of the matrix, (n, cols), any float dtype; n is a whole number of groups, except at the
+        matrix's end. layout: Layout of the whole matrix.
 
     Returns:
         codes (groups_n, bytes) uint8 and scales (groups_n, bytes) uint8; or (float32 copy, None) under `none`.

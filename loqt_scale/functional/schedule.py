@@ -5,7 +5,8 @@ its first gradient on. The i-th gap after it is (paper, section 3.3):
 
     exponential   T + floor(psi^i)       linear   T + floor(psi * i)       constant   T
 
-With T = 100 and psi = 1.2 the merges are at 0, 101, 202, 303, 404, 506, ... (the published code counts its gaps one step
+With T = 100 and psi = 1.2 the merges are at 0, 101, 202, 303, 404, 506, ... (the published code counts its gaps one
+step
 off: 0, 100, 201, ...). Nothing is counted at run time: whether step u merges depends on u alone, so that a resumed run,
 and every rank of it, agrees by construction.
 """
@@ -28,7 +29,9 @@ def gap_after(index: int, *, gap: int, schedule: Schedule, growth: float) -> int
     return gap
 
 
-def merge_steps(total_steps: int, *, gap: int, schedule: Schedule, growth: float, last_step: int | None = None) -> list[int]:
+def merge_steps(
+    total_steps: int, *, gap: int, schedule: Schedule, growth: float, last_step: int | None = None
+) -> list[int]:
     """All merge steps below `total_steps` and not after `last_step`, ascending; step 0 is always the first.
 
     Raises:

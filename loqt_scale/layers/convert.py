@@ -29,14 +29,17 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> list[str]:
         ValueError: No linear matches, or the rank exceeds a matching layer's smaller side.
     """
     selected = select_linears(model, config)
-    for name in selected:
-        linear = model.get_submodule(name)
+    linears = {name: model.get_submodule(name) for name in selected}
+    smallest = min(linears, key=lambda name: min(_shape(linears[name])))
+    if config.rank > min(_shape(linears[smallest])):
+        out_features, in_features = _shape(linears[smallest])
+        raise ValueError(
+            f"loqt.rank is {config.rank}, but {smallest} is {out_features} x {in_features}; write "
+            f"{min(out_features, in_features)} or less, or name the layer in loqt.exclude_modules"
+        )
+    for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
-        try:
-            layer = LoQTLinear.from_linear(linear, config)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        model.set_submodule(name, layer)
+        model.set_submodule(name, LoQTLinear.from_linear(linear, config))
     return selected
 
 
@@ -51,8 +54,8 @@ def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
     selected = [name for name, linear in linears.items() if id(linear.weight) not in shared and _selected(name, config)]
     if not selected:
         raise ValueError(
-            f"loqt.target_modules {config.target_modules} (without loqt.exclude_modules {config.exclude_modules}) matches "
-            f"no linear layer; the model's are: {', '.join(list(linears)[:8]) or 'none'}"
+            f"loqt.target_modules {config.target_modules} (without loqt.exclude_modules {config.exclude_modules}) "
+            f"matches no linear layer; the model's are: {', '.join(list(linears)[:8]) or 'none'}"
         )
     return selected
 
@@ -60,6 +63,11 @@ def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
 def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLinear]]:
     """(name, layer) of every LoQT layer of a model, in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLinear))
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
 
 
 def _selected(name: str, config: LoQTConfig) -> bool:

@@ -2,8 +2,9 @@
 
 A strategy answers four questions and nothing else in the package asks them:
 
-1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?      wrap, stored_rows, local
-2. *work shares*: which rows does this rank work on in a merge, and how do the results spread?        rows, read, write, ...
+1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?      wrap, stored_rows,
+local 2. *work shares*: which rows does this rank work on in a merge, and how do the results spread?        rows, read,
+write, ...
 3. *a step*: how are gradients summed over ranks, and in which dtype does the forward pass run?      micro_step, clip
 4. *talk*: sums, broadcasts, barriers.                                                             sum, reduce_to, ...
 
@@ -109,7 +110,7 @@ class Strategy:
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Scales gradients to a global norm of at most `max_norm` (0: leaves them) and returns the norm before. Every rank."""
+        """Scales gradients to a global norm of at most `max_norm` (0: not at all); returns the old norm. Every rank."""
         kept = [p for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None])
         if max_norm > 0.0:

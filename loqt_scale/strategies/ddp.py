@@ -1,7 +1,7 @@
 """DDP: everything replicated, gradients all-reduced, and merges still shared out by rows.
 
-Replicas must not drift: each rank merges only its share of a layer's rows and the packed bytes are gathered, which is both
-N times less work and the reason why all replicas hold the same bits whatever their kernels do.
+Replicas must not drift: each rank merges only its share of a layer's rows and the packed bytes are gathered, which is
+both N times less work and the reason why all replicas hold the same bits whatever their kernels do.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +41,7 @@ class DDPStrategy(DistributedStrategy):
         parameter.copy_(self.gather_pieces(piece, ranges))
 
 
-def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[list[Tensor]] = work.get_future()
     return future.then(lambda done: done.value()[0])

@@ -1,7 +1,9 @@
 """FSDP2: every parameter sharded on dim 0, gathered block by block around forward and backward.
 
-Packed bytes are ordinary frozen parameters here: `fully_shard` shards them, gathers them with the block's other parameters
-in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of packed tensors
+Packed bytes are ordinary frozen parameters here: `fully_shard` shards them, gathers them with the block's other
+parameters
+in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of packed
+tensors
 counts whole quantization groups, each shard can be merged by itself; the work share of a rank in a merge is simply
 what it stores.
 """

@@ -1,7 +1,8 @@
 """Counting bytes at the collectives themselves.
 
-Every collective of torch.distributed, whoever calls it (FSDP2, DDP's reducer, our merges), is a dispatcher operator of the
-`c10d` or `_c10d_functional` namespace. `WireCounter` is a dispatch mode that sees them all and adds up their payloads. It slows
+Every collective of torch.distributed, whoever calls it (FSDP2, DDP's reducer, our merges), is a dispatcher operator
+of the `c10d` or `_c10d_functional` namespace. `WireCounter` is a dispatch mode that sees them all and adds up their
+payloads. It slows
 Python down, so it wraps single steps: in tests, in benchmarks, and once in a run under `train.wire_counter: once`.
 
 A payload is the full tensor of the operation: the gathered output, the scattered input, the reduced or broadcast
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# operator name -> which argument carries the payload: the larger of its tensors
+# operator name begins with -> kind; the payload is the larger of what it takes and what it gives
 _KINDS = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
@@ -57,21 +59,26 @@ class WireCounter(TorchDispatchMode):
         self.messages: list[Message] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # let DTensor go first: it turns into collectives, which then pass here (a gradient norm's all-reduce)
+            return NotImplemented
         namespace, _, name = str(func.name()).partition("::")
         if namespace in ("c10d", "_c10d_functional"):
-            self._record(name, args)
+            self._record(namespace, name, args)
         return func(*args, **(kwargs or {}))
 
-    def _record(self, name: str, args: Any) -> None:
+    def _record(self, namespace: str, name: str, args: Any) -> None:
         plain = name.strip("_").split(".")[0].removesuffix("_")
-        for prefix, kind in sorted(_KINDS.items(), key=lambda item: -len(item[0])):
-            if plain.startswith(prefix):
-                tensors = list(_tensors(args))
-                if tensors:
-                    largest = max(tensors, key=lambda tensor: tensor.nbytes)
-                    factor = self.world_size if kind == "all_gather" and namespace_functional(name, args) else 1
-                    self.messages.append(Message(kind, largest.nbytes * factor, largest.dtype))
-                return
+        kind = next(
+            (_KINDS[prefix] for prefix in sorted(_KINDS, key=len, reverse=True) if plain.startswith(prefix)), None
+        )
+        sides = [tensors for tensors in (list(_tensors(arg)) for arg in args) if tensors]
+        if kind is None or not sides:
+            return
+        payload = max(sum(tensor.nbytes for tensor in side) for side in sides)
+        if kind == "all_gather" and namespace == "_c10d_functional":
+            payload *= self.world_size  # functional gathers take only the input shard
+        self.messages.append(Message(kind, payload, sides[0][0].dtype))
 
     def payload_bytes(self, kind: str | None = None) -> int:
         """Sum of payloads, of one kind or of all."""
@@ -81,11 +88,6 @@ class WireCounter(TorchDispatchMode):
         """Bytes that one rank sends if each collective runs as a ring."""
         share = (self.world_size - 1) / self.world_size
         return round(sum(m.payload_bytes * share * (2 if m.kind == "all_reduce" else 1) for m in self.messages))
-
-
-def namespace_functional(name: str, args: Any) -> bool:
-    """Functional all-gathers take only the input shard; their payload is that times the ranks."""
-    return name.startswith("all_gather_into_tensor") and len(list(_tensors(args))) == 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """A pool of rank processes that live for the whole test session: a spawned rank costs seconds, a task on it does not.
 
 `RankPool.run(world_size, "module:function", **arguments)` gives the first `world_size` processes the environment that a
-launcher would (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), calls the function in each, and returns their results by rank.
-Whoever raises makes `run` raise with that rank's traceback, and the pool is started afresh.
+launcher would (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), calls the function in each, and returns their
+results by rank. Whoever raises makes `run` raise with that rank's traceback, and the pool is started afresh.
 """
 
 from __future__ import annotations

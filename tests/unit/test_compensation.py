@@ -97,7 +97,9 @@ class Shards:
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize(("shape", "ranks"), [((60, 96), 2), ((60, 96), 3), ((43, 86), 2), ((4, 64), 3)])
-def test_shards_give_the_uncut_result(shape: tuple[int, int], ranks: int, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_give_the_uncut_result(
+    shape: tuple[int, int], ranks: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(C, "CHUNK_VALUES", 256)  # many chunks too
     weight, basis = problem(*shape, 4, side)
     layout = MatrixLayout(*shape, "nf4")
@@ -110,7 +112,14 @@ def test_shards_give_the_uncut_result(shape: tuple[int, int], ranks: int, side: 
         first, last = layout.rows_of_groups(min(rank * chunk, layout.groups), min((rank + 1) * chunk, layout.groups))
         local = basis if side == "input" else basis[first:last]
         results[rank] = C.compensate(
-            weight[first:last], layout, local, gram, side=side, scale=0.5, rounds=4, sum_over_shards=shards.sum_for(rank)
+            weight[first:last],
+            layout,
+            local,
+            gram,
+            side=side,
+            scale=0.5,
+            rounds=4,
+            sum_over_shards=shards.sum_for(rank),
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
@@ -126,7 +135,11 @@ def test_shards_give_the_uncut_result(shape: tuple[int, int], ranks: int, side: 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 40), cols=st.integers(1, 40), side=st.sampled_from(["input", "output"]), rounds=st.integers(0, 6), d=st.data()
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    side=st.sampled_from(["input", "output"]),
+    rounds=st.integers(0, 6),
+    d=st.data(),
 )
 def test_compensation_never_hurts(rows: int, cols: int, side: str, rounds: int, d: st.DataObject) -> None:
     rank = d.draw(st.integers(1, min(rows, cols)))

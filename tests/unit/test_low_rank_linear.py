@@ -108,7 +108,9 @@ def test_probe_collects_the_weight_gradient_over_micro_batches(side: Side, dense
     weight = layer.effective_weight(torch.float64).requires_grad_()
     for _ in range(3):
         x = torch.randn(2, 5, 48, dtype=torch.float64)
-        assert torch.equal(layer(x), make_layer(side=side, dtype=torch.float64)(x)), "a probe must not change the output"
+        assert torch.equal(layer(x), make_layer(side=side, dtype=torch.float64)(x)), (
+            "a probe must not change the output"
+        )
         layer(x).square().sum().backward()
         nn.functional.linear(x, weight, layer.bias).square().sum().backward()
     gradient = weight.grad

@@ -59,9 +59,14 @@ def test_cheap_methods_keep_the_energy(shape: tuple[int, int], side: str) -> Non
 
 @settings(max_examples=25, deadline=None)
 @given(
-    out_features=st.integers(2, 40), in_features=st.integers(2, 40), side=st.sampled_from(["input", "output"]), d=st.data()
+    out_features=st.integers(2, 40),
+    in_features=st.integers(2, 40),
+    side=st.sampled_from(["input", "output"]),
+    d=st.data(),
 )
-def test_a_gradient_of_the_right_rank_is_caught_whole(out_features: int, in_features: int, side: str, d: st.DataObject) -> None:
+def test_a_gradient_of_the_right_rank_is_caught_whole(
+    out_features: int, in_features: int, side: str, d: st.DataObject
+) -> None:
     rank = d.draw(st.integers(1, min(out_features, in_features)))
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(out_features, rank, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -37,7 +38,7 @@ def test_gaps_never_shrink_and_start_at_zero(
 ) -> None:
     steps = merge_steps(total, gap=gap, schedule=schedule, growth=growth)
     assert steps[0] == 0 and steps[-1] < total
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(steps)]
     assert all(g >= gap for g in gaps)
     if growth >= 1.0:
         assert gaps == sorted(gaps)

@@ -1,0 +1,241 @@
+"""What the rank processes measure: bytes they hold, bytes they allocate in passing, bytes they send.
+
+All three are read off what is really there: storages of live tensors, the allocator's own log, the collectives.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from loqt_scale import weights
+from loqt_scale.batching import micro_steps
+from loqt_scale.build import build_model, design_model
+from loqt_scale.config import RunConfig
+from loqt_scale.data import build_corpus
+from loqt_scale.functional import compensation
+from loqt_scale.metrics import MetricsWriter, Progress
+from loqt_scale.strategies import create_strategy
+from loqt_scale.strategies.wire import WireCounter
+from loqt_scale.trainer import Trainer
+from tests.distributed.tasks import small_config
+
+# kinds of memory, by the last parts of a parameter's name; what matches none is "full_precision"
+KINDS = {
+    "base.codes": "codes",
+    "base.scales": "scales",
+    "projection.codes": "projection",
+    "projection.scales": "projection",
+    "factor": "factor",
+}
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    """The product's trainer on this rank, with nowhere to write to. Every rank."""
+    corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    strategy = create_strategy(config.parallel, device=torch.device("cpu"), dtype=config.model.dtype)
+    progress = Progress(config.train.steps, enabled=False, mode="off")
+    writer = MetricsWriter(config.train.run_dir, enabled=False)
+    return Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
+
+
+def parameter_kind(name: str) -> str:
+    """codes, scales, projection, factor or full_precision."""
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "full_precision")
+
+
+def update_without_merge(trainer: Trainer, step: int) -> None:
+    """The step up to its merge, which the caller runs under its own instruments. Every rank."""
+    if trainer.merges is not None:
+        trainer.merges.prepare(step)
+    trainer.accumulate(step)
+    trainer.strategy.clip(trainer.parameters, trainer.config.optim.clip_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+# ---- what is held ------------------------------------------------------------------------------------------------
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all distinct CPU storages that Python can reach in this process."""
+    gc.collect()
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def kinds_held(trainer: Trainer) -> dict[str, int]:
+    """Bytes per kind behind the model's parameters, their gradients and their Adam moments on this rank."""
+    held: dict[str, dict[int, int]] = defaultdict(dict)  # kind -> storages: FSDP2's gradients share one a block
+
+    def add(kind: str, tensor: Tensor) -> None:
+        storage = trainer.strategy.local(tensor.detach()).untyped_storage()
+        held[kind][storage.data_ptr()] = storage.nbytes()
+
+    for name, parameter in trainer.built.model.named_parameters():
+        add(parameter_kind(name), parameter)
+        if parameter.grad is not None:
+            add("gradients", parameter.grad)
+        state = trainer.optimizer.state.get(parameter, {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in state:
+                add("adam", state[key])
+    return {kind: sum(storages.values()) for kind, storages in held.items()}
+
+
+def one_row_each(trainer: Trainer) -> dict[str, int]:
+    """Bytes per kind of one row (of packed tensors: one row group) of every tensor: what padding may cost."""
+    rows: Counter[str] = Counter()
+    for name, parameter in trainer.built.model.named_parameters():
+        row = parameter.nbytes // parameter.shape[0]
+        rows[parameter_kind(name)] += row
+        if parameter.requires_grad:
+            rows["gradients"] += row
+            rows["adam"] += 2 * row
+    return dict(rows)
+
+
+def held_bytes(**settings: Any) -> dict[str, Any]:
+    """Trains past the second merge; returns bytes per kind as `held`, `rows` and `live`, all new tensors' bytes."""
+    before = live_tensor_bytes()
+    trainer = make_trainer(small_config(settings))
+    last = trainer.merges.steps[1] if trainer.merges is not None else 2
+    for step in range(last + 1):
+        trainer.step(step)
+    held = kinds_held(trainer)
+    live = live_tensor_bytes() - before
+    trainer.accumulate(last + 1)
+    held["gradients"] = kinds_held(trainer)["gradients"]
+    return {"held": held, "rows": one_row_each(trainer), "live": live}
+
+
+# ---- what is allocated in passing --------------------------------------------------------------------------------
+
+
+@dataclass
+class Allocations:
+    """What the CPU allocator did inside a block.
+
+    Args:
+        kept: Bytes allocated inside and still there at its end.
+        passing: Bytes at the highest moment, beyond `kept`.
+        largest: The largest allocations alive at that moment.
+    """
+
+    kept: int = 0
+    passing: int = 0
+    largest: tuple[int, ...] = ()
+
+
+@contextmanager
+def allocations() -> Iterator[Allocations]:
+    """Logs every allocation of torch's CPU allocator, those inside of operators and of LAPACK's workspaces too.
+
+    Memory from before the block counts as neither allocated nor freed, which can only make `passing` larger.
+    """
+    result = Allocations()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield result
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    total, highest, alive = 0, 0, Counter[int]()
+    for event in events:
+        size = event.nbytes()
+        total += size
+        alive[abs(size)] += 1 if size > 0 else -1
+        if total > highest:
+            highest, result.largest = total, tuple(sorted(alive.elements(), reverse=True)[:12])
+    result.kept, result.passing = total, highest - max(total, 0)
+
+
+@contextmanager
+def small_chunks(values: int) -> Iterator[None]:
+    """Streams in chunks of `values` values, so that chunks are small next to a shard."""
+    with (
+        mock.patch.object(compensation, "CHUNK_VALUES", values),
+        mock.patch.object(weights, "CHUNK_ELEMENTS", values),
+    ):
+        yield
+
+
+def transient_bytes(*, chunk_values: int, **settings: Any) -> dict[str, Allocations]:
+    """Allocations of `build` (a second model), `first_merge` (weights are read again) and `merge` (a later one)."""
+    config = small_config(settings)
+    result = {}
+    with small_chunks(chunk_values):
+        trainer = make_trainer(config)
+        vocab_size = trainer.corpus.tokenizer.vocab_size
+        with allocations() as result["build"]:
+            built = build_model(design_model(config, vocab_size=vocab_size), config.model, trainer.strategy)
+        del built
+        assert trainer.merges is not None
+        for name, step in zip(("first_merge", "merge"), trainer.merges.steps, strict=False):
+            update_without_merge(trainer, step)
+            with allocations() as result[name]:
+                trainer.merges.finish(step)
+    return result
+
+
+# ---- what is sent ------------------------------------------------------------------------------------------------
+
+Sent = list[tuple[str, int, str]]  # (kind, payload bytes, dtype)
+
+
+def _sent(counter: WireCounter) -> Sent:
+    return [(m.kind, m.payload_bytes, str(m.dtype).removeprefix("torch.")) for m in counter.messages]
+
+
+def backend_collectives(profiler: profile) -> Counter[str]:
+    """What gloo itself ran, by kind: a witness of the counter that does not pass through the dispatcher."""
+    names = [event.name for event in profiler.events() or () if event.name.startswith("gloo:")]
+    return Counter(name.removeprefix("gloo:") for name in names)
+
+
+def _micro_steps(trainer: Trainer) -> int:
+    train = trainer.config.train
+    return micro_steps(train.global_batch_size, trainer.strategy.world_size, train.micro_batch_size)
+
+
+def traffic(**settings: Any) -> dict[str, Any]:
+    """Collectives of a normal `step` and of a `merge`, and gloo's own count of them. Every rank."""
+    trainer = make_trainer(small_config(settings))
+    world_size = trainer.strategy.world_size
+    trainer.step(0)  # the first optimizer step and FSDP2's first pass do a little more
+    result: dict[str, Any] = {"micro_steps": _micro_steps(trainer)}
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
+        trainer.step(1)
+    result |= {"step": _sent(counter), "step_backend": backend_collectives(profiler), "step_sent": counter.sent_bytes()}
+    if trainer.merges is not None:
+        step = trainer.merges.steps[1]
+        update_without_merge(trainer, step)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
+            trainer.merges.finish(step)
+        result |= {"merge": _sent(counter), "merge_backend": backend_collectives(profiler)}
+        result["merge_sent"] = counter.sent_bytes()
+    result["parameters"] = [
+        {
+            "name": name,
+            "shape": tuple(p.shape),
+            "itemsize": p.itemsize,
+            "floating": p.dtype.is_floating_point,
+            "trains": p.requires_grad,
+        }
+        for name, p in trainer.built.model.named_parameters()
+    ]
+    return result

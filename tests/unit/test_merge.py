@@ -1,0 +1,337 @@
+"""The merge on one device: against an independent float64 implementation, and free of the reference's known faults."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, SubspaceConfig, convert_to_loqt
+from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
+from loqt_scale.layers import LoQTLinear, loqt_layers
+
+Method = Literal["sketch", "randomized", "svd"]
+RANK, SCALE = 8, 0.5
+
+
+class Small(nn.Module):
+    """Linears of every kind: square, wide, tall, with and without bias, and one that stays in full precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 48)
+        self.square = nn.Linear(48, 48, bias=False)
+        self.up = nn.Linear(48, 86)
+        self.down = nn.Linear(86, 48)
+        self.lm_head = nn.Linear(48, 50, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        hidden = hidden + self.square(hidden)
+        hidden = hidden + self.down(torch.tanh(self.up(hidden)))
+        return self.lm_head(hidden)
+
+
+class Dense:
+    """The weights before conversion."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.weights[name][start:stop]
+
+
+def config(method: Method = "svd", **merge: object) -> LoQTConfig:
+    return LoQTConfig(
+        rank=RANK,
+        scale=SCALE,
+        subspace=SubspaceConfig(method=method),
+        merge=MergeConfig(gap=5, schedule="constant", **merge),  # type: ignore[arg-type]
+    )
+
+
+def make(settings: LoQTConfig, *, true_weights: bool = True) -> tuple[Small, MergeCoordinator, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Small()
+    source = Dense(model) if true_weights else None
+    convert_to_loqt(model, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    merges = MergeCoordinator(model, optimizer, settings, total_steps=100, seed=3, initial_weights=source)
+    return model, merges, optimizer
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], (tokens[:, :-1] * 7 + 3) % 50  # a rule that can be learnt
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    inputs, targets = batch(step)
+    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def train(model: nn.Module, merges: MergeCoordinator, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        merges.prepare(step)
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        merges.finish(step)
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+# ---- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def round_trip(matrix: Tensor) -> Tensor:
+    """Through NF4 and back, float64. The quantizer itself has its own oracle in test_quantization."""
+    layout = MatrixLayout(*matrix.shape, "nf4")
+    return unpack(*pack(matrix.float(), layout), layout, torch.float64)
+
+
+def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's merge of one dense merged weight, straight from its description: (P, dequantized W, B), float64."""
+    left, _, right = torch.linalg.svd(gradient.double())
+    basis = round_trip(right[:RANK].T if side == "input" else left[:, :RANK])
+    best: tuple[float, Tensor, Tensor] | None = None
+    low_rank = torch.zeros_like(weight)
+    for _ in range(rounds):
+        base = round_trip(weight - SCALE * low_rank)
+        pinv = torch.linalg.pinv(basis)
+        if side == "input":
+            factor = (weight - base) @ pinv.T / SCALE
+            low_rank = factor @ basis.T
+        else:
+            factor = ((pinv @ (weight - base)) / SCALE).T
+            low_rank = basis @ factor.T
+        error = float((weight - base - SCALE * low_rank).norm())
+        if best is None or error < best[0]:
+            best = (error, base, factor)
+    assert best is not None
+    return basis, best[1], best[2]
+
+
+def dense_gradients(model: Small, step: int) -> dict[str, Tensor]:
+    """Weight gradients of the LoQT layers' effective weights, by autograd on a dense twin of the model."""
+    twin = Small()
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            ours = model.get_submodule(name)
+            dense = ours.effective_weight() if isinstance(ours, LoQTLinear) else ours.weight
+            module.weight.data.copy_(dense)  # type: ignore[arg-type]
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.data.copy_(ours.bias)  # type: ignore[arg-type]
+    loss_of(twin, step).backward()
+    gradients = {name: twin.get_submodule(name).weight.grad for name, _ in loqt_layers(model)}
+    assert all(isinstance(g, Tensor) for g in gradients.values())
+    return gradients  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_svd_merge_equals_the_naive_float64_algorithm(first: bool) -> None:
+    """At step 0 the merged weight is the true initial one; later it is dequant(W_q) + s L(B), B after its own step."""
+    model, merges, optimizer = make(config("svd"))
+    step = 0 if first else 5
+    source = Dense(copy.deepcopy(Small())) if first else None
+    torch.manual_seed(0)
+    source = Dense(Small()) if first else None
+    train(model, merges, optimizer, range(step))
+    gradients = dense_gradients(model, step)
+    merges.prepare(step)
+    loss_of(model, step).backward()
+    optimizer.step()
+    merged = {
+        name: (source.weights[f"{name}.weight"].double() if source else layer.effective_weight(torch.float64))
+        for name, layer in loqt_layers(model)
+    }
+    report = merges.finish(step)
+    assert report is not None
+    for name, layer in loqt_layers(model):
+        basis, base, factor = naive_merge(merged[name], gradients[name], layer.side, rounds=5)
+        ours = layer.projection.dense(torch.float64)
+        signs = torch.sign((ours * basis).sum(0))  # singular vectors are defined up to their sign
+        difference = (ours * signs - basis).abs()
+        assert (difference > 1e-3).float().mean() < 0.02, name  # values on a code's midpoint may fall either way
+        naive_effective = base + SCALE * (factor @ basis.T if layer.side == "input" else basis @ factor.T)
+        error = (merged[name] - layer.effective_weight(torch.float64)).norm() / merged[name].norm()
+        naive_error = (merged[name] - naive_effective).norm() / merged[name].norm()
+        assert float(error) == pytest.approx(float(naive_error), rel=0.02), name
+        assert report.layers[name]["error_after"] == pytest.approx(float(error), rel=1e-3)
+        if first:
+            moved = (layer.base.dense(torch.float64) - base).norm() / base.norm()
+            assert moved < 0.03, name
+            scaled = factor * signs
+            assert (layer.factor.double() - scaled).norm() < 0.1 * scaled.norm(), name
+
+
+def test_randomized_keeps_the_exact_energy_even_of_flat_gradients() -> None:
+    """These toy gradients are as flat as gradients get; tests/integration does it on a language model, sketches too."""
+    for step in (0, 10):
+        model, merges, optimizer = make(config("randomized"))
+        train(model, merges, optimizer, range(step))
+        gradients = dense_gradients(model, step)
+        merges.prepare(step)
+        loss_of(model, step).backward()
+        optimizer.step()
+        merges.finish(step)
+        for name, layer in loqt_layers(model):
+            gradient = gradients[name].double()
+            basis = torch.linalg.qr(layer.projection.dense(torch.float64))[0]
+            kept = (gradient @ basis if layer.side == "input" else basis.T @ gradient).square().sum()
+            left, _, right = torch.linalg.svd(gradient)
+            exact = round_trip(right[:RANK].T if layer.side == "input" else left[:, :RANK])
+            exact = torch.linalg.qr(exact)[0]
+            best = (gradient @ exact if layer.side == "input" else exact.T @ gradient).square().sum()
+            assert kept >= 0.99 * best, (name, step, float(kept / best))
+
+
+# ---- what a merge must do, and must not ------------------------------------------------------------------------------
+
+
+def test_compensation_lowers_the_error_in_every_layer_of_every_merge() -> None:
+    model, merges, optimizer = make(config("sketch"))
+    for step in range(16):
+        merges.prepare(step)
+        loss_of(model, step).backward()
+        optimizer.step()
+        report = merges.finish(step)
+        optimizer.zero_grad()
+        if report is not None:
+            for name, layer in report.layers.items():
+                assert layer["error_after"] < 0.95 * layer["error_before"], (step, name)
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset", "transport"])
+def test_it_learns_under_every_policy(policy: str) -> None:
+    model, merges, optimizer = make(config("sketch", optimizer_state=policy))
+    losses = train(model, merges, optimizer, range(60))
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
+def test_merging_keeps_the_function_up_to_quantization() -> None:
+    model, merges, optimizer = make(config("sketch"))
+    train(model, merges, optimizer, range(5))
+    merges.prepare(5)
+    loss_of(model, 5).backward()
+    optimizer.step()
+    before = float(loss_of(model, 99))
+    merges.finish(5)
+    assert float(loss_of(model, 99)) == pytest.approx(before, rel=0.05)
+
+
+def test_without_quantization_a_merge_changes_nothing_but_the_subspace() -> None:
+    """LoQT-nq: W absorbs the update exactly."""
+    plain = QuantizationConfig(weight="none", projection="none")
+    settings = LoQTConfig(rank=RANK, quantization=plain, merge=MergeConfig(gap=5, schedule="constant"))
+    model, merges, optimizer = make(settings)
+    train(model, merges, optimizer, range(5))
+    merges.prepare(5)
+    loss_of(model, 5).backward()
+    optimizer.step()
+    before = {name: layer.effective_weight() for name, layer in loqt_layers(model)}
+    report = merges.finish(5)
+    for name, layer in loqt_layers(model):
+        torch.testing.assert_close(layer.effective_weight(), before[name], rtol=1e-5, atol=1e-6)
+    assert report is not None and report.means()["update_survival"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_merge_uses_no_global_randomness() -> None:
+    for method in ("sketch", "randomized", "svd"):
+        model, merges, optimizer = make(config(method))  # type: ignore[arg-type]
+        before = torch.get_rng_state()
+        merges.prepare(0)
+        loss_of(model, 0).backward()
+        optimizer.step()
+        merges.finish(0)
+        assert torch.equal(torch.get_rng_state(), before), method
+
+
+def test_biases_go_on_training_after_merges() -> None:
+    model, merges, optimizer = make(config("sketch"))
+    train(model, merges, optimizer, range(6))
+    assert isinstance(model.up.bias, Tensor)
+    before = model.up.bias.detach().clone()
+    train(model, merges, optimizer, range(6, 8))
+    assert not torch.equal(model.up.bias, before)
+
+
+def test_evaluation_while_a_merge_is_pending_changes_nothing() -> None:
+    """The reference's adapters stay off for good after it; ours must not even differ in the last bit."""
+    runs = []
+    for evaluating in (False, True):
+        model, merges, optimizer = make(config("sketch"))
+        for step in range(12):
+            merges.prepare(step)
+            loss = loss_of(model, step)
+            if evaluating:
+                model.eval()
+                with torch.no_grad():
+                    loss_of(model, 1000)
+                model.train()
+            loss.backward()
+            optimizer.step()
+            if evaluating:
+                with torch.no_grad():
+                    loss_of(model, 1000)
+            merges.finish(step)
+            optimizer.zero_grad()
+        runs.append(torch.cat([p.detach().double().flatten() for p in model.parameters()]))
+    assert torch.equal(*runs)
+
+
+def test_probes_are_gone_and_nothing_dense_stays_after_a_merge() -> None:
+    model, merges, optimizer = make(config("svd"))
+    train(model, merges, optimizer, range(1))
+    for _, layer in loqt_layers(model):
+        assert layer.probe is None
+        dense = layer.in_features * layer.out_features
+        held = sum(v.numel() for v in vars(layer).values() if isinstance(v, Tensor))
+        assert held < dense
+
+
+def test_finish_without_prepare_says_what_to_do() -> None:
+    _, merges, _ = make(config("sketch"))
+    with pytest.raises(RuntimeError, match=r"call prepare\(step\) before the forward"):
+        merges.finish(0)
+    assert merges.finish(1) is None
+
+
+def test_gradient_checkpointing_inside_a_merge_step() -> None:
+    results = []
+    for checkpointed in (False, True):
+        model, merges, optimizer = make(config("sketch"))
+        if checkpointed:
+            inner = model.up.forward
+            model.up.forward = lambda x, inner=inner: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)  # type: ignore[method-assign]
+        train(model, merges, optimizer, range(6))
+        results.append(float(loss_of(model, 50)))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_no_linear_matches() -> None:
+    with pytest.raises(ValueError, match=r"loqt\.target_modules \['nope'\].*matches no linear.*square"):
+        convert_to_loqt(Small(), LoQTConfig(rank=4, target_modules=["nope"]))
+
+
+def test_names_choose_layers_and_tied_weights_are_left_alone() -> None:
+    model = Small()
+    model.lm_head.weight = model.embed.weight
+    assert convert_to_loqt(model, LoQTConfig(rank=4, target_modules=["*"], exclude_modules=[])) == [
+        "square",
+        "up",
+        "down",
+    ]
+    other = Small()
+    assert convert_to_loqt(other, LoQTConfig(rank=4, target_modules=["up", "lm*"], exclude_modules=[])) == [
+        "up",
+        "lm_head",
+    ]
+    with pytest.raises(ValueError, match=r"loqt\.rank is 60, but square is 48 x 48; write 48 or less"):
+        convert_to_loqt(Small(), LoQTConfig(rank=60))
