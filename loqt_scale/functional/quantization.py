@@ -17,13 +17,17 @@ bitsandbytes' registered operators, so they run on every device it supports and 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import bitsandbytes  # noqa: F401  (importing it registers torch.ops.bitsandbytes)
 import torch
 from torch import Tensor
+
+# bitsandbytes warns, at import, of an optional CPU kernel for inference that nothing here uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
+import bitsandbytes  # noqa: E402, F401  (importing it registers torch.ops.bitsandbytes)
 
 Scheme = Literal["nf4", "none"]
 SCALE_BYTES = 4  # float32

@@ -129,7 +129,9 @@ def test_startup_and_merges_pass_through_one_shard_at_a_time(run: Run) -> None:
                 f"rank {rank}: {name} allocated {made.passing} bytes in passing, allowed are {allowed}; one layer's "
                 f"dense shard is {shard}, all layers' are {all_shards}; largest at the peak: {made.largest}"
             )
-            assert name == "build" or made.kept <= 2 * FLOAT * CHUNK_VALUES, f"{name} left {made.kept} bytes behind"
+            # the weight source keeps its last chunk, gloo's thread may still hold the last B that it summed
+            left = FLOAT * (2 * CHUNK_VALUES + RANK * (HIDDEN + INTERMEDIATE))
+            assert name == "build" or made.kept <= left, f"{name} left {made.kept} bytes behind, allowed are {left}"
 
 
 # ---- wire --------------------------------------------------------------------------------------------------------

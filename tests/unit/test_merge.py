@@ -156,7 +156,7 @@ def test_svd_merge_equals_the_naive_float64_algorithm(first: bool) -> None:
     for name, layer in loqt_layers(model):
         basis, base, factor = naive_merge(merged[name], gradients[name], layer.side, rounds=5)
         ours = layer.projection.dense(torch.float64)
-        assert ((ours - basis).abs() > 1e-3).float().mean() < 0.02, name  # values on a code's midpoint may fall either way
+        assert ((ours - basis).abs() > 1e-3).float().mean() < 0.02, name  # midpoints of codes may fall either way
         naive_effective = base + SCALE * (factor @ basis.T if layer.side == "input" else basis @ factor.T)
         error = (merged[name] - layer.effective_weight(torch.float64)).norm() / merged[name].norm()
         naive_error = (merged[name] - naive_effective).norm() / merged[name].norm()
