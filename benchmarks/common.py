@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed works too
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from loqt_scale import weights
+from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import resolve_side
 from loqt_scale.functional.projection import sketch_width
 from loqt_scale.functional.quantization import MatrixLayout
@@ -224,7 +225,7 @@ def low_rank_merge_bytes(world_size: int, shapes: list[tuple[int, int]], rank: i
         # output side: B gathered, then summed a round; input side: B gathered and sent back where rows do not align
         exchanges = 1 + rounds if side == "output" else 2
         aligned = side == "input" and rows % world_size == 0 and cols % layout.block_size == 0
-        sketch = FLOAT * p_rows * sketch_width(rank, rows, cols, oversampling=1.0)
+        sketch = FLOAT * p_rows * sketch_width(rank, rows, cols, oversampling=SubspaceConfig().oversampling)
         scalars = FLOAT * (1 + 1 + 2 * rounds + 2)  # energy, ||W||, two a round, survival
         total += sketch + 2 * packed + (0 if aligned else exchanges * factor) + scalars
     return total

@@ -1,0 +1,199 @@
+"""How long a LoQT step takes beside a full-rank step, and where the time of steps and merges goes.
+
+Both models live in one process and take turns, A B A B, so that what else the machine does hits both; the result is
+the median over the pairs of time(loqt) / time(full). Steps are the trainer's own arithmetic: forward, backward, clipping, AdamW.
+A merge is timed apart and given in steps, since it comes once in a hundred or more. Ratios travel between machines,
+seconds do not.
+
+    python benchmarks/step_time.py --threads 2   # LLaMA 60M shape, float32 and bfloat16
+    python benchmarks/step_time.py --quick       # a small shape, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from common import ROOT, publish, table
+
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from loqt_scale.config_io import parse_run_config
+from loqt_scale.trainer import Trainer
+from tests.distributed.footprint_tasks import make_trainer, update_without_merge
+
+METHODS = ("loqt", "full")
+# operator -> group; looked up by the first fragment that its name contains
+GROUPS = {
+    "quantize_4bit": "(de)quantize",
+    "bucketize": "(de)quantize",
+    "scaled_dot_product": "attention",
+    "flash_attention": "attention",
+    "addmm": "matrix products",
+    "bmm": "matrix products",
+    "::mm": "matrix products",
+    "linalg": "factorisation (QR, SVD, Cholesky)",
+    "svd": "factorisation (QR, SVD, Cholesky)",
+    "geqrf": "factorisation (QR, SVD, Cholesky)",
+    "orgqr": "factorisation (QR, SVD, Cholesky)",
+    "cholesky": "factorisation (QR, SVD, Cholesky)",
+    "eigh": "factorisation (QR, SVD, Cholesky)",
+    "adam": "optimizer",
+    "randn": "random numbers",
+    "normal_": "random numbers",
+    "softmax": "softmax, loss",
+    "nll_loss": "softmax, loss",
+    "embedding": "embedding",
+    "norm": "norms and clipping",
+    "copy_": "copies and casts",
+    "cat": "copies and casts",
+    "clone": "copies and casts",
+    "sum": "elementwise and sums",
+    "mul": "elementwise and sums",
+    "add": "elementwise and sums",
+    "sub": "elementwise and sums",
+    "silu": "elementwise and sums",
+    "pow": "elementwise and sums",
+    "zero_": "elementwise and sums",
+    "fill_": "elementwise and sums",
+}
+
+
+def trainer_of(method: str, dtype: str, options: argparse.Namespace, folder: str) -> Trainer:
+    """A trainer in one process."""
+    words = [f"--method={method}", f"--model.dtype={dtype}", f"--model.preset={options.preset}"]
+    words += [f"--loqt.rank={options.rank}", "--loqt.merge.gap=1", "--data.tokenizer=bytes"]
+    words += [f"--data.seq_len={options.seq_len}", "--data.max_eval_sequences=2", "--train.steps=1000"]
+    words += [f"--train.global_batch_size={options.sequences}", f"--train.micro_batch_size={options.sequences}"]
+    words += ["--optim.lr=1e-3", "--parallel.strategy=single", f"--train.run_dir={Path(folder) / 'run'}"]
+    return make_trainer(parse_run_config([*words, "--train.progress=off"]))
+
+
+def update(trainer: Trainer, step: int) -> None:
+    """A normal step: the same without probes."""
+    trainer.accumulate(step)
+    trainer.strategy.clip(trainer.parameters, trainer.config.optim.clip_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def merge_of(trainer: Trainer, index: int) -> Callable[[], object]:
+    """The merge after the index-th merge step, which this call runs up to it."""
+    assert trainer.merges is not None
+    merges, step = trainer.merges, trainer.merges.steps[index]
+    update_without_merge(trainer, step)
+    return lambda: merges.finish(step)
+
+
+def group_of(operator: str) -> str:
+    """The group of an operator's name."""
+    return next((group for fragment, group in GROUPS.items() if fragment in operator), "other")
+
+
+def op_groups(work: Callable[[], object], count: int) -> list[tuple[str, float]]:
+    """(group, share of the operators' own time) of the `count` largest groups. A backend's inner operators count to it."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    times: Counter[str] = Counter()
+    for event in profiler.events() or ():
+        parent, name = event.cpu_parent, event.name
+        while parent is not None:  # bitsandbytes' quantizer is made of torch operators
+            if "quantize_4bit" in parent.name:
+                name = parent.name
+            parent = parent.cpu_parent
+        times[group_of(name)] += event.self_cpu_time_total
+    total = sum(times.values())
+    return [(group, value / total) for group, value in times.most_common(count)]
+
+
+def share_table(columns: dict[str, list[tuple[str, float]]]) -> str:
+    """Groups by rows, pieces of work by columns."""
+    names = list(dict.fromkeys(group for column in columns.values() for group, _ in column))
+    rows = [[name, *(f"{dict(c)[name]:.0%}" if name in dict(c) else "-" for c in columns.values())] for name in names]
+    return table(["share of operators' time", *columns], rows)
+
+
+def compare(dtype: str, options: argparse.Namespace, folder: str) -> tuple[list[object], str]:
+    """(row of times, table of shares) at one compute dtype."""
+    trainers = {method: trainer_of(method, dtype, options, folder) for method in METHODS}
+    merge_of(trainers["loqt"], 0)()  # before it P and B are zero
+    for trainer in trainers.values():
+        update(trainer, 1)  # warm-up
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    for repeat in range(options.repeats):
+        for method in METHODS if repeat % 2 == 0 else METHODS[::-1]:
+            times[method].append(seconds(lambda m=method, s=2 + repeat: update(trainers[m], s)))  # type: ignore[misc]
+    ratios = sorted(loqt / full for loqt, full in zip(times["loqt"], times["full"], strict=True))
+    loqt, full = (statistics.median(times[method]) for method in METHODS)
+    merges = [seconds(merge_of(trainers["loqt"], 1 + index)) for index in range(options.merges)]
+    merge = statistics.median(merges)
+    row: list[object] = [dtype, f"{full:.3f}", f"{loqt:.3f}", f"**{statistics.median(ratios):.3f}**"]
+    row += [f"{ratios[0]:.3f} to {ratios[-1]:.3f}", f"{merge:.2f}", f"{merge / loqt:.1f}"]
+    columns = {
+        f"{method} step": op_groups(lambda m=method: update(trainers[m], 900), options.groups)  # type: ignore[misc]
+        for method in METHODS
+    }
+    columns["loqt merge"] = op_groups(merge_of(trainers["loqt"], 1 + options.merges), options.groups)
+    return row, f"{dtype}:\n\n{share_table(columns)}"
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=8, help="sequences a step, in one micro-batch")
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=9, help="pairs of steps")
+    parser.add_argument("--merges", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=8, help="rows of the tables of shares")
+    parser.add_argument("--preset", default="llama_60m")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset, options.rank, options.sequences, options.seq_len = "llama_micro", 32, 2, 64
+        options.repeats, options.merges = 3, 1
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    rows, shares = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in options.dtypes:
+            row, share = compare(dtype, options, folder)
+            rows.append(row)
+            shares.append(share)
+            print(row, flush=True)
+    header = ["dtype", "full step, s", "loqt step, s", "loqt / full", "pairs from ... to", "merge, s", "merge / step"]
+    text = (
+        f"{table(header, rows)}\n\n{options.preset}, rank {options.rank}, {options.sequences} sequences of "
+        f"{options.seq_len} tokens, byte vocabulary (320), {options.threads} thread(s), {options.repeats} alternating "
+        f"pairs.\n\n" + "\n\n".join(shares)
+    )
+    if options.quick:
+        print(text)
+        return
+    command = f"python benchmarks/step_time.py --threads {options.threads} --sequences {options.sequences}"
+    publish("Step time: LoQT against full-rank training", command, text)
+
+
+if __name__ == "__main__":
+    main()
