@@ -128,11 +128,10 @@ def peak_table(peaks: dict[str, dict[str, int]]) -> str:
     """Peaks of one process, absolute and against full-rank training's step."""
     full = peaks["full"]["step"]
     cases = [("full", "step"), ("loqt", "step"), ("loqt", "merge")]
-    rows = [
-        [f"{method}, {'a merge step' if name == 'merge' else 'a normal step'}", mebibytes(peaks[method][name])]
-        + [f"{peaks[method][name] / full:.2f}"]
-        for method, name in cases
-    ]
+    rows = []
+    for method, name in cases:
+        size, kind = peaks[method][name], "a merge step" if name == "merge" else "a normal step"
+        rows.append([f"{method}, {kind}", mebibytes(size), f"{size / full:.2f}"])
     return table(["one process, everything alive at the peak", "MiB", "to full's step"], rows)
 
 
@@ -158,7 +157,8 @@ def main() -> None:
     pool.close()
     notes = (
         f"{preset} with the byte tokenizer's vocabulary (320), rank {rank}, float32, 4 sequences of {seq_len} tokens a "
-        "step in micro-batches of 2, blocks gathered again for backward. `in passing`: the highest moment beyond what "
+        "step in micro-batches of 2, blocks gathered again for backward. Full-rank training's linears count as "
+        "full-precision parameters. `in passing`: the highest moment beyond what "
         "stays. `payload`: whole tensors as the collectives see them; `sent in a ring`: what one rank sends. The peaks "
         "include activations. Workspaces of gloo and of BLAS are not torch's and not in the log."
     )

@@ -1,7 +1,7 @@
 """How long a LoQT step takes beside a full-rank step, and where the time of steps and merges goes.
 
 Both models live in one process and take turns, A B A B, so that what else the machine does hits both; the result is
-the median over the pairs of time(loqt) / time(full). Steps are the trainer's own arithmetic: forward, backward, clipping, AdamW.
+the median over the pairs of time(loqt) / time(full). A step is forward, backward, clipping and AdamW.
 A merge is timed apart and given in steps, since it comes once in a hundred or more. Ratios travel between machines,
 seconds do not.
 
@@ -41,6 +41,9 @@ GROUPS = {
     "addmm": "matrix products",
     "bmm": "matrix products",
     "::mm": "matrix products",
+    "LowRankLinear": "Python of the layer and autograd",
+    "autograd::engine": "Python of the layer and autograd",
+    "vector_norm": "norms and clipping",
     "linalg": "factorisation (QR, SVD, Cholesky)",
     "svd": "factorisation (QR, SVD, Cholesky)",
     "geqrf": "factorisation (QR, SVD, Cholesky)",
@@ -107,7 +110,7 @@ def group_of(operator: str) -> str:
 
 
 def op_groups(work: Callable[[], object], count: int) -> list[tuple[str, float]]:
-    """(group, share of the operators' own time) of the `count` largest groups. A backend's inner operators count to it."""
+    """(group, share of the operators' own time) of the `count` largest groups; quantizers own their inner ops."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
     times: Counter[str] = Counter()
