@@ -110,7 +110,7 @@ def group_of(operator: str) -> str:
 
 
 def op_groups(work: Callable[[], object], count: int) -> list[tuple[str, float]]:
-    """(group, share of the operators' own time) of the `count` largest groups; quantizers own their inner ops."""
+    """(group, share of operators' own time) of the `count` largest groups; quantizers own their inner ops."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
     times: Counter[str] = Counter()
