@@ -277,12 +277,11 @@ class MergeCoordinator:
         """This rank's rows of W = dequant(W_q) + s L(B), float32; at step 0 W_q is the true initial weight. Local."""
         layer = self._layers[name]
         layout = layer.spec.base
-        if first and self._initial_weights is not None:
-            weight = self._initial_weights.rows(f"{name}.weight", *rows).to(self._strategy.device, copy=True)
-        else:
-            scales = None if layer.base.scales is None else self._strategy.read(layer.base.scales)
-            codes = self._strategy.read(layer.base.codes)
-            weight = unpack(codes, scales, layout, torch.float32, rows=rows[1] - rows[0])
+        if first and self._initial_weights is not None:  # P and B are still zero: there is nothing to add
+            return self._initial_weights.rows(f"{name}.weight", *rows).to(self._strategy.device)
+        scales = None if layer.base.scales is None else self._strategy.read(layer.base.scales)
+        codes = self._strategy.read(layer.base.codes)
+        weight = unpack(codes, scales, layout, torch.float32, rows=rows[1] - rows[0])
         add_low_rank(weight, layout, basis, factor, layer.side, layer.spec.scale)
         return weight
 

@@ -124,7 +124,8 @@ def compensate(
     """
     pinv = basis @ gram_inverse(gram_RR)  # P^+T: (I, r), or this shard's rows of it
     zero = weight_NI.new_zeros((weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1]))
-    norm = sum_over_shards(weight_NI.square().sum()).clamp_min(1e-30)
+    # not square().sum(): that would be a second dense shard
+    norm = sum_over_shards(torch.linalg.vector_norm(weight_NI).square()).clamp_min(1e-30)
     best: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
     before = norm.new_zeros(())
     factor: Tensor | None = None

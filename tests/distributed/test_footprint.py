@@ -104,9 +104,8 @@ CHUNK_VALUES = 2**13
 CHUNK_BYTES = 32 * CHUNK_VALUES  # a chunk's weight, target, low-rank rows, residual and what quantize_4bit makes of it
 PACKED_SHARDS = 3  # codes and scales of a shard: the best round's, and this round's in pieces and joined
 LOW_RANK_COPIES = 4  # of P and of B, whole: old, new, its pseudo-inverse; old, zero, best, new
-# DENSE_SHARDS should be 1. Today the second is `weight.square()` in compensation.compensate (every merge) and
-# `.to(device, copy=True)` in MergeCoordinator._merged_rows (first merge).
-DENSE_SHARDS = 2
+# W itself: a merge adds no second dense shard
+DENSE_SHARDS = 1
 
 
 def passing_limit(world_size: int) -> int:
