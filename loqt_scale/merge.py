@@ -127,9 +127,13 @@ class MergeCoordinator:
         """All merge steps of the run."""
         return list(self._index_of_step)
 
+    def is_merge_step(self, step: int) -> bool:
+        """Whether a merge follows the optimizer step `step`."""
+        return step in self._index_of_step
+
     def prepare(self, step: int) -> None:
         """Before the forward passes of a step: attaches probes if the step ends in a merge. Local."""
-        if step not in self._index_of_step:
+        if not self.is_merge_step(step):
             return
         subspace = self._config.subspace
         for name, layer in self._layers.items():
@@ -146,7 +150,7 @@ class MergeCoordinator:
     @torch.no_grad()
     def finish(self, step: int) -> MergeReport | None:
         """After the optimizer step: merges all layers if the step is a merge step, else does nothing. Every rank."""
-        if step not in self._index_of_step:
+        if not self.is_merge_step(step):
             return None
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}

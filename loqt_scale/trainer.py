@@ -101,7 +101,7 @@ class Trainer:
                 self.merges.prepare(step)
             loss = self.accumulate(step)
             norm = self.strategy.clip(self.parameters, self.config.optim.clip_norm)
-            merging = self.merges is not None and step in self.merges.steps
+            merging = self.merges is not None and self.merges.is_merge_step(step)
             logged = (step + 1) % train.log_every == 0 or merging
             values = self._read(step, loss, norm) if logged else {}
             self.optimizer.step()
