@@ -28,6 +28,9 @@ class DDPStrategy(DistributedStrategy):
             gradient_as_bucket_view=True,
         )
         wrapped.register_comm_hook(None, _sum_hook)
+        # torch's C++ reducer drops its process group while it holds the GIL, and gloo's thread may need the GIL to end:
+        # a deadlock whenever that is the last reference. Set after `reducer`, this one is dropped after it, GIL released.
+        wrapped.process_group_outlives_reducer = wrapped.process_group
         return wrapped
 
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
