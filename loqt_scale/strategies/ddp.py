@@ -28,9 +28,9 @@ class DDPStrategy(DistributedStrategy):
             gradient_as_bucket_view=True,
         )
         wrapped.register_comm_hook(None, _sum_hook)
-        # torch's C++ reducer drops its process group while it holds the GIL, and gloo's thread may need the GIL to end:
-        # a deadlock whenever that is the last reference. Set after `reducer`, this one is dropped after it, GIL released.
-        wrapped.process_group_outlives_reducer = wrapped.process_group
+        # torch's C++ reducer drops its process group while holding the GIL, which gloo's thread may need to end: a
+        # deadlock if that was the last reference. This one, set after `reducer`, goes after it and without the GIL.
+        wrapped.__dict__["process_group_outlives_reducer"] = wrapped.process_group
         return wrapped
 
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
