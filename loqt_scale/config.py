@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Method = Literal["loqt", "full"]
-Strategy = Literal["auto", "single", "ddp", "fsdp"]
+Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
 Side = Literal["auto", "input", "output"]
 SubspaceMethod = Literal["sketch", "randomized", "svd"]
 QuantScheme = Literal["nf4", "none"]
@@ -269,14 +269,25 @@ class ParallelConfig:
 
     Args:
         strategy: auto = fsdp under a launcher with several ranks, else single; single, ddp (everything replicated),
-            fsdp (FSDP2: everything sharded).
+            fsdp (FSDP2: everything sharded), zero (DeepSpeed).
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
+        zero_stage: zero: 1 = optimizer states are sharded, 2 = gradients too, 3 = everything. Default: zero_config's,
+            or 3.
+        zero_config: zero: DeepSpeed JSON file with settings beyond ours; "auto" values are filled from ours. Default:
+            none, all of them auto.
+        zero_offload: zero: what is kept in host memory: none, optimizer = optimizer states, parameters = those and
+            (stage 3) every parameter. Default: zero_config's, or none.
+        zero_log_level: zero: least severe of DeepSpeed's own messages that reach the console.
         timeout_seconds: A collective that waits longer than this ends the run.
     """
 
     strategy: Strategy = "auto"
     reshard_after_forward: bool = True
+    zero_stage: Literal[1, 2, 3] | None = None
+    zero_config: str | None = None
+    zero_offload: Literal["none", "optimizer", "parameters"] | None = None
+    zero_log_level: Literal["error", "warning", "info", "debug"] = "error"
     timeout_seconds: int = 600
 
     def __post_init__(self) -> None:
