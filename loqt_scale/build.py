@@ -30,13 +30,11 @@ class BuiltModel:
     """A model ready to train.
 
     Args:
-        wrapped: What a training step calls.
-        model: The same without the strategy's wrapper.
+        model: The model, without its strategy's wrapper.
         initial_weights: Source of the weights as they were before quantization.
         dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
     """
 
-    wrapped: nn.Module
     model: nn.Module
     initial_weights: WeightSource
     dense_layers: tuple[str, ...]
@@ -96,7 +94,7 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
     model = strategy.shard(model, blocks)
     allocate(model, strategy.device)
     fill(model, source, strategy)
-    return BuiltModel(strategy.wrap(model), model, source, design.dense_layers)
+    return BuiltModel(model, source, design.dense_layers)
 
 
 def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
@@ -114,7 +112,8 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device=device)
+    if any(parameter.is_meta for parameter in model.parameters()):  # else the strategy has allocated them already
+        model.to_empty(device=device)
     for (first, first_name), *others in holders.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
@@ -123,32 +122,35 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
-    """Gives every parameter its value, from this rank's rows of the source only. Local.
+    """Gives every parameter its value; each rank reads and packs its work share of the rows only. Every rank.
 
     LoQT layers get their packed base; P and B start at zero (the first merge, at step 0, sets them).
     """
+    filled = set()
     for name, layer in loqt_layers(model):
-        _fill_base(f"{name}.weight", layer, source, strategy)
-        for parameter in (layer.projection.codes, layer.projection.scales, layer.factor):
-            if parameter is not None:
-                strategy.local(parameter).zero_()
-    packed = {f"{name}.{part}" for name, _ in loqt_layers(model) for part in _PACKED_PARTS}
+        parameters = layer.merged_parameters()
+        filled |= {id(parameter) for parameter in parameters}
+        with strategy.editing(parameters):
+            _fill_base(f"{name}.weight", layer, source, strategy)
+            for parameter in (*layer.projection.parameters(), layer.factor):
+                strategy.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=strategy.device))
     for name, parameter in model.named_parameters():
-        if name not in packed:
-            strategy.local(parameter).copy_(source.rows(name, *strategy.stored_rows(parameter)))
-
-
-_PACKED_PARTS = ("base.codes", "base.scales", "projection.codes", "projection.scales", "factor")
+        if id(parameter) not in filled:
+            with strategy.editing([parameter]):
+                rows = source.rows(name, *strategy.rows(parameter.shape[0]))
+                strategy.write(parameter, rows.to(strategy.device, parameter.dtype))
 
 
 def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, strategy: Strategy) -> None:
-    """Packs this rank's rows of one weight, a chunk of rows at a time."""
+    """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
     layout, base = layer.spec.base, layer.base
-    first_group, last_group = strategy.stored_rows(base.codes)
-    first, last = layout.rows_of_groups(first_group, last_group)
-    for start, stop in row_chunks(last - first, layout):
-        codes, scales = pack(source.rows(name, first + start, first + stop).to(strategy.device), layout)
-        groups = slice(start // layout.group_rows, start // layout.group_rows + codes.shape[0])
-        strategy.local(base.codes)[groups] = codes
-        if base.scales is not None and scales is not None:
-            strategy.local(base.scales)[groups] = scales
+    first, last = layout.rows_of_groups(*strategy.rows(layout.groups))
+    chunks = [
+        pack(source.rows(name, first + start, first + stop).to(strategy.device), layout)
+        for start, stop in row_chunks(last - first, layout)
+    ]
+    none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=strategy.device)  # more ranks than rows
+    strategy.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
+    if base.scales is not None and layout.scales_shape is not None:
+        none = torch.empty(0, layout.scales_shape[1], dtype=torch.uint8, device=strategy.device)
+        strategy.write(base.scales, torch.cat([none, *(scales for _, scales in chunks if scales is not None)]))

@@ -44,7 +44,6 @@ from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
 from loqt_scale.layers import GradientProbe, LoQTLinear, loqt_layers
-from loqt_scale.optim import adam_moments
 from loqt_scale.strategies import Strategy
 
 MERGE_DIAGNOSTICS = ("error_before", "error_after", "gradient_energy", "subspace_overlap", "update_survival")
@@ -161,7 +160,8 @@ class MergeCoordinator:
                 mine = self._factorise(wave[self._strategy.rank], collected[self._strategy.rank], step)
             del collected
             for owner, name in enumerate(wave):
-                diagnostics[name] = self._merge_layer(name, owner, mine, first=step == 0)
+                with self._strategy.editing(self._layers[name].merged_parameters()):
+                    diagnostics[name] = self._merge_layer(name, owner, mine, first=step == 0)
         values = {name: [float(v) for v in tensor.cpu()] for name, tensor in diagnostics.items()}
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
@@ -209,7 +209,7 @@ class MergeCoordinator:
             codes, scales = pack(mine[0], layout)
             energy.copy_(mine[1])
         else:
-            codes = torch.empty(layout.codes_shape, dtype=layout.codes_dtype, device=strategy.device)
+            codes = torch.empty(layout.codes_shape, dtype=torch.uint8, device=strategy.device)
             shape = layout.scales_shape
             scales = None if shape is None else torch.empty(shape, dtype=torch.uint8, device=strategy.device)
         for tensor in (codes, scales, energy):
@@ -306,12 +306,13 @@ class MergeCoordinator:
             strategy.store(layer.factor, strategy.gather_pieces(result.factor, ranges))
 
     def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
-        """Applies the state policy to B's Adam moments, shard by shard. Local."""
-        moments = adam_moments(self._optimizer, layer.factor)
-        if moments is None:
-            return
-        first, second = (self._strategy.local(moment) for moment in moments)
-        apply_state_policy(first, second, rotation, self._config.merge.optimizer_state)
+        """Applies the state policy to B's Adam moments. Every rank."""
+        policy = self._config.merge.optimizer_state
+        self._strategy.edit_moments(
+            self._optimizer,
+            layer.factor,
+            lambda first, second: apply_state_policy(first, second, rotation, policy),
+        )
 
 
 def _aligned(spec: LowRankSpec, strategy: Strategy) -> bool:

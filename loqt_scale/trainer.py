@@ -59,10 +59,11 @@ class Trainer:
         train = config.train
         self.corpus = corpus
         self.built = build_model(design, config.model, strategy)
-        self.model = self.built.wrapped
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = create_optimizer(self.built.model, config.optim, self.built.dense_layers)
-        self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps)
+        self.model = strategy.wrap(self.built.model, self.optimizer)
+        ours = not strategy.schedules_learning_rate
+        self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
         self.rates = RateMeter()
         self.tokens = 0
@@ -100,17 +101,17 @@ class Trainer:
             if self.merges is not None:
                 self.merges.prepare(step)
             loss = self.accumulate(step)
-            norm = self.strategy.clip(self.parameters, self.config.optim.clip_norm)
             merging = self.merges is not None and self.merges.is_merge_step(step)
             logged = (step + 1) % train.log_every == 0 or merging
-            values = self._read(step, loss, norm) if logged else {}
-            self.optimizer.step()
+            rates = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            norm = self.strategy.update(
+                self.model, self.optimizer, self.parameters, max_norm=self.config.optim.clip_norm, check=logged
+            )
+            values = self._read(step, loss, norm) | rates if logged else {}
         values |= self._wire_values("wire/step", counter)
         values |= self.merge(step, counter)
-        if values:
-            values |= {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.rates.tick(self.tokens_per_step)
         self._report(step, values)
 
@@ -127,7 +128,7 @@ class Trainer:
                 with strategy.autocast():
                     logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
-                loss.backward()
+                strategy.backward(self.model, loss)
             total += loss.detach()
         return strategy.sum(total)
 
@@ -163,7 +164,7 @@ class Trainer:
         return loss
 
     def _read(self, step: int, loss: Tensor, norm: Tensor) -> dict[str, float]:
-        """Reads loss and norm (waits for the device), before they can do harm."""
+        """Loss and norm as numbers; ends the run if one is not finite (then `update` has applied nothing)."""
         values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
         if not all(math.isfinite(value) for value in values.values()):
             good = ", ".join(f"{key} {value:.6g}" for key, value in self.last_good.items()) or "none yet"
@@ -218,7 +219,7 @@ def train(config: RunConfig) -> dict[str, float]:
     """
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
-    strategy = create_strategy(config.parallel, device=device, dtype=config.model.dtype)
+    strategy = create_strategy(config, device=device)
     try:
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)

@@ -9,7 +9,8 @@ Blocks run along rows. When `cols` is not a multiple of the block, a block cross
 `codes` and `scales` counts groups. Any cut along dim 0 therefore leaves each part quantizable by itself, bit for bit as
 the whole: this is what makes a merge local to a shard. The last group is padded with zero rows.
 
-Scheme `none` keeps the matrix as one float32 tensor of shape (rows, cols), group = row.
+Scheme `none` keeps the matrix's float32 values, as bytes too (a mixed-precision cast would round a frozen weight that
+merges rely on); group = row.
 
 Equation: W[i] = NF4_TABLE[code_i] * scale_{block(i)} (QLoRA, Dettmers et al. 2023, section 3). The kernels are
 bitsandbytes' registered operators, so they run on every device it supports and trace under torch.compile.
@@ -30,7 +31,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gem
 import bitsandbytes  # noqa: E402, F401  (importing it registers torch.ops.bitsandbytes)
 
 Scheme = Literal["nf4", "none"]
-SCALE_BYTES = 4  # float32
+SCALE_BYTES = VALUE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,8 @@ class MatrixLayout:
 
     @property
     def codes_shape(self) -> tuple[int, int]:
-        """(groups, bytes per group) of the uint8 codes; (rows, cols) of the float32 tensor under `none`."""
-        return (self.groups, self.group_values if self.scheme == "none" else self.group_values // 2)
-
-    @property
-    def codes_dtype(self) -> torch.dtype:
-        """uint8, or float32 under `none`."""
-        return torch.float32 if self.scheme == "none" else torch.uint8
+        """(groups, bytes per group) of the uint8 codes."""
+        return (self.groups, self.group_values * VALUE_BYTES if self.scheme == "none" else self.group_values // 2)
 
     @property
     def scales_shape(self) -> tuple[int, int] | None:
@@ -94,10 +90,11 @@ def pack(dense_RC: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor | None]
         matrix's end. layout: Layout of the whole matrix.
 
     Returns:
-        codes (groups_n, bytes) uint8 and scales (groups_n, bytes) uint8; or (float32 copy, None) under `none`.
+        codes (groups_n, bytes) uint8 and scales (groups_n, bytes) uint8; scales are None under `none`.
     """
     if layout.scheme == "none":
-        return dense_RC.to(torch.float32, copy=True), None
+        values = dense_RC.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return values.view(torch.uint8), None
     rows = dense_RC.shape[0]
     groups = -(-rows // layout.group_rows)
     codes_shape, scales_shape = layout.codes_shape, layout.scales_shape
@@ -119,7 +116,7 @@ def unpack(
     """Dequantizes groups of rows into a fresh dense tensor.
 
     Args:
-        codes: (groups_n, bytes) uint8, or (n, cols) float32 under `none`.
+        codes: (groups_n, bytes) uint8.
         scales: (groups_n, bytes) uint8, or None.
         layout: Layout of the whole matrix.
         dtype: Dtype of the result; float64 is dequantized in float32 and widened.
@@ -130,7 +127,7 @@ def unpack(
     """
     rows = layout.rows if rows is None else rows
     if layout.scheme == "none":
-        return codes.to(dtype, copy=True)
+        return codes.view(torch.float32).to(dtype, copy=True)
     assert scales is not None
     if codes.shape[0] == 0:
         return codes.new_empty((0, layout.cols), dtype=dtype)

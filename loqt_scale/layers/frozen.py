@@ -20,8 +20,8 @@ class FrozenMatrix(nn.Module):
         device: Where its storage lives; `meta` allocates nothing.
 
     Attributes:
-        codes: uint8 (groups, bytes per group), or float32 (rows, cols) under scheme `none`.
-        scales: uint8 (groups, bytes per group), or None.
+        codes: uint8 (groups, bytes per group).
+        scales: uint8 (groups, bytes per group), or None under scheme `none`.
     """
 
     codes: nn.Parameter
@@ -30,7 +30,7 @@ class FrozenMatrix(nn.Module):
     def __init__(self, layout: MatrixLayout, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.layout = layout
-        codes = torch.zeros(layout.codes_shape, dtype=layout.codes_dtype, device=device)
+        codes = torch.zeros(layout.codes_shape, dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         if layout.scales_shape is None:
             self.register_parameter("scales", None)

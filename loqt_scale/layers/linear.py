@@ -120,6 +120,10 @@ class LoQTLinear(nn.Module):
         """r."""
         return self.spec.projection.cols
 
+    def merged_parameters(self) -> list[nn.Parameter]:
+        """What a merge replaces: codes and scales of W_q and P, and B."""
+        return [*self.base.parameters(), *self.projection.parameters(), self.factor]
+
     @property
     def side(self) -> Literal["input", "output"]:
         """Side on which P stands."""

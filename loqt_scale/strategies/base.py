@@ -2,11 +2,14 @@
 
 A strategy answers four questions and nothing else in the package asks them:
 
-1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?      wrap, stored_rows,
-local 2. *work shares*: which rows does this rank work on in a merge, and how do the results spread?        rows, read,
-write, ...
-3. *a step*: how are gradients summed over ranks, and in which dtype does the forward pass run?      micro_step, clip
-4. *talk*: sums, broadcasts, barriers.                                                             sum, reduce_to, ...
+1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?
+   shard, wrap, stored_rows, local
+2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
+   editing, rows, read, write, store, gather, edit_moments
+3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
+   micro_step, autocast, backward, update
+4. *talk*: sums, broadcasts, barriers.
+   sum, reduce_to, broadcast, any, barrier
 
 Gradients are *summed* over ranks and micro-batches, never averaged: the trainer divides the loss by the step's token
 count, so that unequal shares weigh by tokens. The chosen strategy is made once (`strategies.create`); nobody tests for
@@ -17,11 +20,13 @@ All shapes below count dim 0 of a parameter as rows. "Every rank" marks collecti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from loqt_scale.optim import adam_moments
 
 
 def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -57,9 +62,19 @@ class Strategy:
         """Decides the placement of a meta-device model's parameters, before they are allocated."""
         return model
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in a step, once the parameters have their values. Every rank."""
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The module to call in a step, once the parameters have their values. Every rank.
+
+        Args:
+            model: As `shard` returned it.
+            optimizer: Over its parameters; a strategy may take over what it updates, not its settings.
+        """
         return model
+
+    @property
+    def schedules_learning_rate(self) -> bool:
+        """Whether the strategy moves the learning rates itself, in `update`; else the trainer does."""
+        return False
 
     def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
         """Rows [start, stop) of `parameter` that this rank stores."""
@@ -70,6 +85,10 @@ class Strategy:
         return tensor
 
     # ---- work shares in a merge ----------------------------------------------------------------------------------
+
+    def editing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """Context in which these parameters can be read and replaced by the methods below. Every rank."""
+        return nullcontext()
 
     def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
         """Rows [start, stop) out of `total` that a rank (default: this one) works on."""
@@ -97,6 +116,18 @@ class Strategy:
         """Concatenates what each rank holds: rank i holds rows ranges[i] of the result. Every rank."""
         return piece
 
+    def edit_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Applies `edit` in place to Adam's first and second moment of a parameter, if it has them yet. Every rank.
+
+        `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
+        """
+        moments = adam_moments(optimizer, parameter)
+        if moments is not None:
+            first, second = (self.local(moment) for moment in moments)
+            edit(first, second)
+
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
@@ -108,6 +139,34 @@ class Strategy:
         if self.compute_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Adds a loss's gradients to those of this step. Every rank."""
+        loss.backward()
+
+    def update(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        max_norm: float,
+        check: bool,
+    ) -> Tensor:
+        """Clips the step's gradients to a global norm, applies and frees them; returns the norm before. Every rank.
+
+        Args:
+            model: What `wrap` returned.
+            optimizer: The run's.
+            parameters: Everything that trains.
+            max_norm: Greatest norm; 0 does not clip.
+            check: Look at the norm (which waits for the device) and apply nothing if it is not finite.
+        """
+        norm = self.clip(parameters, max_norm)
+        if not check or bool(torch.isfinite(norm)):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scales gradients to a global norm of at most `max_norm` (0: not at all); returns the old norm. Every rank."""

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
-from loqt_scale.config import ParallelConfig
+from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
 from loqt_scale.strategies.process_group import launched_world_size
+from loqt_scale.strategies.zero import ZeroStrategy
+from loqt_scale.strategies.zero_config import check_zero_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,10 +33,11 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
             f"parallel.strategy is 'single', but the launcher started {world_size} ranks; "
             "write parallel.strategy: fsdp (or ddp, or auto), or start one process: python launch/train.py"
         )
-    if config.strategy in ("ddp", "fsdp") and not launched:
+    if config.strategy in ("ddp", "fsdp", "zero") and not launched:
         raise ValueError(
             f"parallel.strategy is '{config.strategy}', but no launcher set RANK and WORLD_SIZE; "
-            "write torchrun --standalone --nproc-per-node N launch/train.py ..., or parallel.strategy: single"
+            "start it with torchrun --standalone --nproc-per-node N (or deepspeed --num_gpus N, or mpirun -np N python) "
+            "launch/train.py ..., or write parallel.strategy: single"
         )
     return config.strategy
 
@@ -59,20 +62,25 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
     return torch.device("cuda", index)
 
 
-def create_strategy(config: ParallelConfig, *, device: torch.device, dtype: str) -> Strategy:
+def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
     """Makes the strategy of a run and joins its process group. Every rank.
 
     Args:
-        config: The run's parallel settings.
+        config: The run.
         device: This rank's device.
-        dtype: `float32` or `bfloat16`: the compute dtype.
+
+    Raises:
+        ValueError: Settings of `zero` that cannot work, or DeepSpeed is not installed; nothing has been joined yet.
     """
-    name = resolve_strategy(config)
-    compute_dtype = DTYPES[dtype]
+    parallel, compute_dtype = config.parallel, DTYPES[config.model.dtype]
+    name = resolve_strategy(parallel)
+    check_zero_config(config, world_size=launched_world_size())
     if name == "single":
         return Strategy(device, compute_dtype)
     if name == "ddp":
-        return DDPStrategy(device, compute_dtype, config.timeout_seconds)
+        return DDPStrategy(device, compute_dtype, parallel.timeout_seconds)
+    if name == "zero":
+        return ZeroStrategy(device, config)
     return FSDPStrategy(
-        device, compute_dtype, config.timeout_seconds, reshard_after_forward=config.reshard_after_forward
+        device, compute_dtype, parallel.timeout_seconds, reshard_after_forward=parallel.reshard_after_forward
     )

@@ -20,7 +20,7 @@ class DDPStrategy(DistributedStrategy):
 
     name = "ddp"
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wraps in DistributedDataParallel, with a hook that sums instead of averaging. Every rank."""
         wrapped = DistributedDataParallel(
             model,
@@ -37,11 +37,6 @@ class DDPStrategy(DistributedStrategy):
         """Skips the all-reduce in all but the last micro-step."""
         assert isinstance(model, DistributedDataParallel)
         return nullcontext() if last else model.no_sync()
-
-    def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """Gathers every rank's share into every replica. Every rank. One all-gather."""
-        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
-        parameter.copy_(self.gather_pieces(piece, ranges))
 
 
 def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

@@ -78,6 +78,10 @@ class FSDPStrategy(DistributedStrategy):
         """The stored shard is the work share."""
         return self.local(parameter)
 
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """The work share is what is stored. Local."""
+        self.local(parameter).copy_(piece)
+
     def gather(self, parameter: Tensor) -> Tensor:
         """One all-gather. Every rank."""
         ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]

@@ -47,6 +47,11 @@ class DistributedStrategy(Strategy):
         self._joined = join_process_group(device, timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
+        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
+        self.store(parameter, self.gather_pieces(piece, ranges))
+
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """See `Strategy.gather_pieces`. Every rank. One all-gather of pieces padded to the largest."""
         most = max(stop - start for start, stop in ranges)

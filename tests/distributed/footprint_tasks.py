@@ -43,7 +43,7 @@ def make_trainer(config: RunConfig) -> Trainer:
     """The product's trainer on this rank, with nowhere to write to. Every rank."""
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
-    strategy = create_strategy(config.parallel, device=torch.device("cpu"), dtype=config.model.dtype)
+    strategy = create_strategy(config, device=torch.device("cpu"))
     progress = Progress(config.train.steps, enabled=False, mode="off")
     writer = MetricsWriter(config.train.run_dir, enabled=False)
     return Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
@@ -59,9 +59,8 @@ def update_without_merge(trainer: Trainer, step: int) -> None:
     if trainer.merges is not None:
         trainer.merges.prepare(step)
     trainer.accumulate(step)
-    trainer.strategy.clip(trainer.parameters, trainer.config.optim.clip_norm)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    max_norm = trainer.config.optim.clip_norm
+    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm, check=False)
 
 
 # ---- what is held ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.distributed.pool import RankPool
 
+ZERO = ("zero-1", "zero-2", "zero-3")
 FIRST_MERGE = 13  # steps with a loss from before the second merge (merges after steps 0, 13, 26, 39)
 
 
@@ -17,6 +19,9 @@ class Runs:
 
     def __init__(self, ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
         self._ranks, self._folder = ranks, folder
+        # DeepSpeed compares serial numbers of modules over ranks, and a process numbers on from one run to the next:
+        # 3 ranks must have run the same things before
+        self._three_ranks = RankPool()
         self._common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
         self._known: dict[str, list[dict[str, float]]] = {}
 
@@ -24,17 +29,31 @@ class Runs:
         key = "-".join([strategy, str(world_size), *(f"{k}={v}" for k, v in sorted(settings.items()))])
         if key not in self._known:
             run_dir = self._folder / str(len(self._known))
-            arguments = {**self._common, "train.run_dir": str(run_dir), "parallel.strategy": strategy, **settings}
-            self._known[key] = self._ranks.run(world_size, "tests.distributed.tasks:train_run", **arguments)[0]
+            arguments = {**self._common, "train.run_dir": str(run_dir), **strategy_settings(strategy), **settings}
+            pool = self._three_ranks if (world_size, strategy) == (3, "zero-3") else self._ranks
+            self._known[key] = pool.run(world_size, "tests.distributed.tasks:train_run", **arguments)[0]
         return self._known[key]
+
+    def close(self) -> None:
+        self._three_ranks.close()
 
     def losses(self, world_size: int, strategy: str, **settings: Any) -> list[float]:
         return [row["train/loss"] for row in self.metrics(world_size, strategy, **settings) if "train/loss" in row]
 
 
 @pytest.fixture(scope="module")
-def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path) -> Runs:
-    return Runs(ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
+def runs(
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
+) -> Iterator[Runs]:
+    known = Runs(ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
+    yield known
+    known.close()
+
+
+def strategy_settings(strategy: str) -> dict[str, Any]:
+    """`zero-2` is strategy zero at stage 2."""
+    name, _, stage = strategy.partition("-")
+    return {"parallel.strategy": name} | ({"parallel.zero_stage": int(stage)} if stage else {})
 
 
 def assert_same_losses(losses: list[float], reference: list[float]) -> None:
@@ -45,7 +64,7 @@ def assert_same_losses(losses: list[float], reference: list[float]) -> None:
         assert loss == pytest.approx(expected, abs=tolerance), f"step {step}"
 
 
-SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp")]
+SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
@@ -60,14 +79,17 @@ def test_before_any_further_merge_they_are_closer_still(runs: Runs, world_size: 
     assert all(abs(loss - expected) < 1e-4 for loss, expected in pairs[:FIRST_MERGE])
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp"), (3, "ddp")])
+ACCUMULATED = [(1, "single"), (2, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), ACCUMULATED)
 def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str) -> None:
     """Micro-batches of 2 and 1 sequences: 4 accumulation steps on 1 and 2 ranks, an empty one on the third of 3."""
     micro = {1: 2, 2: 1, 3: 1}[world_size]
     assert_same_losses(runs.losses(world_size, strategy, **{"train.micro_batch_size": micro}), runs.losses(1, "single"))
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), *((2, stage) for stage in ZERO)])
 def test_bf16_stays_within_two_percent(runs: Runs, world_size: int, strategy: str) -> None:
     losses = runs.losses(world_size, strategy, **{"model.dtype": "bfloat16"})
     for loss, expected in zip(losses, runs.losses(1, "single"), strict=True):
@@ -80,21 +102,41 @@ def test_dense_subspace_methods_too(runs: Runs, method: str) -> None:
     assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", *ZERO])
 @pytest.mark.parametrize("policy", ["keep", "reset"])
-def test_state_policies_too(runs: Runs, policy: str) -> None:
+def test_state_policies_too(runs: Runs, policy: str, strategy: str) -> None:
+    """(`transport` is the default, and so everywhere else.)"""
     setting = {"loqt.merge.optimizer_state": policy}
-    assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
+    assert_same_losses(runs.losses(2, strategy, **setting), runs.losses(1, "single", **setting))
+
+
+UNQUANTIZED = {"loqt.quantization.weight": "none", "loqt.quantization.projection": "none"}
 
 
 def test_unquantized_and_checkpointed_and_kept_gathered(runs: Runs) -> None:
-    plain = {"loqt.quantization.weight": "none", "loqt.quantization.projection": "none"}
-    spread = {**plain, "model.activation_checkpointing": True, "parallel.reshard_after_forward": False}
-    assert_same_losses(runs.losses(2, "fsdp", **spread), runs.losses(1, "single", **plain))
+    spread = {**UNQUANTIZED, "model.activation_checkpointing": True, "parallel.reshard_after_forward": False}
+    assert_same_losses(runs.losses(2, "fsdp", **spread), runs.losses(1, "single", **UNQUANTIZED))
 
 
-def test_full_rank_method_too(runs: Runs) -> None:
+@pytest.mark.parametrize("strategy", ["zero-2", "zero-3"])
+def test_unquantized_and_checkpointed_and_offloaded(runs: Runs, strategy: str) -> None:
+    """Optimizer states (stage 2) and everything (stage 3) in host memory."""
+    offload = {"zero-2": "optimizer", "zero-3": "parameters"}[strategy]
+    spread = {**UNQUANTIZED, "model.activation_checkpointing": True, "parallel.zero_offload": offload}
+    assert_same_losses(runs.losses(2, strategy, **spread), runs.losses(1, "single", **UNQUANTIZED))
+
+
+def test_unquantized_weights_survive_bf16_unrounded(runs: Runs) -> None:
+    """DeepSpeed casts every floating parameter to bf16; frozen weights are bytes, so that merges keep their bits."""
+    setting = {**UNQUANTIZED, "model.dtype": "bfloat16"}
+    reference = runs.losses(1, "single", **UNQUANTIZED)
+    assert runs.losses(2, "zero-2", **setting) == pytest.approx(reference, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero-3"])
+def test_full_rank_method_too(runs: Runs, strategy: str) -> None:
     setting = {"method": "full", "optim.lr": 2e-3}
-    assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
+    assert_same_losses(runs.losses(2, strategy, **setting), runs.losses(1, "single", **setting))
 
 
 def test_evaluation_is_the_same_everywhere(runs: Runs) -> None:

@@ -1,0 +1,232 @@
+"""ZeRO: the model inside a DeepSpeed engine, stages 1 to 3.
+
+What DeepSpeed shards, and therefore what a rank holds:
+
+    stage   Adam states, fp32 masters of B ...   gradients   B, embeddings ...   codes and scales of W and P
+    1       1/N                                  whole       whole               whole
+    2       1/N                                  1/N         whole               whole
+    3       1/N                                  1/N         1/N                 1/N, as bytes
+
+DeepSpeed cuts tensors by elements, not by rows, so a rank's shard is of no use to a merge. A merge therefore takes one
+layer at a time out of the shards (`editing`: its packed bytes, never a dense weight), shares its rows out over the
+ranks as DDP does, and puts the layer back. B has three copies in the engine that must agree afterwards: the parameter
+(16 bit under bf16), its float32 master, and Adam's moments. The master is the true one: it is what `gather` reads and
+`store` writes, beside the parameter. All access is by DeepSpeed's public calls (GatheredParameters, safe_get_*,
+safe_set_*).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loqt_scale.config import RunConfig
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.strategies.process_group import DistributedStrategy
+from loqt_scale.strategies.zero_config import deepspeed_config, resolve_zero_stage
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
+    """DeepSpeed, set up for this device and quiet.
+
+    Args:
+        device: Where this rank computes: DeepSpeed must not pick another one by itself.
+        log_level: Least severe messages of DeepSpeed that are shown.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    try:
+        import deepspeed
+        from deepspeed.utils.logging import logger
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"parallel.strategy is 'zero', but {error.name} is not installed; "
+            "run pip install 'loqt-scale[deepspeed]', or write parallel.strategy: fsdp"
+        ) from None
+    logger.setLevel(log_level.upper())
+    for handler in logger.handlers:
+        handler.setLevel(log_level.upper())
+    if log_level == "error":  # torch 2.13 renamed the collectives that DeepSpeed 0.19 calls, and says so at every call
+        renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+        warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    # Its shared-memory all-reduce for CPUs is compiled at the first run and leaves tens of megabytes in /dev/shm for
+    # each rank of every run. DeepSpeed looks the operator up in this table; gloo serves without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed  # type: ignore[no-any-return]
+
+
+class ZeroStrategy(DistributedStrategy):
+    """See the module's docstring.
+
+    Args:
+        device: Where this rank computes.
+        config: The run; its settings become DeepSpeed's (see `zero_config`).
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+
+    name = "zero"
+
+    def __init__(self, device: torch.device, config: RunConfig) -> None:
+        self._deepspeed: Any = import_deepspeed(device, config.parallel.zero_log_level)
+        super().__init__(device, COMPUTE_DTYPES[config.model.dtype], config.parallel.timeout_seconds)
+        # DeepSpeed's own view of the group that has just been joined
+        self._deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        self._config = config
+        self.stage = resolve_zero_stage(config)
+        self.settings: dict[str, Any] = {}
+        self._engine: Any = None
+
+    # ---- placement ---------------------------------------------------------------------------------------------
+
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Settles DeepSpeed's configuration; under stage 3 allocates and shards the model, module by module."""
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.settings = deepspeed_config(self._config, world_size=self.world_size, trained_values=trained)
+        if self.stage == 3:
+            # the layer reads the parameters of its two FrozenMatrix children: they are gathered as one unit with it
+            self._deepspeed.utils.set_z3_leaf_modules(model, [LoQTLinear], raise_if_not_found=False)
+            self._allocate_shards(model)
+        return model
+
+    def _allocate_shards(self, model: nn.Module) -> None:
+        """Gives a meta-device model storage of which each rank keeps 1/N: never more than one module's whole."""
+        placed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept so that its id stays its own
+        for module in reversed(list(model.modules())):  # children first: `zero.Init` goes down from where it is called
+            own = list(module.named_parameters(recurse=False))
+            for name, parameter in own:
+                if id(parameter) not in placed:
+                    dtype = self.compute_dtype if parameter.dtype.is_floating_point else parameter.dtype
+                    whole = torch.zeros(parameter.shape, dtype=dtype, device=self.device)
+                    placed[id(parameter)] = parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                module.register_parameter(name, placed[id(parameter)][1])
+            if own:
+                self._deepspeed.zero.Init(module=module, config_dict_or_path=self.settings)
+
+    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Makes the engine, which takes over the optimizer's parameters and keeps its groups' settings. Every rank."""
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
+        )
+        engine: nn.Module = self._engine
+        return engine
+
+    @property
+    def schedules_learning_rate(self) -> bool:
+        """Whether the DeepSpeed configuration names a scheduler."""
+        return "scheduler" in self.settings
+
+    # ---- work shares in a merge ----------------------------------------------------------------------------------
+
+    def editing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """Stage 3: gathers the parameters; at the end each rank keeps its shard of rank 0's values. Every rank."""
+        if self.stage < 3:
+            return nullcontext()
+        context: AbstractContextManager[object] = self._deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=0
+        )
+        return context
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's work share; of the float32 master, where there is one. Every rank."""
+        start, stop = self.rows(parameter.shape[0])
+        return self.gather(parameter)[start:stop]
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """The whole parameter; the float32 master, where there is one. Every rank."""
+        if not self._has_master(parameter):
+            return parameter.detach()
+        master: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return master
+
+    def store(self, parameter: Tensor, whole: Tensor) -> None:
+        """Replaces a parameter and its float32 master by a value that every rank holds whole. No communication."""
+        parameter.copy_(whole)
+        if self._has_master(parameter):
+            self._set_state(parameter, whole, None)
+
+    def edit_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """Gathers both moments of a (low-rank) parameter, edits them on every rank, and keeps the shards. Every rank."""
+        if not optimizer.state:  # no step has been applied yet
+            return
+        moments = [self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+        edit(*moments)
+        for key, moment in zip(MOMENTS, moments, strict=True):
+            self._set_state(parameter, moment, key)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        return self._engine is not None and parameter.requires_grad
+
+    def _set_state(self, parameter: Tensor, whole: Tensor, key: str | None) -> None:
+        """Sets this rank's part of the master (key None) or of an optimizer state from the whole value. Local."""
+        utils, whole = self._deepspeed.utils, whole.float()
+        if self.stage < 3:
+            if key is None:
+                utils.safe_set_full_fp32_param(parameter, whole)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, whole, key)
+            return
+        # DeepSpeed's call for whole values needs numbers of elements that N divides; its shards are padded to that
+        size = -(-whole.numel() // self.world_size)
+        part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
+        part = F.pad(part, (0, size - part.numel()))
+        if key is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, key)
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """Tells the engine whether gradients are complete after this pass."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """None: under bf16 the engine's parameters are bf16 copies of float32 masters."""
+        return nullcontext()
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """The engine averages over ranks; our gradients are sums, so the loss is scaled up first. Every rank."""
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def update(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        max_norm: float,
+        check: bool,
+    ) -> Tensor:
+        """The engine clips (to its settings' norm) and applies; it skips any gradient that is not finite. Every rank."""
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+
+    # ---- end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Takes the engine's hooks off and leaves the process group if this strategy joined it. Every rank."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+        if self._joined and self._deepspeed.comm.is_initialized():
+            self._deepspeed.comm.destroy_process_group()
+        super().close()
