@@ -84,9 +84,8 @@ def trainer_of(method: str, dtype: str, options: argparse.Namespace, folder: str
 def update(trainer: Trainer, step: int) -> None:
     """A normal step: the same without probes."""
     trainer.accumulate(step)
-    trainer.strategy.clip(trainer.parameters, trainer.config.optim.clip_norm)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    max_norm = trainer.config.optim.clip_norm
+    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm, check=False)
 
 
 def seconds(work: Callable[[], object]) -> float:

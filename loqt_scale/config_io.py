@@ -27,6 +27,7 @@ from loqt_scale.config_keys import (
     ConfigError,
     accepts_none,
     check_yaml_keys,
+    chooses_numbers,
     describe_type,
     owner_of,
     setting_groups,
@@ -241,12 +242,14 @@ def _read_yaml(path: str | os.PathLike[str]) -> Any:
 
 def _plain_message(message: str) -> str:
     """Reword jsonargparse's type error in the terms of the settings; other messages on one line."""
-    found = re.search(r'Parser key "(?P<key>[\w.]+)":.*Got value: (?P<value>.*)', message, flags=re.DOTALL)
+    pattern = r'Parser key "(?P<key>[\w.]+)":.*(Got|Given) value: (?P<value>.*)'  # Given: of a type with alternatives
+    found = re.search(pattern, message, flags=re.DOTALL)
     if found is None or found["key"] not in setting_types():
         return " ".join(message.split())
-    value = found["value"].strip()
-    shown = "null" if value == "None" else f"'{value}'"
-    return f"{found['key']} is {shown}; write {describe_type(setting_types()[found['key']])}"
+    value, hint = found["value"].strip(), setting_types()[found["key"]]
+    is_number = value.isdecimal() and chooses_numbers(hint)
+    shown = "null" if value == "None" else value if is_number else f"'{value}'"
+    return f"{found['key']} is {shown}; write {describe_type(hint)}"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

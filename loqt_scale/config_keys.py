@@ -64,6 +64,13 @@ def accepts_none(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
+def chooses_numbers(hint: Any) -> bool:
+    """Whether one of a few numbers may be written for a setting of this type, and no text."""
+    if get_origin(hint) is Literal:
+        return all(isinstance(choice, int) for choice in get_args(hint))
+    return accepts_none(hint) and all(chooses_numbers(arg) for arg in get_args(hint) if arg is not type(None))
+
+
 def describe_type(hint: Any) -> str:
     """Say in words what may be written for a setting of this type."""
     origin, args = get_origin(hint), get_args(hint)

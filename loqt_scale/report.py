@@ -32,7 +32,7 @@ def banner(model: nn.Module, corpus: Corpus, config: RunConfig, strategy: Strate
             f"model    {config.model.path or config.model.preset}; {method}; {format_count(trained)} parameters train",
             f"data     {corpus.description}",
             f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
-            f"ranks    {strategy.world_size} ({strategy.name}, {strategy.device.type})",
+            f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
         ]
     )
 

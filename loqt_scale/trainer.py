@@ -8,6 +8,7 @@ strategy, whatever knows about subspaces through the MergeCoordinator.
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import ExitStack
 
@@ -233,6 +234,8 @@ def train(config: RunConfig) -> dict[str, float]:
             Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
         ):
             trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
+            if strategy.is_main and strategy.engine_settings is not None:
+                (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
             progress.line(banner(trainer.built.model, trainer.corpus, config, strategy))
             before, after = trainer.run()
             progress.close()

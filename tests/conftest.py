@@ -29,6 +29,18 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def three_ranks() -> Iterator[RankPool]:
+    """Rank processes for ZeRO stage 3 on 3 ranks only.
+
+    DeepSpeed compares serial numbers of modules over ranks, and a process numbers on from one run to the next: ranks
+    must have run the same things before.
+    """
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of real English, from the Python that runs the tests."""
     from pydoc_data.topics import topics

@@ -56,6 +56,16 @@ class Strategy:
         """Whether this rank writes logs and files."""
         return self.rank == 0
 
+    @property
+    def description(self) -> str:
+        """The strategy in a word or three, for people."""
+        return self.name
+
+    @property
+    def engine_settings(self) -> dict[str, object] | None:
+        """Settings that a foreign engine was given, for the run folder; None without one."""
+        return None
+
     # ---- placement ---------------------------------------------------------------------------------------------
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:

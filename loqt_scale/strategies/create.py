@@ -36,8 +36,8 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
     if config.strategy in ("ddp", "fsdp", "zero") and not launched:
         raise ValueError(
             f"parallel.strategy is '{config.strategy}', but no launcher set RANK and WORLD_SIZE; "
-            "start it with torchrun --standalone --nproc-per-node N (or deepspeed --num_gpus N, or mpirun -np N python) "
-            "launch/train.py ..., or write parallel.strategy: single"
+            "start it with torchrun --standalone --nproc-per-node N launch/train.py ... (or deepspeed --num_gpus N, or "
+            "mpirun -np N python), or write parallel.strategy: single"
         )
     return config.strategy
 

@@ -66,7 +66,7 @@ def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
     # Its shared-memory all-reduce for CPUs is compiled at the first run and leaves tens of megabytes in /dev/shm for
     # each rank of every run. DeepSpeed looks the operator up in this table; gloo serves without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed  # type: ignore[no-any-return]
+    return deepspeed
 
 
 class ZeroStrategy(DistributedStrategy):
@@ -91,6 +91,16 @@ class ZeroStrategy(DistributedStrategy):
         self.stage = resolve_zero_stage(config)
         self.settings: dict[str, Any] = {}
         self._engine: Any = None
+
+    @property
+    def description(self) -> str:
+        """`zero stage 2`."""
+        return f"zero stage {self.stage}"
+
+    @property
+    def engine_settings(self) -> dict[str, object]:
+        """DeepSpeed's configuration, every value settled."""
+        return self.settings
 
     # ---- placement ---------------------------------------------------------------------------------------------
 
@@ -163,7 +173,7 @@ class ZeroStrategy(DistributedStrategy):
     def edit_moments(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
     ) -> None:
-        """Gathers both moments of a (low-rank) parameter, edits them on every rank, and keeps the shards. Every rank."""
+        """Gathers both moments of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
         if not optimizer.state:  # no step has been applied yet
             return
         moments = [self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
@@ -216,7 +226,7 @@ class ZeroStrategy(DistributedStrategy):
         max_norm: float,
         check: bool,
     ) -> Tensor:
-        """The engine clips (to its settings' norm) and applies; it skips any gradient that is not finite. Every rank."""
+        """The engine clips (to its settings' norm) and applies; it skips what is not finite. Every rank."""
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
 

@@ -17,7 +17,7 @@ from loqt_scale.config_keys import ConfigError
 from loqt_scale.strategies.zero_json import AUTO, Tree, lookup, naming, read_zero_json, shown
 from loqt_scale.strategies.zero_keys import DTYPES, SCHEDULERS
 
-LARGEST_BUCKET = 500_000_000  # values; DeepSpeed's default, of which it allocates a buffer however small the model is
+LARGEST_BUCKET = 20_000_000  # values, of which DeepSpeed allocates a buffer; its default of 5e8 is 2 GB in float32
 PREFETCH_BUCKET = 50_000_000
 
 _STAGE = "zero_optimization.stage"
@@ -150,7 +150,7 @@ def _same(key: str, setting: str, value: Any) -> _Ours:
 def _accumulation_steps(config: RunConfig, world_size: int) -> _Ours:
     train, steps = config.train, _micro_steps(config, world_size)
     setting = (
-        f"train.global_batch_size {train.global_batch_size} on {world_size} ranks in micro-batches of "
+        f"train.global_batch_size {train.global_batch_size} on {world_size} rank(s) in micro-batches of "
         f"{train.micro_batch_size} (train.micro_batch_size) makes {steps}"
     )
     return _Ours("gradient_accumulation_steps", steps, setting)

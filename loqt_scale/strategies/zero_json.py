@@ -152,9 +152,10 @@ def _unknown_key(key: str, prefix: str) -> str:
     """Message with the nearest key: one of the same name at another place, else one spelt alike at this place."""
     leaf = key.rpartition(".")[2]
     elsewhere = [known for known in KEYS if known.rpartition(".")[2].removeprefix("stage3_") == leaf]
-    beside = [known for known in KEYS if known.startswith(prefix)]
-    nearest = elsewhere or difflib.get_close_matches(key, beside, n=1)
-    return f"unknown key '{key}'; " + (f"did you mean '{nearest[0]}'?" if nearest else "DeepSpeed 0.19 has none such")
+    beside = [known.removeprefix(prefix) for known in KEYS if known.startswith(prefix)]
+    alike = [prefix + name for name in difflib.get_close_matches(leaf, beside, n=1)]
+    nearest = elsewhere or alike
+    return f"unknown key '{key}'; " + (f"did you mean '{nearest[0]}'?" if nearest else "leave it out")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ All three are read off what is really there: storages of live tensors, the alloc
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from loqt_scale.functional import compensation
 from loqt_scale.metrics import MetricsWriter, Progress
 from loqt_scale.strategies import create_strategy
 from loqt_scale.strategies.wire import WireCounter
+from loqt_scale.strategies.zero import ZeroStrategy
 from loqt_scale.trainer import Trainer
 from tests.distributed.tasks import small_config
 
@@ -79,6 +81,8 @@ def live_tensor_bytes() -> int:
 
 def kinds_held(trainer: Trainer) -> dict[str, int]:
     """Bytes per kind behind the model's parameters, their gradients and their Adam moments on this rank."""
+    if isinstance(trainer.strategy, ZeroStrategy):
+        return zero_kinds_held(trainer)
     held: dict[str, dict[int, int]] = defaultdict(dict)  # kind -> storages: FSDP2's gradients share one a block
 
     def add(kind: str, tensor: Tensor) -> None:
@@ -96,11 +100,26 @@ def kinds_held(trainer: Trainer) -> dict[str, int]:
     return {kind: sum(storages.values()) for kind, storages in held.items()}
 
 
+def zero_kinds_held(trainer: Trainer) -> Counter[str]:
+    """`kinds_held` inside a DeepSpeed engine, where tensors are views of flat buffers; and `masters`, kept in float32.
+
+    Gradients are not seen here: DeepSpeed keeps them where it likes.
+    """
+    held: Counter[str] = Counter()
+    for name, parameter in trainer.built.model.named_parameters():
+        held[parameter_kind(name)] += getattr(parameter, "ds_tensor", parameter).nbytes
+    for flat, state in trainer.optimizer.state.items():
+        held["masters"] += flat.nbytes
+        held["adam"] += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    return held
+
+
 def one_row_each(trainer: Trainer) -> dict[str, int]:
     """Bytes per kind of one row (of packed tensors: one row group) of every tensor: what padding may cost."""
     rows: Counter[str] = Counter()
     for name, parameter in trainer.built.model.named_parameters():
-        row = parameter.nbytes // parameter.shape[0]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        row = parameter.itemsize * math.prod(shape[1:])
         rows[parameter_kind(name)] += row
         if parameter.requires_grad:
             rows["gradients"] += row
@@ -115,11 +134,15 @@ def held_bytes(**settings: Any) -> dict[str, Any]:
     last = trainer.merges.steps[1] if trainer.merges is not None else 2
     for step in range(last + 1):
         trainer.step(step)
-    held = kinds_held(trainer)
+    rows, held = one_row_each(trainer), kinds_held(trainer)
     live = live_tensor_bytes() - before
     trainer.accumulate(last + 1)
-    held["gradients"] = kinds_held(trainer)["gradients"]
-    return {"held": held, "rows": one_row_each(trainer), "live": live}
+    if isinstance(trainer.strategy, ZeroStrategy):
+        held["gradients"] = live_tensor_bytes() - before - live
+    else:
+        held["gradients"] = kinds_held(trainer)["gradients"]
+    trainer.strategy.close()
+    return {"held": dict(held), "rows": rows, "live": live}
 
 
 # ---- what is allocated in passing --------------------------------------------------------------------------------

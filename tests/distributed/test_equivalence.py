@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,8 @@ FIRST_MERGE = 13  # steps with a loss from before the second merge (merges after
 class Runs:
     """Runs the small job once per setting and remembers its losses."""
 
-    def __init__(self, ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
-        self._ranks, self._folder = ranks, folder
-        # DeepSpeed compares serial numbers of modules over ranks, and a process numbers on from one run to the next:
-        # 3 ranks must have run the same things before
-        self._three_ranks = RankPool()
+    def __init__(self, ranks: RankPool, three_ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
+        self._ranks, self._three_ranks, self._folder = ranks, three_ranks, folder
         self._common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
         self._known: dict[str, list[dict[str, float]]] = {}
 
@@ -34,20 +30,19 @@ class Runs:
             self._known[key] = pool.run(world_size, "tests.distributed.tasks:train_run", **arguments)[0]
         return self._known[key]
 
-    def close(self) -> None:
-        self._three_ranks.close()
-
     def losses(self, world_size: int, strategy: str, **settings: Any) -> list[float]:
         return [row["train/loss"] for row in self.metrics(world_size, strategy, **settings) if "train/loss" in row]
 
 
 @pytest.fixture(scope="module")
 def runs(
-    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
-) -> Iterator[Runs]:
-    known = Runs(ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
-    yield known
-    known.close()
+    ranks: RankPool,
+    three_ranks: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    text_file: Path,
+    cache_dir: Path,
+) -> Runs:
+    return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
 
 
 def strategy_settings(strategy: str) -> dict[str, Any]:
@@ -89,7 +84,9 @@ def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str
     assert_same_losses(runs.losses(world_size, strategy, **{"train.micro_batch_size": micro}), runs.losses(1, "single"))
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), *((2, stage) for stage in ZERO)])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), *((2, stage) for stage in ZERO)]
+)
 def test_bf16_stays_within_two_percent(runs: Runs, world_size: int, strategy: str) -> None:
     losses = runs.losses(world_size, strategy, **{"model.dtype": "bfloat16"})
     for loss, expected in zip(losses, runs.losses(1, "single"), strict=True):

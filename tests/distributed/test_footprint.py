@@ -51,12 +51,36 @@ Run = Callable[..., list[Any]]
 def run(ranks: RankPool, tmp_path: Path, text_file: Path, cache_dir: Path) -> Run:
     """Runs a task of `footprint_tasks` on the wide model; results by rank."""
 
+    return run_on(ranks, tmp_path, text_file, cache_dir)
+
+
+@pytest.fixture
+def run_on_three(three_ranks: RankPool, tmp_path: Path, text_file: Path, cache_dir: Path) -> Run:
+    """The same in the processes for ZeRO stage 3 on 3 ranks."""
+    return run_on(three_ranks, tmp_path, text_file, cache_dir)
+
+
+def run_on(pool: RankPool, tmp_path: Path, text_file: Path, cache_dir: Path) -> Run:
     def call(task: str, world_size: int, strategy: str, **settings: Any) -> list[Any]:
         common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir), "train.run_dir": str(tmp_path)}
         arguments = {**WIDE, **common, "parallel.strategy": strategy, **settings}
-        return ranks.run(world_size, f"tests.distributed.footprint_tasks:{task}", **arguments)
+        return pool.run(world_size, f"tests.distributed.footprint_tasks:{task}", **arguments)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def whole_known() -> list[dict[str, Any]]:
+    """What one process holds, once it has been measured."""
+    return []
+
+
+@pytest.fixture
+def whole(run: Run, whole_known: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one process holds."""
+    if not whole_known:
+        whole_known.extend(run("held_bytes", 1, "single"))
+    return whole_known[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +105,8 @@ def fsdp_traffic(run: Run, traffic_known: dict[Any, dict[str, Any]]) -> Callable
 # ---- held --------------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_holds_its_share_of_every_kind(run: Run) -> None:
+def test_a_rank_holds_its_share_of_every_kind(run: Run, whole: dict[str, Any]) -> None:
     """1/N of each kind plus a row group a tensor, after merges; and no tensor hides beside the model and optimizer."""
-    whole = run("held_bytes", 1, "single")[0]
     kinds = {"codes", "scales", "projection", "factor", "full_precision", "gradients", "adam"}
     assert set(whole["held"]) == kinds and all(whole["held"].values())
     for world_size in (2, 3):
@@ -96,6 +119,32 @@ def test_a_rank_holds_its_share_of_every_kind(run: Run) -> None:
             # the weight source keeps its last drawn chunk; rotary tables and a few scalars are replicated
             allowed = FLOAT * weights.CHUNK_ELEMENTS + 16 * 1024
             assert extra <= allowed, f"rank {rank} of {world_size}: {extra} bytes beside the model, allowed {allowed}"
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 1), (2, 2), (2, 3), (3, 3)])
+def test_a_rank_holds_what_its_zero_stage_says(
+    run: Run, run_on_three: Run, whole: dict[str, Any], world_size: int, stage: int
+) -> None:
+    """Stage 3: 1/N of every kind plus padding. Stages 1 and 2: states and masters; the packed base is whole."""
+    call = run_on_three if world_size == 3 else run
+    sharded = {"adam", "masters"}
+    if stage == 3:
+        sharded |= {"codes", "scales", "projection", "factor", "full_precision"}
+    sizes = {**whole["held"], "masters": whole["held"]["factor"] + whole["held"]["full_precision"]}
+    rows = {**whole["rows"], "masters": whole["rows"]["factor"] + whole["rows"]["full_precision"]}
+    for rank, result in enumerate(call("held_bytes", world_size, "zero", **{"parallel.zero_stage": stage})):
+        held = result["held"]
+        for kind in sizes.keys() - {"gradients"}:
+            limit = sizes[kind] / world_size + rows[kind] if kind in sharded else sizes[kind]
+            assert 0 < held[kind] <= limit, f"rank {rank}: {held[kind]} bytes of {kind}, allowed are {limit}"
+        if stage < 3:
+            assert held["codes"] == sizes["codes"] and held["scales"] == sizes["scales"]
+        extra = result["live"] - sum(size for kind, size in held.items() if kind != "gradients")
+        # the weight source's last chunk, rotary tables; DeepSpeed's bucket, in which it reduces gradients, and under
+        # stage 3 its shard of them, which it keeps between steps
+        buffers = sizes["masters"] * (1 if stage < 3 else 1 + 1 / world_size)
+        allowed = FLOAT * weights.CHUNK_ELEMENTS + 32 * 1024 + buffers
+        assert extra <= allowed, f"rank {rank}: {extra} bytes beside the model, allowed {allowed}"
 
 
 # ---- passing -----------------------------------------------------------------------------------------------------

@@ -154,7 +154,9 @@ def test_scheme_none_loses_nothing() -> None:
     weight, basis = problem(10, 12, 3, "input")
     layout = MatrixLayout(10, 12, "none")
     result = C.compensate(weight, layout, basis, basis.T @ basis, side="input", scale=0.5, rounds=5)
-    assert float(result.error) == 0.0 and torch.equal(result.codes.view(torch.float32), weight) and not result.factor.any()
+    assert (
+        float(result.error) == 0.0 and torch.equal(result.codes.view(torch.float32), weight) and not result.factor.any()
+    )
 
 
 def test_survival_is_one_without_quantization_and_less_with() -> None:

@@ -94,7 +94,12 @@ def test_scheme_none_keeps_every_bit_and_copies() -> None:
     dense = torch.randn(5, 7)
     layout = MatrixLayout(5, 7, "none")
     codes, scales = pack(dense, layout)
-    assert scales is None and codes.dtype == torch.uint8 and torch.equal(codes.view(torch.float32), dense) and codes.data_ptr() != dense.data_ptr()
+    assert (
+        scales is None
+        and codes.dtype == torch.uint8
+        and torch.equal(codes.view(torch.float32), dense)
+        and codes.data_ptr() != dense.data_ptr()
+    )
     again = unpack(codes, None, layout, torch.float32)
     assert again.data_ptr() != codes.data_ptr()
     assert torch.equal(again, dense)
