@@ -33,11 +33,13 @@ class BuiltModel:
         model: The model, without its strategy's wrapper.
         initial_weights: Source of the weights as they were before quantization.
         dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
+        trained_values: How many numbers train, over all ranks.
     """
 
     model: nn.Module
     initial_weights: WeightSource
     dense_layers: tuple[str, ...]
+    trained_values: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
     if config.compile:
         for block in blocks:
             block.compile()
+    trained_values = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model = strategy.shard(model, blocks)
     allocate(model, strategy.device)
     fill(model, source, strategy)
-    return BuiltModel(model, source, design.dense_layers)
+    return BuiltModel(model, source, design.dense_layers, trained_values)
 
 
 def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.config_keys import ConfigError
+from loqt_scale.launcher import join_launcher
 
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "LOQT_SCALE_TRACEBACK"
@@ -30,6 +31,7 @@ class Command:
 
 
 def _train(argv: Sequence[str], prog: str) -> None:
+    join_launcher()  # first: of several ranks only one reports a wrong setting
     config = parse_run_config(argv, prog=prog)
     from loqt_scale.trainer import train  # late: torch takes seconds to import, --help and errors should not
 
@@ -37,7 +39,7 @@ def _train(argv: Sequence[str], prog: str) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command(run=_train, summary="Train a model; one process, or one per rank under torchrun."),
+    "train": Command(run=_train, summary="Train a model; one process, or one per rank under a launcher."),
 }
 
 

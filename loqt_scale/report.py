@@ -7,29 +7,27 @@ from typing import TYPE_CHECKING
 from loqt_scale.metrics import format_count, format_perplexity
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from loqt_scale.build import BuiltModel
     from loqt_scale.config import RunConfig
     from loqt_scale.data import Corpus
     from loqt_scale.merge import MergeReport
     from loqt_scale.strategies import Strategy
 
 
-def banner(model: nn.Module, corpus: Corpus, config: RunConfig, strategy: Strategy) -> str:
+def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strategy) -> str:
     """What is about to be trained, on what, where."""
     from loqt_scale.layers import loqt_layers
 
-    layers = [layer for _, layer in loqt_layers(model)]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = [layer for _, layer in loqt_layers(built.model)]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)
-    train = config.train
+    train, trained = config.train, format_count(built.trained_values)
     method = "full-rank training"
     if layers:
         method = f"LoQT, rank {config.loqt.rank}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
     return "\n".join(
         [
-            f"model    {config.model.path or config.model.preset}; {method}; {format_count(trained)} parameters train",
+            f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
             f"data     {corpus.description}",
             f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
             f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",

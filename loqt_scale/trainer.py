@@ -21,6 +21,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
 from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.evaluation import evaluate
+from loqt_scale.launcher import join_launcher
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.optim import create_optimizer, create_scheduler
@@ -218,6 +219,7 @@ def train(config: RunConfig) -> dict[str, float]:
         ValueError: Settings that cannot work, before anything is allocated.
         NonFiniteLossError: The loss became NaN or infinite.
     """
+    join_launcher()
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
     strategy = create_strategy(config, device=device)
@@ -236,7 +238,7 @@ def train(config: RunConfig) -> dict[str, float]:
             trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
             if strategy.is_main and strategy.engine_settings is not None:
                 (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
-            progress.line(banner(trainer.built.model, trainer.corpus, config, strategy))
+            progress.line(banner(trainer.built, trainer.corpus, config, strategy))
             before, after = trainer.run()
             progress.close()
         if strategy.is_main:

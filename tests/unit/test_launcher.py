@@ -1,0 +1,78 @@
+"""What each launcher leaves out is filled in; what it has set stays."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+
+import pytest
+
+from loqt_scale import launcher
+from loqt_scale.config_keys import ConfigError
+
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "1",
+}
+
+
+def test_without_a_launcher_nothing_changes() -> None:
+    environment = {"PATH": "/bin"}
+    launcher.join_launcher(environment)
+    assert environment == {"PATH": "/bin"}
+
+
+def test_torchruns_variables_stay() -> None:
+    environment = {**DEEPSPEED, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "7"}
+    before = dict(environment)
+    launcher.join_launcher(environment)
+    assert environment == before
+
+
+def test_deepspeeds_local_size_and_threads_are_filled_in() -> None:
+    environment = dict(DEEPSPEED)
+    launcher.join_launcher(environment)
+    threads = str(launcher.threads_per_rank(2))
+    assert environment == {**DEEPSPEED, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": threads}
+
+
+def test_a_single_rank_keeps_all_threads() -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1"}
+    launcher.join_launcher(environment)
+    assert environment == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert [launcher.threads_per_rank(ranks) for ranks in (1, 3, 16, 64)] == [16, 5, 1, 1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    assert launcher.threads_per_rank(2) == 1
+
+
+@pytest.mark.parametrize("variable", launcher.MPI_VARIABLES)
+def test_under_mpi_without_mpi4py_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"pip install 'loqt-scale\[mpi\]', or start the ranks with torchrun"):
+        launcher.join_launcher({variable: "2"})
+
+
+def test_mpi_is_asked_once_and_a_given_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5"}
+    calls = []
+    monkeypatch.setattr(launcher, "_ask_mpi", lambda: calls.append(1) or dict(answers))
+    environment = {"PMI_SIZE": "2", "MASTER_ADDR": "192.168.0.9"}
+    launcher.join_launcher(environment)
+    launcher.join_launcher(environment)
+    assert len(calls) == 1
+    assert environment.items() >= {**answers, "MASTER_ADDR": "192.168.0.9"}.items()
+
+
+def test_this_node_has_an_address() -> None:
+    assert ipaddress.ip_address(launcher.outward_address()).version == 4
+    assert 0 < launcher.free_port() < 65536
