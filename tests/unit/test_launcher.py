@@ -73,6 +73,32 @@ def test_mpi_is_asked_once_and_a_given_address_is_kept(monkeypatch: pytest.Monke
     assert environment.items() >= {**answers, "MASTER_ADDR": "192.168.0.9"}.items()
 
 
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "20",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4",
+    "SLURM_STEP_NODELIST": "gpu[007-008,020]",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+def test_sruns_variables_are_translated() -> None:
+    environment = dict(SRUN)
+    launcher.join_launcher(environment)
+    expected = {"RANK": "9", "WORLD_SIZE": "20", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    assert environment.items() >= {**expected, "MASTER_ADDR": "gpu007", "MASTER_PORT": "34567"}.items()
+    third = launcher.srun_variables({**SRUN, "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "node-a,node-b"})
+    assert (third["LOCAL_WORLD_SIZE"], third["MASTER_ADDR"]) == ("4", "node-a")
+
+
+def test_a_shell_inside_an_allocation_is_no_rank() -> None:
+    environment = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
+    launcher.join_launcher(environment)
+    assert "RANK" not in environment
+
+
 def test_this_node_has_an_address() -> None:
     assert ipaddress.ip_address(launcher.outward_address()).version == 4
     assert 0 < launcher.free_port() < 65536
