@@ -33,7 +33,7 @@ class Command:
 def _train(argv: Sequence[str], prog: str) -> None:
     join_launcher()  # first: of several ranks only one reports a wrong setting
     config = parse_run_config(argv, prog=prog)
-    from loqt_scale.trainer import train  # late: torch takes seconds to import, --help and errors should not
+    from loqt_scale.job import train  # late: torch takes seconds to import, --help and errors should not
 
     train(config)
 

@@ -332,6 +332,31 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run so that it can go on.
+
+    Args:
+        every: Save every so many steps (and at the end, and when the job is told to stop); 0 = only then.
+        keep_last: Keep the newest so many checkpoints.
+        keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
+        resume: auto = go on from the newest checkpoint of an unfinished run in train.run_dir, if there is one; never =
+            start anew; else a checkpoint's folder.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep_every"):
+            value = getattr(self, key)
+            _require(value >= 0, f"checkpoint.{key} is {value}; write 0 (off) or more steps")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; write 1 or more")
+        _require(bool(self.resume), "checkpoint.resume is empty; write auto, never or a checkpoint's folder")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run.
 
@@ -343,6 +368,7 @@ class RunConfig:
         optim: Optimizer and schedule.
         parallel: How the run is spread over ranks.
         train: The loop.
+        checkpoint: What is kept, and where it goes on.
     """
 
     method: Method = "loqt"
@@ -352,6 +378,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         _require(

@@ -8,6 +8,7 @@ suits a factor (1e-2) ruins an embedding in plain Adam.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -73,3 +74,27 @@ def adam_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> t
     if "exp_avg" not in state or "exp_avg_sq" not in state:
         return None
     return state["exp_avg"], state["exp_avg_sq"]
+
+
+def ensure_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """(first, second) moment of a parameter; made of zeros, as AdamW would at the first step, if there are none."""
+    state = optimizer.state[parameter]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def set_update_count(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Sets the number of updates that Adam's bias correction counts, for all parameters that have a state."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(updates))
+
+
+def set_schedule_position(scheduler: LambdaLR, steps: int) -> None:
+    """Puts the scheduler, and the groups' rates, where `steps` calls of `step` would have put them."""
+    scheduler.last_epoch = steps - 1
+    with warnings.catch_warnings():  # that no update came before: true, and meant
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        scheduler.step()

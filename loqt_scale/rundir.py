@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 RUN_FILES = ("config.yaml", "metrics.jsonl")
-OnExisting = Literal["refuse", "archive"]
+OnExisting = Literal["refuse", "archive", "keep"]
 
 
 def prepare_run_dir(path: str | os.PathLike[str], on_existing: OnExisting = "archive") -> Path:
@@ -22,7 +22,8 @@ def prepare_run_dir(path: str | os.PathLike[str], on_existing: OnExisting = "arc
 
     Args:
         path: The folder; it may exist, empty or with files that are no run's.
-        on_existing: What to do if it already holds a run: refuse, or archive = rename the old folder.
+        on_existing: What to do if it already holds a run: refuse, archive = rename the old folder, or keep = go on in
+            it.
 
     Returns:
         The folder, existing and writable.
@@ -35,7 +36,7 @@ def prepare_run_dir(path: str | os.PathLike[str], on_existing: OnExisting = "arc
     """
     folder = Path(path)
     _check_is_folder(folder)
-    if holds_run(folder):
+    if holds_run(folder) and on_existing != "keep":
         _make_room(folder, on_existing)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,32 +2,40 @@
 
     share of the batch -> forward, backward (micro-steps) -> clip -> AdamW -> merge, on merge steps -> metrics
 
-`train(config)` runs a whole job on this rank; `Trainer` holds its parts. Whatever talks to other ranks goes through the
-strategy, whatever knows about subspaces through the MergeCoordinator.
+Whatever talks to other ranks goes through the strategy, whatever knows about subspaces through the MergeCoordinator.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import signal
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
-from loqt_scale.build import ModelDesign, build_model, design_model
+from loqt_scale.build import ModelDesign, build_model
+from loqt_scale.checkpoint import (
+    CHECKPOINTS,
+    FORMAT,
+    CheckpointError,
+    CheckpointFolder,
+    Manifest,
+    load_checkpoint,
+    save_checkpoint,
+)
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import save_run_config
-from loqt_scale.data import Corpus, build_corpus
+from loqt_scale.config_io import dump_run_config
+from loqt_scale.data import Corpus
 from loqt_scale.evaluation import evaluate
-from loqt_scale.launcher import join_launcher
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
-from loqt_scale.optim import create_optimizer, create_scheduler
-from loqt_scale.report import banner, merge_line, summary
-from loqt_scale.rundir import prepare_run_dir
-from loqt_scale.strategies import Strategy, create_strategy, resolve_device, resolve_strategy
+from loqt_scale.optim import create_optimizer, create_scheduler, set_schedule_position, set_update_count
+from loqt_scale.report import merge_line
+from loqt_scale.stopping import Stopped, StopRequest
+from loqt_scale.strategies import Strategy
 from loqt_scale.strategies.wire import WireCounter
 
 
@@ -68,8 +76,11 @@ class Trainer:
         self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
         self.rates = RateMeter()
+        self.done = 0  # steps
         self.tokens = 0
+        self.eval_before: float | None = None
         self.last_good: dict[str, float] = {}
+        self.checkpoints = CheckpointFolder(Path(train.run_dir) / CHECKPOINTS)
 
     def _create_merges(self) -> MergeCoordinator:
         return MergeCoordinator(
@@ -83,18 +94,65 @@ class Trainer:
         )
 
     def run(self) -> tuple[float, float]:
-        """Trains; returns held-out loss before and after, in nats. Every rank."""
-        train = self.config.train
-        before = self.evaluate(0)
-        for step in range(train.steps):
-            self.step(step)
-            done = step + 1
-            if train.eval_every and done % train.eval_every == 0 and done < train.steps:
-                self.evaluate(done)
-        return before, self.evaluate(train.steps)
+        """Trains to the end, from where it stands; returns held-out loss before and after, in nats. Every rank.
 
-    def step(self, step: int) -> None:
-        """One optimizer step, and the merge after it if there is one. Every rank."""
+        Raises:
+            Stopped: A signal asked for it; the run has been saved.
+        """
+        train, every = self.config.train, self.config.checkpoint.every
+        if self.eval_before is None:
+            self.eval_before = self.evaluate(0)
+        with StopRequest() as stop:
+            while self.done < train.steps:
+                logged = self.step(self.done)
+                self.done += 1
+                if train.eval_every and self.done % train.eval_every == 0 and self.done < train.steps:
+                    self.evaluate(self.done)
+                # ranks agree on steps at which they wait for one another anyway
+                stopping = logged and self.strategy.any(stop.number is not None)
+                if stopping or self.done == train.steps or (every and self.done % every == 0):
+                    self.save()
+                if stopping and self.done < train.steps:
+                    self.progress.line(f"stopped after step {self.done}; the same command goes on from there")
+                    raise Stopped(stop.number or signal.SIGTERM)
+        return self.eval_before, self.evaluate(train.steps)
+
+    def save(self) -> None:
+        """Saves a checkpoint; if that fails, says so and goes on. Every rank."""
+        assert self.eval_before is not None
+        manifest = Manifest(
+            format=FORMAT,
+            step=self.done,
+            updates=self.done,
+            tokens=self.tokens,
+            eval_before=self.eval_before,
+            world_size=self.strategy.world_size,
+            strategy=self.strategy.description,
+            tensors={},
+        )
+        keep = self.config.checkpoint
+        with self.rates.paused():
+            try:
+                model = self.built.model
+                text = dump_run_config(self.config)
+                save_checkpoint(self.checkpoints, manifest, text, model, self.optimizer, self.strategy)
+                if self.strategy.is_main:
+                    self.checkpoints.prune(keep_last=keep.keep_last, keep_every=keep.keep_every)
+            except CheckpointError as error:
+                self.progress.line(f"WARNING: {error}; training goes on")
+
+    def restore(self, path: Path) -> None:
+        """Goes back to where a checkpoint was saved. Every rank."""
+        manifest = load_checkpoint(path, self.built.model, self.optimizer, self.strategy)
+        set_update_count(self.optimizer, manifest.updates)
+        if self.scheduler is not None:
+            set_schedule_position(self.scheduler, manifest.updates)
+        self.strategy.set_schedule_position(manifest.updates)
+        self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
+        self.progress.line(f"resumed after step {self.done} from {path} (saved by {manifest.world_size} ranks)")
+
+    def step(self, step: int) -> bool:
+        """One optimizer step, and the merge after it if there is one; whether it was logged. Every rank."""
         train = self.config.train
         counter = self._wire_counter(step)
         with ExitStack() as stack:
@@ -116,6 +174,7 @@ class Trainer:
             self.scheduler.step()
         self.rates.tick(self.tokens_per_step)
         self._report(step, values)
+        return logged
 
     def accumulate(self, step: int) -> Tensor:
         """Forward and backward over this rank's share; returns the mean loss per token over all ranks (a tensor)."""
@@ -207,42 +266,3 @@ class Trainer:
         if counter is None:
             return {}
         return {f"{name}_payload_bytes": counter.payload_bytes(), f"{name}_sent_bytes": counter.sent_bytes()}
-
-
-def train(config: RunConfig) -> dict[str, float]:
-    """Runs one training job on this rank; every rank of the job calls it.
-
-    Returns:
-        `eval/loss_before` and `eval/loss_after`, held-out, in nats.
-
-    Raises:
-        ValueError: Settings that cannot work, before anything is allocated.
-        NonFiniteLossError: The loss became NaN or infinite.
-    """
-    join_launcher()
-    resolve_strategy(config.parallel)
-    device = resolve_device(config.train.device)
-    strategy = create_strategy(config, device=device)
-    try:
-        corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
-        design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
-        # only now, when the settings have proved to fit, is an older run in this folder moved aside
-        if strategy.is_main:
-            run_dir = prepare_run_dir(config.train.run_dir, config.train.on_existing_run)
-            save_run_config(config, run_dir / "config.yaml")
-        strategy.barrier()
-        with (
-            MetricsWriter(config.train.run_dir, enabled=strategy.is_main) as writer,
-            Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
-        ):
-            trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
-            if strategy.is_main and strategy.engine_settings is not None:
-                (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
-            progress.line(banner(trainer.built, trainer.corpus, config, strategy))
-            before, after = trainer.run()
-            progress.close()
-        if strategy.is_main:
-            print(summary(config, before, after), flush=True)
-        return {"eval/loss_before": before, "eval/loss_after": after}
-    finally:
-        strategy.close()

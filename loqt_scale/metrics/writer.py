@@ -30,16 +30,21 @@ class MetricsWriter:
     Args:
         run_dir: Existing folder of the run.
         enabled: False on all ranks but one: every call then does nothing, so that the caller needs no `if`.
+        resume_step: Step after which a run goes on: what the files say of later steps is removed. None: a new run.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: str | os.PathLike[str], enabled: bool = True, *, resume_step: int | None = None
+    ) -> None:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         if enabled:
-            self._board = _open_board(Path(run_dir) / TENSORBOARD_FOLDER)
+            if resume_step is not None:
+                _forget_after(Path(run_dir) / METRICS_FILE, resume_step)
+            self._board = _open_board(Path(run_dir) / TENSORBOARD_FOLDER, resume_step)
             self._file = (Path(run_dir) / METRICS_FILE).open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,12 +85,29 @@ class MetricsWriter:
         self.close()
 
 
-def _open_board(folder: Path) -> SummaryWriter:
+def _forget_after(path: Path, step: int) -> None:
+    """Removes lines of later steps, and a last line that a killed run has not finished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    replacement = path.with_suffix(".new")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def _open_board(folder: Path, resume_step: int | None) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("metrics need tensorboard; run: pip install tensorboard") from error
-    return SummaryWriter(log_dir=str(folder), flush_secs=30)
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(log_dir=str(folder), flush_secs=30, purge_step=purge_step)
 
 
 def _scalar(value: Any) -> float:

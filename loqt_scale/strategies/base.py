@@ -22,11 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.optim import adam_moments
+from loqt_scale.optim import adam_moments, ensure_adam_state
 
 
 def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -94,6 +95,9 @@ class Strategy:
         """The stored rows of a parameter, gradient or optimizer state, as a plain tensor that shares its memory."""
         return tensor
 
+    def set_schedule_position(self, steps: int) -> None:
+        """Puts a scheduler of the strategy's own where `steps` updates would have put it."""
+
     # ---- work shares in a merge ----------------------------------------------------------------------------------
 
     def editing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
@@ -137,6 +141,33 @@ class Strategy:
         if moments is not None:
             first, second = (self.local(moment) for moment in moments)
             edit(first, second)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
+        """This rank's work share of a tensor of `shape`, as torch.distributed.checkpoint saves and loads it."""
+        return piece
+
+    def from_shard(self, shard: Tensor) -> Tensor:
+        """The work share in what `as_shard` returned."""
+        return shard
+
+    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        """This rank's work shares of Adam's moments; None before the first update. Every rank."""
+        moments = adam_moments(optimizer, parameter)
+        return None if moments is None else (self.read(moments[0]), self.read(moments[1]))
+
+    def write_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: tuple[Tensor, Tensor]
+    ) -> None:
+        """Replaces Adam's moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
+        ours = ensure_adam_state(optimizer, parameter)
+        for moment, piece in zip(ours, moments, strict=True):
+            self.write(moment, piece)
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """What each rank holds, by rank, on every rank; plain data only. Every rank."""
+        return [mine]
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from loqt_scale.strategies.base import Strategy
 
@@ -46,6 +49,7 @@ class DistributedStrategy(Strategy):
         super().__init__(device, compute_dtype)
         self._joined = join_process_group(device, timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._host_mesh: DeviceMesh | None = None
 
     def write(self, parameter: Tensor, piece: Tensor) -> None:
         """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
@@ -60,6 +64,26 @@ class DistributedStrategy(Strategy):
         gathered = piece.new_empty((self.world_size * most, *piece.shape[1:]))
         _all_gather(gathered, padded)
         return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
+
+    def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
+        """A DTensor on the host, sharded on dim 0 as `rows` shares it out. Every rank, the first time."""
+        if self._host_mesh is None:
+            self._host_mesh = init_device_mesh("cpu", (self.world_size,))
+        whole = torch.empty(tuple(shape), device="meta")
+        return DTensor.from_local(
+            piece, self._host_mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    def from_shard(self, shard: Tensor) -> Tensor:
+        """The local part of a DTensor."""
+        assert isinstance(shard, DTensor)
+        return shard.to_local()
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """See `Strategy.gather_objects`. Every rank."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, mine)
+        return found
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Strategy.sum`. Every rank. One all-reduce."""

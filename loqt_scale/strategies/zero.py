@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear
+from loqt_scale.optim import ensure_adam_state
 from loqt_scale.strategies.process_group import DistributedStrategy
 from loqt_scale.strategies.zero_config import deepspeed_config, resolve_zero_stage
 
@@ -91,6 +92,8 @@ class ZeroStrategy(DistributedStrategy):
         self.stage = resolve_zero_stage(config)
         self.settings: dict[str, Any] = {}
         self._engine: Any = None
+        self._scheduler: Any = None
+        self._linked = False
 
     @property
     def description(self) -> str:
@@ -130,7 +133,7 @@ class ZeroStrategy(DistributedStrategy):
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Makes the engine, which takes over the optimizer's parameters and keeps its groups' settings. Every rank."""
-        self._engine, *_ = self._deepspeed.initialize(
+        self._engine, _, _, self._scheduler = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
         engine: nn.Module = self._engine
@@ -140,6 +143,11 @@ class ZeroStrategy(DistributedStrategy):
     def schedules_learning_rate(self) -> bool:
         """Whether the DeepSpeed configuration names a scheduler."""
         return "scheduler" in self.settings
+
+    def set_schedule_position(self, steps: int) -> None:
+        """Steps DeepSpeed's scheduler as the engine does, once an update."""
+        for _ in range(steps if self.schedules_learning_rate else 0):
+            self._scheduler.step()
 
     # ---- work shares in a merge ----------------------------------------------------------------------------------
 
@@ -180,6 +188,45 @@ class ZeroStrategy(DistributedStrategy):
         edit(*moments)
         for key, moment in zip(MOMENTS, moments, strict=True):
             self._set_state(parameter, moment, key)
+
+    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        """Work shares of both moments, gathered whole one after the other. Every rank."""
+        if not optimizer.state:
+            return None
+        self._link_states()
+        start, stop = self.rows(_shape(parameter)[0])
+        get = self._deepspeed.utils.safe_get_full_optimizer_state
+        first, second = (get(parameter, key)[start:stop].clone() for key in MOMENTS)
+        return first, second
+
+    def write_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: tuple[Tensor, Tensor]
+    ) -> None:
+        """Gathers each moment whole; each rank keeps its shard. Every rank."""
+        self._ensure_states(optimizer)
+        rows = _shape(parameter)[0]
+        ranges = [self.rows(rows, rank) for rank in range(self.world_size)]
+        for key, piece in zip(MOMENTS, moments, strict=True):
+            self._set_state(parameter, self.gather_pieces(piece, ranges), key)
+
+    def _ensure_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes Adam's states, of the flat masters, where there has been no update yet."""
+        if not optimizer.state:
+            zero = self._engine.optimizer
+            for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+                ensure_adam_state(optimizer, flat)
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Stages 1 and 2: lets DeepSpeed find each parameter's part of the flat states.
+
+        It does that itself after the first group's first update, when the other groups have no states yet, and never
+        again; there is no public call.
+        """
+        if self.stage < 3 and not self._linked:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def _has_master(self, parameter: Tensor) -> bool:
         return self._engine is not None and parameter.requires_grad
@@ -240,3 +287,9 @@ class ZeroStrategy(DistributedStrategy):
         if self._joined and self._deepspeed.comm.is_initialized():
             self._deepspeed.comm.destroy_process_group()
         super().close()
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """The whole parameter's shape; stage 3 leaves an empty tensor in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

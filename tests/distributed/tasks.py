@@ -37,7 +37,7 @@ def _word(value: Any) -> str:
 
 def train_run(**settings: Any) -> list[dict[str, float]]:
     """Runs one job on this rank and returns its metrics, a dict a logged step."""
-    from loqt_scale.trainer import train
+    from loqt_scale.job import train
 
     config = small_config(settings)
     train(config)

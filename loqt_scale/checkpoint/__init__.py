@@ -1,0 +1,23 @@
+"""Checkpoints: what of a run is kept, where, and how it goes on from there.
+
+state.py     the tensors of a run, whatever the strategy: every rank its share of each one's rows
+store.py     those shares to and from safetensors files (torch.distributed.checkpoint)
+folder.py    folders, names, manifest, checksums: written beside, published by one rename
+resume.py    which checkpoint a run goes on from, and whether it may
+"""
+
+from loqt_scale.checkpoint.folder import FORMAT, CheckpointError, CheckpointFolder, Manifest, read_manifest
+from loqt_scale.checkpoint.resume import CHECKPOINTS, find_resume
+from loqt_scale.checkpoint.store import load_checkpoint, save_checkpoint
+
+__all__ = [
+    "CHECKPOINTS",
+    "FORMAT",
+    "CheckpointError",
+    "CheckpointFolder",
+    "Manifest",
+    "find_resume",
+    "load_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+]

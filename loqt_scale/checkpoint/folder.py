@@ -1,0 +1,204 @@
+"""Where checkpoints lie, and when one counts.
+
+    checkpoints/
+      latest                       the name of the newest one, a line of text
+      step-00000300/
+        manifest.json              format, step, position, checksums of all other files and of itself
+        config.yaml                the run's settings
+        shard-0000i-model-....safetensors     what rank i - 1 wrote
+
+A checkpoint is written to a folder whose name begins with a dot, and renamed when every file of it is on disk; `latest`
+is replaced after that, by a rename too. A job killed at any moment leaves the one before as it was. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
+_PREFIX, _PARTIAL, _SELF = "step-", ".partial", "sha256"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says about itself.
+
+    Args:
+        format: Version of the layout.
+        step: Optimizer steps done.
+        updates: Optimizer steps applied.
+        tokens: Tokens trained on.
+        eval_before: Held-out loss before training, in nats.
+        world_size: Ranks that wrote it.
+        strategy: Their strategy, for people; any other can read it.
+        tensors: Shape and dtype of every tensor.
+        files: sha256 of every file but this one.
+    """
+
+    format: int
+    step: int
+    updates: int
+    tokens: int
+    eval_before: float
+    world_size: int
+    strategy: str
+    tensors: dict[str, list[Any]]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        root: Their folder; need not exist.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` steps."""
+        return self.root / f"{_PREFIX}{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Where that checkpoint is written before it counts."""
+        return self.root / f".{_PREFIX}{step:08d}{_PARTIAL}"
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint to; what killed jobs left half-written is removed. One rank."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob(f".{_PREFIX}*{_PARTIAL}"):
+            shutil.rmtree(left)
+        folder = self.partial(step)
+        folder.mkdir()
+        return folder
+
+    def publish(self, step: int, manifest: Manifest) -> Path:
+        """Makes the written checkpoint count, as the latest. One rank, when all files are closed."""
+        partial, final = self.partial(step), self.path(step)
+        tree = asdict(manifest)
+        _write_durably(partial / MANIFEST, json.dumps(tree | {_SELF: _tree_digest(tree)}, indent=1) + "\n")
+        for name in manifest.files:
+            _sync(partial / name)
+        _sync(partial)
+        if final.exists():  # from before a resume
+            shutil.rmtree(final)
+        partial.rename(final)
+        _write_durably(self.root / (LATEST + ".new"), final.name + "\n")
+        (self.root / (LATEST + ".new")).rename(self.root / LATEST)
+        _sync(self.root)
+        return final
+
+    def prune(self, *, keep_last: int, keep_every: int) -> None:
+        """Removes what need not be kept. One rank."""
+        steps = self.steps()
+        for step in steps[:-keep_last]:
+            if not (keep_every and step % keep_every == 0):
+                shutil.rmtree(self.path(step))
+
+    def steps(self) -> list[int]:
+        """Steps of all published checkpoints, ascending."""
+        names = (folder.name.removeprefix(_PREFIX) for folder in self.root.glob(f"{_PREFIX}*") if folder.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def latest(self) -> Path | None:
+        """The newest published checkpoint; None if there is none.
+
+        Raises:
+            CheckpointError: `latest` names something that is not there.
+        """
+        pointer = self.root / LATEST
+        if not pointer.exists():
+            return None
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        folder = self.root / name
+        if not name.startswith(_PREFIX) or "/" in name or not folder.is_dir():
+            others = ", ".join(str(self.path(step)) for step in self.steps()) or "none"
+            raise CheckpointError(
+                f"{pointer} names {name!r}, which is no checkpoint beside it; write --checkpoint.resume PATH with one "
+                f"that is there ({others}), or --checkpoint.resume never"
+            )
+        return folder
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or "format" not in tree:
+            raise ValueError("it holds no format version")
+        if tree["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {tree['format']!r}, but this version reads {FORMAT}; use the version "
+                "of loqt_scale that wrote it"
+            )
+        if tree.pop(_SELF, None) != _tree_digest(tree):
+            raise ValueError("it does not have its checksum")
+        return Manifest(**tree)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, other fields
+        raise CheckpointError(f"{path} is damaged ({error}); {_ELSEWHERE}") from None
+
+
+def damaged_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Files of a checkpoint that are missing or do not have their checksum, of every `parts`-th file from `part` on."""
+    bad = []
+    for name in sorted(manifest.files)[part::parts]:
+        path = folder / name
+        if not path.is_file():
+            bad.append(f"{name} is missing")
+        elif file_digest(path) != manifest.files[name]:
+            bad.append(f"{name} does not have its checksum")
+    return bad
+
+
+def refuse_damaged(folder: Path, damaged: list[str]) -> None:
+    """Raises CheckpointError if the list is not empty."""
+    if damaged:
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(sorted(damaged))}; {_ELSEWHERE}")
+
+
+_ELSEWHERE = "write --checkpoint.resume PATH with another checkpoint, or --checkpoint.resume never"
+
+
+def _tree_digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

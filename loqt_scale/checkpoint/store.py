@@ -1,0 +1,135 @@
+"""A run's shares to and from a folder of safetensors files: torch.distributed.checkpoint does the work.
+
+Its safetensors storage is used rather than the default one, whose metadata is a pickle: nothing in a checkpoint can run
+code. Every rank writes one file of its own and reads what it needs of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from loqt_scale.checkpoint.folder import (
+    CONFIG,
+    CheckpointError,
+    CheckpointFolder,
+    Manifest,
+    damaged_files,
+    file_digest,
+    read_manifest,
+    refuse_damaged,
+)
+from loqt_scale.checkpoint.state import describe, empty_state, read_state, write_state
+from loqt_scale.strategies import Strategy
+
+
+def save_checkpoint(
+    folder: CheckpointFolder,
+    manifest: Manifest,
+    config_text: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    strategy: Strategy,
+) -> Path:
+    """Writes a checkpoint and makes it the latest. Every rank; when it returns on any, it counts.
+
+    Args:
+        folder: Where the run's checkpoints lie.
+        manifest: What it says about itself; tensors and files are filled in here.
+        config_text: The run's settings, YAML.
+        model: The model, without its strategy's wrapper.
+        optimizer: Its optimizer.
+        strategy: How both are spread.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: A rank could not write: on all ranks, and nothing was published.
+    """
+    shares = read_state(model, optimizer, strategy)
+    partial = folder.partial(manifest.step)
+    digests: dict[str, str] = {}
+    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"):
+        if strategy.is_main:
+            folder.begin(manifest.step)
+            (partial / CONFIG).write_text(config_text, encoding="utf-8")
+            digests[CONFIG] = hashlib.sha256(config_text.encode()).hexdigest()
+    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"), _quiet():
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        save(shares, storage_writer=writer, no_dist=strategy.world_size == 1)
+        mine = partial.glob(f"shard-{strategy.rank + 1:05d}-*")
+        digests |= {path.name: file_digest(path) for path in mine}
+    files = {name: digest for part in strategy.gather_objects(digests) for name, digest in part.items()}
+    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not published"):
+        if strategy.is_main:
+            folder.publish(manifest.step, replace(manifest, tensors=describe(shares), files=files))
+    return folder.path(manifest.step)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> Manifest:
+    """Verifies a checkpoint, then reads it into a built model and its optimizer. Every rank.
+
+    Args:
+        path: The checkpoint's folder.
+        model: The model, without its strategy's wrapper; it may be spread otherwise than when it was saved.
+        optimizer: Its optimizer; a fresh one will do.
+        strategy: How both are spread.
+
+    Raises:
+        CheckpointError: A file is damaged, or the checkpoint is of another model; nothing has been changed.
+    """
+    manifest = read_manifest(path)
+    bad = damaged_files(path, manifest, part=strategy.rank, parts=strategy.world_size)
+    refuse_damaged(path, [text for part in strategy.gather_objects(bad) for text in part])
+    moments = any(name.startswith("moments.") for name in manifest.tensors)
+    shares = empty_state(model, strategy, moments=moments)
+    _check_same_tensors(path, manifest, describe(shares))
+    with _quiet():
+        load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=strategy.world_size == 1)
+    write_state(shares, model, optimizer, strategy)
+    return manifest
+
+
+def _check_same_tensors(path: Path, manifest: Manifest, ours: dict[str, list[object]]) -> None:
+    theirs = manifest.tensors
+    if theirs == ours:
+        return
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    name = different[0]
+    raise CheckpointError(
+        f"{path} is of another model: {len(different)} tensors differ, the first is {name}: {theirs.get(name)} in the "
+        f"checkpoint, {ours.get(name)} in this run; write the settings of its {CONFIG}, or --checkpoint.resume never"
+    )
+
+
+@contextmanager
+def _all_or_none(strategy: Strategy, what: str) -> Iterator[None]:
+    """Raises CheckpointError on every rank if one of them raised inside. Every rank."""
+    mine = ""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        mine = f"rank {strategy.rank}: {error}"
+    failed = [text for text in strategy.gather_objects(mine) if text]
+    if failed:
+        raise CheckpointError(f"{what}: {'; '.join(failed)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch.distributed.checkpoint's notes for its own developers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed")
+        yield

@@ -1,0 +1,156 @@
+"""Checkpoints of one strategy and world size, gone on from by another: the numbers stay those of the unbroken run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.pool import RankFailed, RankPool
+from tests.distributed.test_equivalence import strategy_settings
+
+AT = 20  # between two merges (after steps 13 and 26)
+MERGE = 13  # right after a merge
+TASK = "tests.distributed.tasks:train_run"
+
+
+class SavedRuns:
+    """Unbroken runs that leave checkpoints, one per strategy and world size."""
+
+    def __init__(self, ranks: RankPool, three_ranks: RankPool, folder: Path, common: dict[str, Any]) -> None:
+        self._ranks, self._three_ranks, self._folder, self._common = ranks, three_ranks, folder, common
+        self._known: dict[str, dict[int, float]] = {}
+
+    def run(self, world_size: int, strategy: str, run_dir: Path, **settings: Any) -> dict[int, float]:
+        """Trains; returns all losses by step, those from before a resume in the same folder too."""
+        pool = self._three_ranks if (world_size, strategy) == (3, "zero-3") else self._ranks
+        arguments = {**self._common, **strategy_settings(strategy), "train.run_dir": str(run_dir), **settings}
+        rows = pool.run(world_size, TASK, **arguments)[0]
+        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+    def folder(self, world_size: int, strategy: str) -> Path:
+        return self._folder / f"{strategy}-on-{world_size}"
+
+    def losses(self, world_size: int, strategy: str) -> dict[int, float]:
+        """Losses of the unbroken run, which saves after step AT."""
+        key = f"{world_size}-{strategy}"
+        if key not in self._known:
+            settings = {"checkpoint.every": AT, "checkpoint.keep_last": 9}
+            self._known[key] = self.run(world_size, strategy, self.folder(world_size, strategy), **settings)
+        return self._known[key]
+
+    def checkpoint(self, world_size: int, strategy: str, step: int = AT) -> str:
+        self.losses(world_size, strategy)
+        return str(self.folder(world_size, strategy) / "checkpoints" / f"step-{step:08d}")
+
+
+@pytest.fixture(scope="module")
+def saved(
+    ranks: RankPool,
+    three_ranks: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    text_file: Path,
+    cache_dir: Path,
+) -> SavedRuns:
+    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
+    return SavedRuns(ranks, three_ranks, tmp_path_factory.mktemp("saved"), common)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(1, "single"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "zero-1"), (2, "zero-2"), (2, "zero-3")],
+)
+def test_on_the_same_ranks_every_bit_is_the_same(
+    saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
+) -> None:
+    unbroken = saved.losses(world_size, strategy)
+    resumed = saved.run(world_size, strategy, tmp_path, **{"checkpoint.resume": saved.checkpoint(world_size, strategy)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT} and len(resumed) == 40 - AT
+
+
+MATRIX = [
+    ((1, "single"), (2, "fsdp")),
+    ((1, "single"), (3, "ddp")),
+    ((2, "fsdp"), (1, "single")),
+    ((2, "fsdp"), (3, "fsdp")),
+    ((3, "fsdp"), (2, "ddp")),
+    ((2, "ddp"), (3, "fsdp")),
+    ((3, "fsdp"), (1, "single")),
+    ((2, "fsdp"), (2, "zero-3")),
+    ((2, "zero-3"), (1, "single")),
+    ((2, "zero-2"), (3, "zero-3")),
+    ((2, "zero-1"), (2, "fsdp")),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), MATRIX, ids=lambda pair: f"{pair[1]}x{pair[0]}")
+def test_on_other_ranks_and_strategies(
+    saved: SavedRuns, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    """Rows do not divide (86 of them, row groups of two): shards move. Tolerances are the equivalence tests'."""
+    unbroken = saved.losses(*before)
+    resumed = saved.run(*after, tmp_path, **{"checkpoint.resume": saved.checkpoint(*before)})
+    assert len(resumed) == 40 - AT
+    assert all(loss == pytest.approx(unbroken[step], abs=1e-3) for step, loss in resumed.items())
+    assert resumed[AT + 1] == pytest.approx(unbroken[AT + 1], abs=1e-5)
+
+
+def test_bf16_masters_survive(saved: SavedRuns, tmp_path: Path) -> None:
+    """What is saved is the float32 master, not its 16-bit copy: the same bits afterwards."""
+    bf16 = {"model.dtype": "bfloat16", "checkpoint.every": AT, "checkpoint.keep_last": 9}
+    unbroken = saved.run(2, "zero-3", tmp_path / "a", **bf16)
+    checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
+    resumed = saved.run(2, "zero-3", tmp_path / "b", **bf16, **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
+
+
+@pytest.mark.parametrize("step", [MERGE - 1, MERGE, MERGE + 1])
+def test_before_and_after_a_merge(saved: SavedRuns, tmp_path: Path, step: int) -> None:
+    """The merge follows the update of step 13 (counted from 0), which is the 14th."""
+    settings = {"checkpoint.every": step + 1, "checkpoint.keep_last": 99}
+    unbroken = saved.run(1, "single", tmp_path / "a", **settings)
+    checkpoint = tmp_path / "a" / "checkpoints" / f"step-{step + 1:08d}"
+    resumed = saved.run(1, "single", tmp_path / "b", **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {done: loss for done, loss in unbroken.items() if done > step + 1}
+
+
+def test_auto_goes_on_in_the_same_folder(saved: SavedRuns, tmp_path: Path) -> None:
+    """A folder whose later half is lost: `auto` repeats it, and metrics.jsonl holds every step once."""
+    settings = {"checkpoint.every": 10, "checkpoint.keep_last": 9}
+    unbroken = saved.run(1, "single", tmp_path, **settings)
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{n:08d}" for n in (10, 20, 30, 40)]
+    (checkpoints / "latest").write_text("step-00000010\n")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "train/lo')  # killed while it wrote
+    again = saved.run(1, "single", tmp_path, **settings)
+    assert again == unbroken
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(11) == 1 and steps == sorted(steps)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.old*"))
+
+
+def test_a_finished_run_is_moved_aside(saved: SavedRuns, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = saved.run(1, "single", run_dir)
+    assert saved.run(1, "single", run_dir) == first
+    assert (tmp_path / "run.old-1" / "checkpoints" / "latest").read_text() == "step-00000040\n"
+
+
+def test_changed_settings_are_named(saved: SavedRuns, tmp_path: Path) -> None:
+    checkpoint = saved.checkpoint(1, "single")
+    changed = {"optim.lr": 1e-3, "loqt.rank": 4, "checkpoint.resume": checkpoint}
+    with pytest.raises(RankFailed, match=r"loqt\.rank was 8, is 4; optim\.lr was 0\.005, is 0\.001\. Write the old"):
+        saved.run(1, "single", tmp_path, **changed)
+
+
+def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}')
+    settings = {"parallel.zero_config": str(path), "checkpoint.every": AT, "checkpoint.keep_last": 9}
+    unbroken = saved.run(2, "zero-2", tmp_path / "a", **settings)
+    checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
+    resumed = saved.run(2, "zero-2", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
