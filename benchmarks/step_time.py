@@ -85,7 +85,7 @@ def update(trainer: Trainer, step: int) -> None:
     """A normal step: the same without probes."""
     trainer.accumulate(step)
     max_norm = trainer.config.optim.clip_norm
-    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm, check=False)
+    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -56,7 +56,7 @@ def measure(words: list[str], repeats: int) -> dict[str, Any]:
         alive = live_tensor_bytes()
         trainer.accumulate(2)
         kinds["gradients"] = live_tensor_bytes() - alive
-        trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=1.0, check=False)
+        trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=1.0)
         held[strategy] = kinds
     seconds: dict[str, dict[str, list[float]]] = {s: {"step": [], "merge": []} for s in STRATEGIES}
     for turn in range(repeats):

@@ -235,6 +235,7 @@ class OptimConfig:
         warmup_steps: Steps of linear warm-up.
         final_lr_fraction: The cosine ends at this fraction of the peak rate.
         clip_norm: Global gradient norm above which gradients are scaled down; 0 switches clipping off.
+        max_skipped_steps: A step whose gradient is not finite is skipped; so many in a row end the run.
     """
 
     lr: float = 0.01
@@ -245,6 +246,7 @@ class OptimConfig:
     warmup_steps: int = 0
     final_lr_fraction: float = 0.1
     clip_norm: float = 1.0
+    max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
         _require(self.lr > 0.0, f"optim.lr is {self.lr}; write a positive number")
@@ -256,6 +258,7 @@ class OptimConfig:
         _require(self.eps > 0.0, f"optim.eps is {self.eps}; write a positive number")
         _require(self.weight_decay >= 0.0, f"optim.weight_decay is {self.weight_decay}; write 0 or more")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; write 0 or more")
+        _require(self.max_skipped_steps >= 1, f"optim.max_skipped_steps is {self.max_skipped_steps}; write 1 or more")
         _require(self.clip_norm >= 0.0, f"optim.clip_norm is {self.clip_norm}; write 0 (off) or more")
         _require(
             0.0 <= self.final_lr_fraction <= 1.0,

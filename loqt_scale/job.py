@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import find_resume, read_manifest
+from loqt_scale.checkpoint import find_resume, verify_checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config, save_run_config
 from loqt_scale.data import build_corpus
@@ -32,7 +32,8 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises:
         ValueError: Settings that cannot work, before anything is allocated.
-        NonFiniteLossError: The loss became NaN or infinite.
+        NonFiniteLossError: Too many steps in a row had a gradient that was not finite.
+        Stopped: A signal asked for it; the run has been saved.
     """
     join_launcher()
     resolve_strategy(config.parallel)
@@ -41,6 +42,7 @@ def train(config: RunConfig) -> dict[str, float]:
     strategy = create_strategy(config, device=device)
     try:
         _check_agreement(strategy, config, resume)
+        manifest = None if resume is None else verify_checkpoint(resume, strategy)
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
         # only now, when the settings have proved to fit, is an older run in this folder moved aside
@@ -50,7 +52,7 @@ def train(config: RunConfig) -> dict[str, float]:
             prepare_run_dir(run_dir, "keep" if going_on else config.train.on_existing_run)
             save_run_config(config, run_dir / "config.yaml")
         strategy.barrier()
-        resume_step = None if resume is None else read_manifest(resume).step
+        resume_step = None if manifest is None else manifest.step
         with (
             MetricsWriter(config.train.run_dir, strategy.is_main, resume_step=resume_step) as writer,
             Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
@@ -59,8 +61,8 @@ def train(config: RunConfig) -> dict[str, float]:
             if strategy.is_main and strategy.engine_settings is not None:
                 (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
             progress.line(banner(trainer.built, trainer.corpus, config, strategy))
-            if resume is not None:
-                trainer.restore(resume)
+            if resume is not None and manifest is not None:
+                trainer.restore(resume, manifest)
             before, after = trainer.run()
             progress.close()
         if strategy.is_main:

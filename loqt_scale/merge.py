@@ -130,6 +130,18 @@ class MergeCoordinator:
         """Whether a merge follows the optimizer step `step`."""
         return step in self._index_of_step
 
+    def require(self, step: int) -> None:
+        """Makes a step a merge step, if it is none (a merge was postponed to it before a resume). Local."""
+        index = sum(known < step for known in self._index_of_step)
+        self._index_of_step.setdefault(step, max(0, index - 1))
+
+    def postpone(self, step: int) -> None:
+        """Moves the merge of a step that was skipped to the next step, and drops what was collected for it. Local."""
+        index = self._index_of_step.pop(step)
+        self._index_of_step.setdefault(step + 1, index)
+        for layer in self._layers.values():
+            layer.probe = None
+
     def prepare(self, step: int) -> None:
         """Before the forward passes of a step: attaches probes if the step ends in a merge. Local."""
         if not self.is_merge_step(step):
@@ -152,6 +164,7 @@ class MergeCoordinator:
         if not self.is_merge_step(step):
             return None
         started = time.perf_counter()
+        first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
         for wave in self._waves:
             collected = [self._collect(name, owner) for owner, name in enumerate(wave)]
@@ -161,7 +174,7 @@ class MergeCoordinator:
             del collected
             for owner, name in enumerate(wave):
                 with self._strategy.editing(self._layers[name].merged_parameters()):
-                    diagnostics[name] = self._merge_layer(name, owner, mine, first=step == 0)
+                    diagnostics[name] = self._merge_layer(name, owner, mine, first=first)
         values = {name: [float(v) for v in tensor.cpu()] for name, tensor in diagnostics.items()}
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(

@@ -7,7 +7,6 @@ Whatever talks to other ranks goes through the strategy, whatever knows about su
 
 from __future__ import annotations
 
-import math
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +29,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import Corpus
 from loqt_scale.evaluation import evaluate
+from loqt_scale.health import Health
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.optim import create_optimizer, create_scheduler, set_schedule_position, set_update_count
@@ -37,10 +37,6 @@ from loqt_scale.report import merge_line
 from loqt_scale.stopping import Stopped, StopRequest
 from loqt_scale.strategies import Strategy
 from loqt_scale.strategies.wire import WireCounter
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite."""
 
 
 class Trainer:
@@ -77,9 +73,10 @@ class Trainer:
         self.merges = self._create_merges() if config.method == "loqt" else None
         self.rates = RateMeter()
         self.done = 0  # steps
+        self.updates = 0  # steps that were not skipped
         self.tokens = 0
         self.eval_before: float | None = None
-        self.last_good: dict[str, float] = {}
+        self.health = Health(config.optim.max_skipped_steps)
         self.checkpoints = CheckpointFolder(Path(train.run_dir) / CHECKPOINTS)
 
     def _create_merges(self) -> MergeCoordinator:
@@ -123,7 +120,9 @@ class Trainer:
         manifest = Manifest(
             format=FORMAT,
             step=self.done,
-            updates=self.done,
+            updates=self.updates,
+            skipped_in_a_row=self.health.in_a_row,
+            merge_is_due=self.merges is not None and self.merges.is_merge_step(self.done),
             tokens=self.tokens,
             eval_before=self.eval_before,
             world_size=self.strategy.world_size,
@@ -141,14 +140,18 @@ class Trainer:
             except CheckpointError as error:
                 self.progress.line(f"WARNING: {error}; training goes on")
 
-    def restore(self, path: Path) -> None:
-        """Goes back to where a checkpoint was saved. Every rank."""
-        manifest = load_checkpoint(path, self.built.model, self.optimizer, self.strategy)
+    def restore(self, path: Path, manifest: Manifest) -> None:
+        """Goes back to where a (verified) checkpoint was saved. Every rank."""
+        load_checkpoint(path, manifest, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
         if self.scheduler is not None:
-            set_schedule_position(self.scheduler, manifest.updates)
+            set_schedule_position(self.scheduler, manifest.step)
         self.strategy.set_schedule_position(manifest.updates)
         self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
+        self.updates, self.health.skipped = manifest.updates, manifest.step - manifest.updates
+        self.health.in_a_row = manifest.skipped_in_a_row
+        if self.merges is not None and manifest.merge_is_due:
+            self.merges.require(self.done)
         self.progress.line(f"resumed after step {self.done} from {path} (saved by {manifest.world_size} ranks)")
 
     def step(self, step: int) -> bool:
@@ -164,12 +167,18 @@ class Trainer:
             merging = self.merges is not None and self.merges.is_merge_step(step)
             logged = (step + 1) % train.log_every == 0 or merging
             rates = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-            norm = self.strategy.update(
-                self.model, self.optimizer, self.parameters, max_norm=self.config.optim.clip_norm, check=logged
-            )
-            values = self._read(step, loss, norm) | rates if logged else {}
-        values |= self._wire_values("wire/step", counter)
-        values |= self.merge(step, counter)
+            max_norm = self.config.optim.clip_norm
+            norm = self.strategy.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
+        values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
+        warning = self.health.judge(step + 1, *values.values())
+        if warning is None:
+            self.updates += 1
+            values |= self.merge(step, counter)
+        else:
+            self.progress.line(f"WARNING: {warning}")
+            if merging and self.merges is not None:
+                self.merges.postpone(step)
+        values = values | rates | self._wire_values("wire/step", counter) if logged or warning else {}
         if self.scheduler is not None:
             self.scheduler.step()
         self.rates.tick(self.tokens_per_step)
@@ -224,18 +233,6 @@ class Trainer:
         self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
         return loss
 
-    def _read(self, step: int, loss: Tensor, norm: Tensor) -> dict[str, float]:
-        """Loss and norm as numbers; ends the run if one is not finite (then `update` has applied nothing)."""
-        values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
-        if not all(math.isfinite(value) for value in values.values()):
-            good = ", ".join(f"{key} {value:.6g}" for key, value in self.last_good.items()) or "none yet"
-            raise NonFiniteLossError(
-                f"step {step + 1}: loss {values['train/loss']}, gradient norm {values['train/grad_norm']}; the update "
-                f"was not applied. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, lengthen "
-                "optim.warmup_steps, or look at the data of this step"
-            )
-        return values
-
     def _report(self, step: int, values: dict[str, float]) -> None:
         done = step + 1
         self.tokens += self.tokens_per_step
@@ -243,14 +240,10 @@ class Trainer:
         self.progress.update(done, loss=values.get("train/loss"), tokens_per_second=rate)
         if not values:
             return
-        self.last_good = {
-            "step": done,
-            "train/loss": values["train/loss"],
-            "train/grad_norm": values["train/grad_norm"],
-        }
         values["train/perplexity"] = perplexity(values["train/loss"])
         values |= {
             "train/tokens": self.tokens,
+            "train/skipped_steps": self.health.skipped,
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.rates.seconds_per_step,
             **memory_metrics(self.strategy.device),

@@ -8,7 +8,7 @@ resume.py    which checkpoint a run goes on from, and whether it may
 
 from loqt_scale.checkpoint.folder import FORMAT, CheckpointError, CheckpointFolder, Manifest, read_manifest
 from loqt_scale.checkpoint.resume import CHECKPOINTS, find_resume
-from loqt_scale.checkpoint.store import load_checkpoint, save_checkpoint
+from loqt_scale.checkpoint.store import load_checkpoint, save_checkpoint, verify_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
@@ -20,4 +20,5 @@ __all__ = [
     "load_checkpoint",
     "read_manifest",
     "save_checkpoint",
+    "verify_checkpoint",
 ]

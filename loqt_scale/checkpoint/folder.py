@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class Manifest:
     Args:
         format: Version of the layout.
         step: Optimizer steps done.
-        updates: Optimizer steps applied.
+        updates: Optimizer steps applied (the others were skipped).
+        skipped_in_a_row: How many of the last steps were skipped.
+        merge_is_due: Whether the next step ends in a merge.
         tokens: Tokens trained on.
         eval_before: Held-out loss before training, in nats.
         world_size: Ranks that wrote it.
@@ -49,6 +52,8 @@ class Manifest:
     format: int
     step: int
     updates: int
+    skipped_in_a_row: int
+    merge_is_due: bool
     tokens: int
     eval_before: float
     world_size: int
@@ -159,14 +164,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({error}); {_ELSEWHERE}") from None
 
 
-def damaged_files(folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> list[str]:
-    """Files of a checkpoint that are missing or do not have their checksum, of every `parts`-th file from `part` on."""
+def damaged_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with files of a checkpoint (default: all) that are missing or do not have their checksum."""
     bad = []
-    for name in sorted(manifest.files)[part::parts]:
+    for name in sorted(manifest.files if names is None else names):
         path = folder / name
         if not path.is_file():
             bad.append(f"{name} is missing")
-        elif file_digest(path) != manifest.files[name]:
+        elif file_digest(path) != manifest.files.get(name):
             bad.append(f"{name} does not have its checksum")
     return bad
 

@@ -6,7 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loqt_scale.checkpoint.folder import CONFIG, CheckpointError, CheckpointFolder, read_manifest
+from loqt_scale.checkpoint.folder import (
+    CONFIG,
+    CheckpointError,
+    CheckpointFolder,
+    damaged_files,
+    read_manifest,
+    refuse_damaged,
+)
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import load_run_config
 from loqt_scale.config_keys import ConfigError
@@ -55,7 +62,9 @@ def find_resume(config: RunConfig) -> Path | None:
             )
         nested = CheckpointFolder(found / CHECKPOINTS if (found / CHECKPOINTS).is_dir() else found).latest()
         found = nested or found  # a run's folder, or that of its checkpoints, means the latest of them
-    step = read_manifest(found).step
+    manifest = read_manifest(found)
+    refuse_damaged(found, damaged_files(found, manifest, [CONFIG]))
+    step = manifest.step
     _check_settings(found, config)
     if step > config.train.steps:
         raise CheckpointError(f"{found} is after step {step}, but train.steps is {config.train.steps}; write more")

@@ -78,28 +78,38 @@ def save_checkpoint(
     return folder.path(manifest.step)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> Manifest:
-    """Verifies a checkpoint, then reads it into a built model and its optimizer. Every rank.
+def verify_checkpoint(path: Path, strategy: Strategy) -> Manifest:
+    """Reads all of a checkpoint's files, shared out over the ranks, against their checksums. Every rank.
+
+    Raises:
+        CheckpointError: One is damaged or missing; on all ranks.
+    """
+    manifest = read_manifest(path)
+    mine = sorted(manifest.files)[strategy.rank :: strategy.world_size]
+    bad = damaged_files(path, manifest, mine)
+    refuse_damaged(path, [text for part in strategy.gather_objects(bad) for text in part])
+    return manifest
+
+
+def load_checkpoint(path: Path, manifest: Manifest, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
+    """Reads a verified checkpoint into a built model and its optimizer. Every rank.
 
     Args:
         path: The checkpoint's folder.
+        manifest: Its manifest.
         model: The model, without its strategy's wrapper; it may be spread otherwise than when it was saved.
         optimizer: Its optimizer; a fresh one will do.
         strategy: How both are spread.
 
     Raises:
-        CheckpointError: A file is damaged, or the checkpoint is of another model; nothing has been changed.
+        CheckpointError: The checkpoint is of another model; nothing has been changed.
     """
-    manifest = read_manifest(path)
-    bad = damaged_files(path, manifest, part=strategy.rank, parts=strategy.world_size)
-    refuse_damaged(path, [text for part in strategy.gather_objects(bad) for text in part])
     moments = any(name.startswith("moments.") for name in manifest.tensors)
     shares = empty_state(model, strategy, moments=moments)
     _check_same_tensors(path, manifest, describe(shares))
     with _quiet():
         load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=strategy.world_size == 1)
     write_state(shares, model, optimizer, strategy)
-    return manifest
 
 
 def _check_same_tensors(path: Path, manifest: Manifest, ours: dict[str, list[object]]) -> None:
@@ -120,11 +130,17 @@ def _all_or_none(strategy: Strategy, what: str) -> Iterator[None]:
     mine = ""
     try:
         yield
-    except (OSError, CheckpointException) as error:
-        mine = f"rank {strategy.rank}: {error}"
-    failed = [text for text in strategy.gather_objects(mine) if text]
+    except CheckpointException as error:  # no Exception: torch's sum of what went wrong on the ranks
+        mine = "; ".join(f"rank {rank}: {_one_line(reason)}" for rank, (reason, _) in error.failures.items())
+    except Exception as error:  # a full disk speaks through several libraries, each with errors of its own
+        mine = f"rank {strategy.rank}: {_one_line(error)}"
+    failed = dict.fromkeys(text for text in strategy.gather_objects(mine) if text)
     if failed:
         raise CheckpointError(f"{what}: {'; '.join(failed)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager

@@ -192,7 +192,6 @@ class Strategy:
         parameters: Sequence[nn.Parameter],
         *,
         max_norm: float,
-        check: bool,
     ) -> Tensor:
         """Clips the step's gradients to a global norm, applies and frees them; returns the norm before. Every rank.
 
@@ -200,11 +199,10 @@ class Strategy:
             model: What `wrap` returned.
             optimizer: The run's.
             parameters: Everything that trains.
-            max_norm: Greatest norm; 0 does not clip.
-            check: Look at the norm (which waits for the device) and apply nothing if it is not finite.
+            max_norm: Greatest norm; 0 does not clip. A norm that is not finite: nothing is applied.
         """
         norm = self.clip(parameters, max_norm)
-        if not check or bool(torch.isfinite(norm)):
+        if bool(torch.isfinite(norm)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm

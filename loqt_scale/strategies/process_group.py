@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -112,4 +113,7 @@ class DistributedStrategy(Strategy):
     def close(self) -> None:
         """Destroys the process group if this strategy created it. Every rank."""
         if self._joined and dist.is_initialized():
+            # torch.distributed.checkpoint leaves a cycle that holds the group; freed at the interpreter's end, gloo's
+            # thread is still running then and the process aborts
+            gc.collect()
             dist.destroy_process_group()

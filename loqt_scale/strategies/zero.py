@@ -271,7 +271,6 @@ class ZeroStrategy(DistributedStrategy):
         parameters: Sequence[nn.Parameter],
         *,
         max_norm: float,
-        check: bool,
     ) -> Tensor:
         """The engine clips (to its settings' norm) and applies; it skips what is not finite. Every rank."""
         self._engine.step()

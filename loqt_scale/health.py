@@ -1,0 +1,50 @@
+"""Steps whose loss or gradient is not finite: skipped, counted, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import math
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Health:
+    """What the last steps were like. Every rank sees the same numbers, and so decides the same.
+
+    Args:
+        patience: So many skipped steps in a row end the run.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.skipped = 0
+        self.in_a_row = 0
+        self._last_good: dict[str, float] = {}
+
+    def judge(self, done: int, loss: float, norm: float) -> str | None:
+        """Takes a step's numbers; None if they are finite, else a warning for people.
+
+        Args:
+            done: Steps done, this one included.
+            loss: Mean over tokens, nats.
+            norm: Global gradient norm before clipping; if it is not finite, `Strategy.update` has applied nothing.
+
+        Raises:
+            NonFiniteLossError: This was one too many in a row.
+        """
+        values = {"train/loss": loss, "train/grad_norm": norm}
+        if all(math.isfinite(value) for value in values.values()):
+            self.in_a_row = 0
+            self._last_good = {"step": done, **values}
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
+        what = f"step {done}: loss {loss}, gradient norm {norm}; the update was not applied"
+        if self.in_a_row < self.patience:
+            return f"{what} ({self.in_a_row} in a row; {self.patience} end the run, see optim.max_skipped_steps)"
+        good = ", ".join(f"{key} {value:.6g}" for key, value in self._last_good.items()) or "none yet"
+        raise NonFiniteLossError(
+            f"{what}, {self.in_a_row} in a row. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, "
+            "lengthen optim.warmup_steps, or look at the data of this step"
+        )

@@ -1,0 +1,169 @@
+"""Jobs that die, are told to stop, or cannot write: whatever happens, they go on to the unbroken run's losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_launchers import OURS, ROOT, executable, losses
+
+KILLED = str(ROOT / "tests" / "distributed" / "killed.py")
+TRAIN = str(ROOT / "launch" / "train.py")
+STEPS = 9  # merges after steps 1 and 5 (counted from 1), saves after 2, 4, 6, 8 and 9
+Job = Callable[..., list[str]]
+
+
+@pytest.fixture
+def settings(text_file: Path, cache_dir: Path) -> Job:
+    """The command-line words of a short run in a folder."""
+
+    def words(run_dir: Path, *more: str) -> list[str]:
+        model = ["--model.preset=llama_nano", "--data.seq_len=32", "--data.max_eval_sequences=2", "--loqt.rank=8"]
+        data = [f"--data.files={json.dumps([str(text_file)])}", f"--data.cache_dir={cache_dir}"]
+        loop = [f"--train.steps={STEPS}", "--train.global_batch_size=4", "--train.progress=off", "--optim.lr=5e-3"]
+        merges = ["--loqt.merge.gap=3", "--loqt.merge.schedule=constant", "--checkpoint.every=2"]
+        return [*model, *data, *loop, *merges, f"--train.run_dir={run_dir}", *more]
+
+    return words
+
+
+def start(words: list[str], **options: object) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in OURS} | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 100.0) -> tuple[int, str]:
+    """(exit status, output); the process group does not outlive it."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[int, list[float]]:
+    return {}
+
+
+@pytest.fixture
+def unbroken(settings: Job, known: dict[int, list[float]], tmp_path: Path) -> Callable[[int], list[float]]:
+    """Losses of the run that nothing happens to."""
+
+    def call(ranks: int) -> list[float]:
+        if ranks not in known:
+            run_dir = tmp_path / f"unbroken-{ranks}"
+            status, output = finish(start([*launcher(ranks), TRAIN, *settings(run_dir)]))
+            assert status == 0, output
+            known[ranks] = losses(run_dir)
+        return known[ranks]
+
+    return call
+
+
+def launcher(ranks: int, *options: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    return [executable("torchrun"), "--standalone", "--nproc-per-node", str(ranks), *options]
+
+
+@pytest.mark.parametrize(
+    ("point", "call"),
+    # `_sync` runs for the manifest, two files and two folders of each save: the 5th call is the first save's pointer
+    [("merge", 4), ("save begins", 2), ("save writes", 2), ("save publishes", 3), ("save points", 5)],
+)
+def test_killed_at_the_worst_moments(
+    settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path, point: str, call: int
+) -> None:
+    run_dir, marker = tmp_path / "run", tmp_path / "killed"
+    words = [*launcher(1), KILLED, point, str(call), str(marker), *settings(run_dir)]
+    status, output = finish(start(words))
+    assert status == -signal.SIGKILL and marker.exists(), output
+    status, output = finish(start(words))
+    assert status == 0 and ("resumed after step" in output) == (point not in ("merge", "save points")), output
+    assert losses(run_dir) == unbroken(1)
+
+
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(
+    settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path
+) -> None:
+    run_dir, marker = tmp_path / "run", tmp_path / "killed"
+    words = [*launcher(2, "--max-restarts", "1"), KILLED, "step", "6", str(marker), *settings(run_dir)]
+    status, output = finish(start(words))
+    assert status == 0 and marker.exists() and "resumed after step 4" in output, output
+    assert losses(run_dir) == unbroken(2)
+
+
+def test_a_killed_rank_is_named(settings: Job, tmp_path: Path) -> None:
+    words = [*launcher(2), KILLED, "step", "3", str(tmp_path / "killed"), *settings(tmp_path / "run")]
+    began = time.monotonic()
+    status, output = finish(start(words))
+    assert status != 0 and "rank      : 0" in output and "Signal 9 (SIGKILL)" in output, output
+    assert time.monotonic() - began < 60, "long before parallel.timeout_seconds"
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_told_to_stop(
+    settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path, ranks: int, number: signal.Signals
+) -> None:
+    """Saves after the step it is in, whatever checkpoint.every says, and goes on from there."""
+    run_dir = tmp_path / "run"
+    words = [*launcher(ranks), TRAIN, *settings(run_dir, "--checkpoint.every=0")]
+    process = start(words)
+    metrics = run_dir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("train/loss") >= 2):
+        time.sleep(0.01)
+    process.send_signal(number)
+    status, output = finish(process)
+    stopped = json.loads((run_dir / "checkpoints" / "latest").parent.joinpath(
+        (run_dir / "checkpoints" / "latest").read_text().strip(), "manifest.json").read_text())["step"]  # fmt: skip
+    if stopped == STEPS:
+        pytest.skip("the run was over before the signal came")
+    assert f"stopped after step {stopped}" in output, output
+    assert ranks > 1 or status == 128 + number
+    status, output = finish(start(words))
+    assert status == 0 and f"resumed after step {stopped}" in output, output
+    assert losses(run_dir) == unbroken(ranks)
+
+
+def test_every_flipped_file_is_refused(settings: Job, tmp_path: Path, unbroken: Callable[[int], list[float]]) -> None:
+    """One file at a time, by the real command: one line, exit status 2, nothing trained."""
+    run_dir = tmp_path / "run"
+    words = [*launcher(1), KILLED, "step", "8", str(tmp_path / "killed"), *settings(run_dir)]
+    assert finish(start(words))[0] == -signal.SIGKILL
+    (checkpoint,) = [path for path in (run_dir / "checkpoints").iterdir() if path.name == "step-00000006"]
+    rows = (run_dir / "metrics.jsonl").read_text()
+    for path in sorted(checkpoint.iterdir()):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+        status, output = finish(start(words))
+        assert status == 2, output
+        assert "Traceback" not in output and "checkpoint.resume" in output and "damaged" in output, (path, output)
+        assert (run_dir / "metrics.jsonl").read_text() == rows
+        path.write_bytes(whole)
+    status, output = finish(start(words))
+    assert status == 0 and losses(run_dir) == unbroken(1), output
+
+
+def test_no_room_for_checkpoints_does_not_end_the_run(
+    settings: Job, tmp_path: Path, unbroken: Callable[[int], list[float]]
+) -> None:
+    """Files may not grow beyond what metrics need (as on a full disk); then a file stands where the folder should."""
+    run_dir = tmp_path / "run"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+    status, output = finish(start([*launcher(1), TRAIN, *settings(run_dir)], preexec_fn=limit))
+    assert status == 0 and output.count("WARNING: checkpoint of step") == 5, output
+    assert losses(run_dir) == unbroken(1)
+    assert not (run_dir / "checkpoints" / "latest").exists()
