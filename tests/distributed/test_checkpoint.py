@@ -60,7 +60,15 @@ def saved(
 
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
-    [(1, "single"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "zero-1"), (2, "zero-2"), (2, "zero-3")],
+    [
+        (1, "single"),
+        pytest.param(2, "ddp", marks=pytest.mark.long),
+        (2, "fsdp"),
+        pytest.param(3, "fsdp", marks=pytest.mark.long),
+        pytest.param(2, "zero-1", marks=pytest.mark.long),
+        (2, "zero-2"),
+        (2, "zero-3"),
+    ],
 )
 def test_on_the_same_ranks_every_bit_is_the_same(
     saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
@@ -70,19 +78,22 @@ def test_on_the_same_ranks_every_bit_is_the_same(
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT} and len(resumed) == 40 - AT
 
 
-MATRIX = [
+QUICK = [
     ((1, "single"), (2, "fsdp")),
-    ((1, "single"), (3, "ddp")),
     ((2, "fsdp"), (1, "single")),
     ((2, "fsdp"), (3, "fsdp")),
+    ((2, "fsdp"), (2, "zero-3")),
+    ((2, "zero-3"), (1, "single")),
+]
+LONG = [
+    ((1, "single"), (3, "ddp")),
     ((3, "fsdp"), (2, "ddp")),
     ((2, "ddp"), (3, "fsdp")),
     ((3, "fsdp"), (1, "single")),
-    ((2, "fsdp"), (2, "zero-3")),
-    ((2, "zero-3"), (1, "single")),
     ((2, "zero-2"), (3, "zero-3")),
     ((2, "zero-1"), (2, "fsdp")),
 ]
+MATRIX = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
 
 
 @pytest.mark.parametrize(("before", "after"), MATRIX, ids=lambda pair: f"{pair[1]}x{pair[0]}")
@@ -146,6 +157,7 @@ def test_changed_settings_are_named(saved: SavedRuns, tmp_path: Path) -> None:
         saved.run(1, "single", tmp_path, **changed)
 
 
+@pytest.mark.long
 def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text('{"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}')
