@@ -101,17 +101,6 @@ def test_killed_at_the_worst_moments(
     assert losses(run_dir) == unbroken(1)
 
 
-def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(
-    settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path
-) -> None:
-    run_dir, marker = tmp_path / "run", tmp_path / "killed"
-    # several: the new ranks may still meet sockets of the old ones, and are then started once more
-    words = [*launcher(2, "--max-restarts", "3"), KILLED, "step", "6", str(marker), *settings(run_dir)]
-    status, output = finish(start(words))
-    assert status == 0 and marker.exists() and "resumed after step 4" in output, output
-    assert losses(run_dir) == unbroken(2)
-
-
 @pytest.mark.long
 def test_a_killed_rank_is_named(settings: Job, tmp_path: Path) -> None:
     words = [*launcher(2), KILLED, "step", "3", str(tmp_path / "killed"), *settings(tmp_path / "run")]
