@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from loqt_scale.config import ModelConfig, RunConfig
 from loqt_scale.functional.compensation import row_chunks
@@ -33,12 +34,14 @@ class BuiltModel:
         model: The model, without its strategy's wrapper.
         initial_weights: Source of the weights as they were before quantization.
         dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
+        hf_config: The model's Hugging Face config.
         trained_values: How many numbers train, over all ranks.
     """
 
     model: nn.Module
     initial_weights: WeightSource
     dense_layers: tuple[str, ...]
+    hf_config: PreTrainedConfig
     trained_values: int
 
 
@@ -50,11 +53,13 @@ class ModelDesign:
         model: The model; no storage.
         weights: Where its values will come from.
         dense_layers: As in `BuiltModel`.
+        hf_config: As in `BuiltModel`.
     """
 
     model: nn.Module
     weights: WeightSource
     dense_layers: tuple[str, ...]
+    hf_config: PreTrainedConfig
 
 
 def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
@@ -69,13 +74,14 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
     """
     hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
     model = build_meta_model(hf_config)
+    hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
     if config.method == "loqt":
         convert_to_loqt(model, config.loqt)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
-    return ModelDesign(model, source, dense_layers)
+    return ModelDesign(model, source, dense_layers, hf_config)
 
 
 def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:
@@ -86,18 +92,24 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
         config: Checkpointing and compilation.
         strategy: Where parameters go.
     """
-    model, source = design.model, design.weights
+    trained_values = sum(parameter.numel() for parameter in design.model.parameters() if parameter.requires_grad)
+    model = place_model(design, config, strategy)
+    fill(model, design.weights, strategy)
+    return BuiltModel(model, design.weights, design.dense_layers, design.hf_config, trained_values)
+
+
+def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> nn.Module:
+    """Shards and allocates a designed model, in place; its parameters have no values yet. Every rank."""
+    model = design.model
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     blocks = [block for _, block in decoder_blocks(model)]
     if config.compile:
         for block in blocks:
             block.compile()
-    trained_values = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model = strategy.shard(model, blocks)
     allocate(model, strategy.device)
-    fill(model, source, strategy)
-    return BuiltModel(model, source, design.dense_layers, trained_values)
+    return model
 
 
 def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:

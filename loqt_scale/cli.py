@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from loqt_scale.command_options import ExportOptions, GenerateOptions, parse_options, split_checkpoint
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.config_keys import ConfigError
 from loqt_scale.launcher import join_launcher
@@ -38,8 +39,37 @@ def _train(argv: Sequence[str], prog: str) -> None:
     train(config)
 
 
+def _export(argv: Sequence[str], prog: str) -> None:
+    options = parse_options(ExportOptions, argv, prog)
+    from loqt_scale.export import export_checkpoint
+
+    done = export_checkpoint(options, progress=print)
+    print(f"exported to {done.folder}: {done.files} file(s), {done.size / 2**20:.1f} MiB")
+
+
+def _generate(argv: Sequence[str], prog: str) -> None:
+    options = parse_options(GenerateOptions, argv, prog)
+    from loqt_scale.inference import generate
+
+    generate(options)
+
+
+def _eval(argv: Sequence[str], prog: str) -> None:
+    join_launcher()
+    if {"-h", "--help"} & set(argv):
+        about = "Held-out loss of --checkpoint PATH: a checkpoint's folder, a run's, or an exported model's."
+        parse_run_config(["--help"], prog=f"{prog} --checkpoint PATH", about=about)
+    path, settings = split_checkpoint(argv)
+    from loqt_scale.inference import evaluate_saved
+
+    evaluate_saved(path, settings)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(run=_train, summary="Train a model; one process, or one per rank under a launcher."),
+    "export": Command(run=_export, summary="Write a checkpoint as a plain Hugging Face model."),
+    "generate": Command(run=_generate, summary="Continue a text with a checkpoint or an exported model."),
+    "eval": Command(run=_eval, summary="Held-out loss of a checkpoint or an exported model."),
 }
 
 

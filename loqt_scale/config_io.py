@@ -63,6 +63,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+_TRAIN = "Train a causal language model with LoQT: low-rank factors over a 4-bit base."
+
+
 @dataclass
 class _Option:
     """One `--key value …` of the command line."""
@@ -72,20 +75,21 @@ class _Option:
     values: list[str] = field(default_factory=list)
 
 
-def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train") -> RunConfig:
+def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about: str = _TRAIN) -> RunConfig:
     """Build the settings of a run from command-line arguments.
 
     Args:
         argv: Arguments without the program and the subcommand: `--config FILE`, `--key value` in any order,
             `--print_config`, `--help`.
         prog: Program name shown by `--help`.
+        about: What the command does, shown there too.
 
     Raises:
         ConfigError: A key, type, file or combination cannot work; the message says what to write instead.
         SystemExit: With status 0, after `--help` or `--print_config` has printed.
     """
     wants_config, arguments = normalize_argv(argv)
-    parser = _build_parser(prog)
+    parser = _build_parser(prog, about)
     arguments = [word for word in arguments if not word.startswith("--config=") or _holds_settings(word)]
     try:
         namespace = parser.parse_args(arguments)
@@ -196,12 +200,12 @@ def _first_setting(group: str) -> str:
     return next(key for key in setting_types() if key.startswith(group + "."))
 
 
-def _build_parser(prog: str) -> ArgumentParser:
+def _build_parser(prog: str, about: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [--key VALUE ...]",
-        description="Train a causal language model with LoQT: low-rank factors over a 4-bit base. Settings come from "
-        "--config FILE, then from --key VALUE, which wins. A list takes several words, and --key+=VALUE adds to it.",
+        description=f"{about} Settings come from --config FILE, then from --key VALUE, which wins. A list takes "
+        "several words, and --key+=VALUE adds to it.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of settings; several: later wins.")

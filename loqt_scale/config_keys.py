@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, Union, get_args, get_origin
 
 from loqt_scale.config import RunConfig
@@ -47,6 +47,11 @@ def _walk(cls: type, prefix: str) -> list[tuple[str, Any]]:
         if is_dataclass(hint):
             found.extend(_walk(typing.cast(type, hint), f"{prefix}{item.name}."))
     return found
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting's value by its dotted key."""
+    return {key: reduce(getattr, key.split("."), config) for key in setting_types()}
 
 
 def owner_of(key: str) -> str | None:

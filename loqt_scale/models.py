@@ -192,6 +192,21 @@ def resolve_weights_folder(config: ModelConfig) -> Path:
     return folder
 
 
+def portable_config(hf_config: PreTrainedConfig, *, eos_token_id: int) -> PreTrainedConfig:
+    """The config as a finished model carries it: with its cache on, and an end of text.
+
+    Args:
+        hf_config: Not changed.
+        eos_token_id: The tokenizer's, used where the config names none.
+    """
+    own = copy.deepcopy(hf_config)
+    own.use_cache = True
+    text = own.get_text_config()
+    if text.eos_token_id is None:
+        text.eos_token_id = eos_token_id
+    return own
+
+
 # ---- its structure -------------------------------------------------------------------------------------------------
 
 

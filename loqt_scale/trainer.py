@@ -18,7 +18,9 @@ from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, shar
 from loqt_scale.build import ModelDesign, build_model
 from loqt_scale.checkpoint import (
     CHECKPOINTS,
+    CONFIG,
     FORMAT,
+    HUGGINGFACE,
     CheckpointError,
     CheckpointFolder,
     Manifest,
@@ -26,12 +28,13 @@ from loqt_scale.checkpoint import (
     save_checkpoint,
 )
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import dump_run_config
+from loqt_scale.config_io import save_run_config
 from loqt_scale.data import Corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.health import Health
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
+from loqt_scale.models import portable_config
 from loqt_scale.optim import create_optimizer, create_scheduler, set_schedule_position, set_update_count
 from loqt_scale.report import merge_line
 from loqt_scale.stopping import Stopped, StopRequest
@@ -132,13 +135,20 @@ class Trainer:
         keep = self.config.checkpoint
         with self.rates.paused():
             try:
-                model = self.built.model
-                text = dump_run_config(self.config)
-                save_checkpoint(self.checkpoints, manifest, text, model, self.optimizer, self.strategy)
+                model, write = self.built.model, self._write_documents
+                save_checkpoint(self.checkpoints, manifest, write, model, self.optimizer, self.strategy)
                 if self.strategy.is_main:
                     self.checkpoints.prune(keep_last=keep.keep_last, keep_every=keep.keep_every)
             except CheckpointError as error:
                 self.progress.line(f"WARNING: {error}; training goes on")
+
+    def _write_documents(self, folder: Path) -> None:
+        """What a checkpoint holds besides tensors: settings, and what makes a Hugging Face model of it."""
+        save_run_config(self.config, folder / CONFIG)
+        tokenizer = self.corpus.tokenizer
+        portable = portable_config(self.built.hf_config, eos_token_id=tokenizer.eos_token_id)
+        portable.save_pretrained(folder / HUGGINGFACE)
+        tokenizer.save(folder / HUGGINGFACE)
 
     def restore(self, path: Path, manifest: Manifest) -> None:
         """Goes back to where a (verified) checkpoint was saved. Every rank."""

@@ -6,19 +6,40 @@ folder.py    folders, names, manifest, checksums: written beside, published by o
 resume.py    which checkpoint a run goes on from, and whether it may
 """
 
-from loqt_scale.checkpoint.folder import FORMAT, CheckpointError, CheckpointFolder, Manifest, read_manifest
-from loqt_scale.checkpoint.resume import CHECKPOINTS, find_resume
-from loqt_scale.checkpoint.store import load_checkpoint, save_checkpoint, verify_checkpoint
+from loqt_scale.checkpoint.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    FORMAT,
+    HUGGINGFACE,
+    CheckpointError,
+    CheckpointFolder,
+    Manifest,
+    locate_checkpoint,
+    read_manifest,
+)
+from loqt_scale.checkpoint.resume import find_resume
+from loqt_scale.checkpoint.store import (
+    load_checkpoint,
+    load_model,
+    read_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 __all__ = [
     "CHECKPOINTS",
+    "CONFIG",
     "FORMAT",
+    "HUGGINGFACE",
     "CheckpointError",
     "CheckpointFolder",
     "Manifest",
     "find_resume",
     "load_checkpoint",
+    "load_model",
+    "locate_checkpoint",
     "read_manifest",
+    "read_tensors",
     "save_checkpoint",
     "verify_checkpoint",
 ]

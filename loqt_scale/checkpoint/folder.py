@@ -5,6 +5,7 @@
       step-00000300/
         manifest.json              format, step, position, checksums of all other files and of itself
         config.yaml                the run's settings
+        huggingface/               the model's and the tokenizer's files as transformers reads them, without weights
         shard-0000i-model-....safetensors     what rank i - 1 wrote
 
 A checkpoint is written to a folder whose name begins with a dot, and renamed when every file of it is on disk; `latest`
@@ -24,6 +25,8 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
+CHECKPOINTS = "checkpoints"  # in a run's folder
+HUGGINGFACE = "huggingface"  # in a checkpoint
 _PREFIX, _PARTIAL, _SELF = "step-", ".partial", "sha256"
 
 
@@ -96,7 +99,8 @@ class CheckpointFolder:
         _write_durably(partial / MANIFEST, json.dumps(tree | {_SELF: _tree_digest(tree)}, indent=1) + "\n")
         for name in manifest.files:
             _sync(partial / name)
-        _sync(partial)
+        for folder in {(partial / name).parent for name in manifest.files} | {partial}:
+            _sync(folder)
         if final.exists():  # from before a resume
             shutil.rmtree(final)
         partial.rename(final)
@@ -135,6 +139,25 @@ class CheckpointFolder:
                 f"that is there ({others}), or --checkpoint.resume never"
             )
         return folder
+
+
+def locate_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: its own folder, or a run's folder or that of its checkpoints for the latest.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; write a checkpoint's, e.g. RUN_DIR/{CHECKPOINTS}/step-00001000")
+    if (path / MANIFEST).is_file():
+        return path
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    found = CheckpointFolder(root).latest()
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; write a checkpoint's folder, or that of a run which has saved one"
+        )
+    return found
 
 
 def read_manifest(folder: Path) -> Manifest:

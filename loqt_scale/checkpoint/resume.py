@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from loqt_scale.checkpoint.folder import (
+    CHECKPOINTS,
     CONFIG,
     CheckpointError,
     CheckpointFolder,
     damaged_files,
+    locate_checkpoint,
     read_manifest,
     refuse_damaged,
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import load_run_config
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.config_keys import ConfigError, flat_settings
 
-CHECKPOINTS = "checkpoints"  # in the run folder
 # settings that may change between a checkpoint and what goes on from it: they do not change the numbers
 FREE = (
     "checkpoint.",
@@ -60,8 +59,7 @@ def find_resume(config: RunConfig) -> Path | None:
                 f"checkpoint.resume is '{wanted}', which is no folder; write auto, never or a checkpoint's folder, "
                 f"e.g. RUN_DIR/{CHECKPOINTS}/step-00001000"
             )
-        nested = CheckpointFolder(found / CHECKPOINTS if (found / CHECKPOINTS).is_dir() else found).latest()
-        found = nested or found  # a run's folder, or that of its checkpoints, means the latest of them
+        found = locate_checkpoint(found)
     manifest = read_manifest(found)
     refuse_damaged(found, damaged_files(found, manifest, [CONFIG]))
     step = manifest.step
@@ -73,10 +71,10 @@ def find_resume(config: RunConfig) -> Path | None:
 
 def _check_settings(found: Path, config: RunConfig) -> None:
     try:
-        old = _flat(asdict(load_run_config(found / CONFIG)))
+        old = flat_settings(load_run_config(found / CONFIG))
     except ConfigError as error:
         raise CheckpointError(f"{found / CONFIG} cannot be read: {error}") from None
-    new = _flat(asdict(config))
+    new = flat_settings(config)
     changed = [key for key in new if old[key] != new[key] and not key.startswith(FREE)]
     if changed:
         lines = "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
@@ -84,13 +82,3 @@ def _check_settings(found: Path, config: RunConfig) -> None:
             f"settings have changed since {found}: {lines}. Write the old values to go on, or --checkpoint.resume "
             "never to start anew"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and prefix + key != "model.overrides":
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

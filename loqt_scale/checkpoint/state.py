@@ -62,13 +62,13 @@ def empty_state(model: nn.Module, strategy: Strategy, *, moments: bool) -> Share
 
 
 @torch.no_grad()
-def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
-    """Puts loaded shares where they belong. Every rank."""
+def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimizer | None, strategy: Strategy) -> None:
+    """Puts loaded shares where they belong; without an optimizer, parameters only. Every rank."""
     local: Callable[[str], Tensor] = lambda name: strategy.from_shard(shares[name]).to(strategy.device)  # noqa: E731
     for name, parameter in model.named_parameters():
         with strategy.editing([parameter]):
             strategy.write(parameter, local(f"model.{name}"))
-        if f"moments.{name}.{MOMENTS[0]}" in shares:
+        if optimizer is not None and f"moments.{name}.{MOMENTS[0]}" in shares:
             first, second = (local(f"moments.{name}.{key}") for key in MOMENTS)
             strategy.write_moments(optimizer, parameter, (first, second))
 

@@ -6,14 +6,14 @@ code. Every rank writes one file of its own and reads what it needs of all.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -37,7 +37,7 @@ from loqt_scale.strategies import Strategy
 def save_checkpoint(
     folder: CheckpointFolder,
     manifest: Manifest,
-    config_text: str,
+    write_documents: Callable[[Path], None],
     model: nn.Module,
     optimizer: Optimizer,
     strategy: Strategy,
@@ -47,7 +47,7 @@ def save_checkpoint(
     Args:
         folder: Where the run's checkpoints lie.
         manifest: What it says about itself; tensors and files are filled in here.
-        config_text: The run's settings, YAML.
+        write_documents: Writes what is not tensors (settings, tokenizer, ...) into the folder it gets; one rank.
         model: The model, without its strategy's wrapper.
         optimizer: Its optimizer.
         strategy: How both are spread.
@@ -63,9 +63,9 @@ def save_checkpoint(
     digests: dict[str, str] = {}
     with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"):
         if strategy.is_main:
-            folder.begin(manifest.step)
-            (partial / CONFIG).write_text(config_text, encoding="utf-8")
-            digests[CONFIG] = hashlib.sha256(config_text.encode()).hexdigest()
+            write_documents(folder.begin(manifest.step))
+            documents = (path for path in partial.rglob("*") if path.is_file())
+            digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
     with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"), _quiet():
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         save(shares, storage_writer=writer, no_dist=strategy.world_size == 1)
@@ -89,6 +89,37 @@ def verify_checkpoint(path: Path, strategy: Strategy) -> Manifest:
     bad = damaged_files(path, manifest, mine)
     refuse_damaged(path, [text for part in strategy.gather_objects(bad) for text in part])
     return manifest
+
+
+def read_tensors(path: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+    """Whole tensors of a verified checkpoint, on the host, whoever wrote their rows. Local, without a process group.
+
+    Raises:
+        CheckpointError: It holds no tensor of one of these names.
+    """
+    tensors = {}
+    for name in names:
+        if name not in manifest.tensors:
+            raise CheckpointError(f"{path} holds no tensor {name}; write the settings of its {CONFIG}")
+        shape, dtype = manifest.tensors[name]
+        tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+    with _quiet():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    return tensors
+
+
+def load_model(path: Path, manifest: Manifest, model: nn.Module, strategy: Strategy) -> None:
+    """Reads a verified checkpoint's parameters into a built model, which will not go on training. Every rank.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model; nothing has been changed.
+    """
+    shares = empty_state(model, strategy, moments=False)
+    parameters = {name: shape for name, shape in manifest.tensors.items() if name.startswith("model.")}
+    _check_same_tensors(path, replace(manifest, tensors=parameters), describe(shares))
+    with _quiet():
+        load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=strategy.world_size == 1)
+    write_state(shares, model, None, strategy)
 
 
 def load_checkpoint(path: Path, manifest: Manifest, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from loqt_scale.optim import adam_moments, ensure_adam_state
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Rows [start, stop) of shard `rank` when dim 0 is cut as `torch.chunk` (and FSDP2) cuts it."""

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 import torch
 
 from loqt_scale.config import ParallelConfig, RunConfig
-from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
 from loqt_scale.strategies.process_group import launched_world_size
 from loqt_scale.strategies.zero import ZeroStrategy
 from loqt_scale.strategies.zero_config import check_zero_config
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.rendezvous import fresh_store
 
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
@@ -26,8 +28,13 @@ def join_process_group(device: torch.device, timeout_seconds: int) -> bool:
     """Joins the launcher's process group: nccl for CUDA, gloo for the CPU. True if this call joined it. Every rank."""
     if dist.is_initialized():
         return False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return True
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, world_size, timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return True
 
 

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.optim import ensure_adam_state
+from loqt_scale.strategies.base import DTYPES
 from loqt_scale.strategies.process_group import DistributedStrategy
 from loqt_scale.strategies.zero_config import deepspeed_config, resolve_zero_stage
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -85,7 +85,7 @@ class ZeroStrategy(DistributedStrategy):
 
     def __init__(self, device: torch.device, config: RunConfig) -> None:
         self._deepspeed: Any = import_deepspeed(device, config.parallel.zero_log_level)
-        super().__init__(device, COMPUTE_DTYPES[config.model.dtype], config.parallel.timeout_seconds)
+        super().__init__(device, DTYPES[config.model.dtype], config.parallel.timeout_seconds)
         # DeepSpeed's own view of the group that has just been joined
         self._deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._config = config

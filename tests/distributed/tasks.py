@@ -43,3 +43,10 @@ def train_run(**settings: Any) -> list[dict[str, float]]:
     train(config)
     lines = (Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def evaluate_checkpoint(path: str) -> float:
+    """Held-out loss of a checkpoint, its model spread over the ranks."""
+    from loqt_scale.inference import evaluate_saved
+
+    return evaluate_saved(path, [])

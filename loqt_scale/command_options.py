@@ -1,0 +1,109 @@
+"""What `loqt-scale export` and `loqt-scale generate` take; `train` and `eval` take the settings of a run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, cast
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from loqt_scale.config_keys import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a checkpoint as a plain Hugging Face model.
+
+    Args:
+        checkpoint: A checkpoint's folder, or a run's for its latest.
+        out: Folder to write; must not exist yet.
+        format: dense = merged weights, which need nothing but transformers; nf4 = the 4-bit base as bitsandbytes reads
+            it and the low-rank factors as a LoRA adapter (PEFT), nothing merged.
+        dtype: Dtype of what is written dense.
+        max_shard_size: Size of a file, and about the memory that the export takes, e.g. 500MB or 2GB.
+    """
+
+    checkpoint: str
+    out: str
+    format: Literal["dense", "nf4"] = "dense"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_shard_size: str = "2GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue a text with a trained model.
+
+    Args:
+        checkpoint: A checkpoint's folder, a run's for its latest, or an exported model's.
+        prompt: The text to go on from; empty = the start of a document.
+        max_new_tokens: Tokens to generate at most.
+        temperature: 0 = always the likeliest token; 1 = the model's own distribution.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Seed of the sampling.
+        device: auto = cuda if there is one, else cpu.
+    """
+
+    checkpoint: str
+    prompt: str = ""
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_p: float = 1.0
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; write 1 or more")
+        if self.temperature < 0.0:
+            raise ConfigError(f"temperature is {self.temperature}; write 0 (the likeliest token) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; write a number in (0, 1]")
+
+
+def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """Builds a dataclass of options from `--name value` words.
+
+    Raises:
+        ConfigError: An unknown or missing option, or a value that cannot work.
+        SystemExit: With status 0, after `--help` has printed.
+    """
+    known = [item.name for item in fields(cast(Any, cls))]
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in (*known, "help"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '--{near[0]}'?" if near else f"write one of --{', --'.join(known)}"
+            raise ConfigError(f"unknown option '{word.partition('=')[0]}'; {hint}")
+    parser = ArgumentParser(prog=prog, description=(cls.__doc__ or "").partition("\n")[0], exit_on_error=False)
+    parser.add_class_arguments(cls)
+    try:
+        values = parser.parse_args(list(argv)).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return cls(**values)
+
+
+def split_checkpoint(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes `--checkpoint PATH` out of a line of run settings; returns the path and the rest.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    words, path = list(argv), None
+    for index, word in enumerate(words):
+        if word.startswith("--checkpoint="):
+            path, words[index : index + 1] = word.partition("=")[2], []
+            break
+        if word == "--checkpoint" and index + 1 < len(words):
+            path, words[index : index + 2] = words[index + 1], []
+            break
+    if not path:
+        raise ConfigError(
+            "no --checkpoint; write --checkpoint with a checkpoint's, a run's or an exported model's folder"
+        )
+    return path, words

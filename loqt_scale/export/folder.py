@@ -1,0 +1,176 @@
+"""The folder of an exported model: safetensors files, config, tokenizer, and the run's settings.
+
+Files are planned from shapes; then one after another is filled and written, so an export takes the memory of one file
+plus one transformer block. The folder appears, by one rename, when all of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
+
+from loqt_scale.checkpoint import CONFIG
+from loqt_scale.command_options import ExportOptions
+from loqt_scale.config import RunConfig
+from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
+from loqt_scale.export.parts import Parts
+from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
+from loqt_scale.strategies import DTYPES, Strategy
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Args:
+        folder: Where.
+        files: safetensors files of the model.
+        size: Bytes of its tensors.
+    """
+
+    folder: Path
+    files: int
+    size: int
+
+
+def export_checkpoint(options: ExportOptions, progress: Callable[[str], None] = lambda line: None) -> Exported:
+    """Writes a checkpoint as a model that `AutoModelForCausalLM.from_pretrained` loads. One process.
+
+    Args:
+        options: What to write, and where.
+        progress: Called with a line for people after each file.
+
+    Raises:
+        ValueError: `out` exists, a size that is none, a model without a 4-bit base for format nf4.
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    out = Path(options.out)
+    if out.exists():
+        raise ValueError(f"out: {out} exists; write a folder that does not")
+    if not _SIZE.fullmatch(options.max_shard_size.strip()):
+        raise ValueError(f"max_shard_size is '{options.max_shard_size}'; write a size such as 500MB or 2GB")
+    path = find_saved(Path(options.checkpoint))
+    if path is None:
+        raise ValueError(
+            f"checkpoint: {options.checkpoint} is a Hugging Face model already; write a checkpoint's folder"
+        )
+    config = saved_settings(path)
+    if options.format == "nf4":
+        _check_four_bit(config)
+    saved = open_saved(path, config, Strategy(torch.device("cpu")))
+    parts, dtype = Parts(saved), DTYPES[options.dtype]
+    hf_config = AutoConfig.from_pretrained(saved.files)
+    hf_config.dtype = dtype
+    with _published(out) as folder:
+        shutil.copytree(saved.files, folder, dirs_exist_ok=True)
+        shutil.copy(path / CONFIG, folder / RUN_SETTINGS)
+        if options.format == "nf4":
+            hf_config.quantization_config = _quantization(saved.design.model, dtype)
+            (folder / ADAPTER).mkdir()
+            write_tensors(folder / ADAPTER, "adapter_model", parts, Adapter(dtype), None, progress)
+            _write_adapter_config(folder / ADAPTER, parts, config)
+        files, size = write_tensors(
+            folder,
+            "model",
+            parts,
+            Nf4(dtype) if options.format == "nf4" else Dense(dtype),
+            options.max_shard_size,
+            progress,
+        )
+        _write_configs(folder, hf_config)
+    return Exported(out, files, size)
+
+
+def write_tensors(
+    folder: Path, name: str, parts: Parts, form: Format, max_shard_size: str | None, progress: Callable[[str], None]
+) -> tuple[int, int]:
+    """Writes `name.safetensors`, or shards and their index as transformers names them; returns (files, bytes).
+
+    Args:
+        folder: Exists.
+        name: Of the files.
+        parts: The parameters.
+        form: How each is written.
+        max_shard_size: Greatest size of a file, e.g. 2GB; None writes one.
+        progress: Called with a line for people after each file.
+    """
+    outlines = {part.name: form.outline(part) for part in parts.all.values()}
+    owners = {key: parameter for parameter, outline in outlines.items() for key in outline}
+    flat = {key: tensor for outline in outlines.values() for key, tensor in outline.items()}
+    size = sum(tensor.nbytes for tensor in flat.values())
+    plan = split_torch_state_dict_into_shards(
+        flat, filename_pattern=name + "{suffix}.safetensors", max_shard_size=max_shard_size or size + 1
+    )
+    for file, keys in plan.filename_to_tensors.items():
+        wanted, parameters = set(keys), dict.fromkeys(owners[key] for key in keys)
+        tensors: Tensors = {}
+        for part, stored in parts.read(parameters):
+            tensors |= {key: tensor for key, tensor in form.write(part, stored).items() if key in wanted}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        progress(f"wrote {file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 2**20:.1f} MiB")
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return len(plan.filename_to_tensors), size
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` if all goes well and is removed otherwise."""
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_configs(folder: Path, hf_config: PreTrainedConfig) -> None:
+    hf_config.save_pretrained(folder)
+    GenerationConfig.from_model_config(hf_config).save_pretrained(folder)
+
+
+def _quantization(model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=dense
+    )
+
+
+def _write_adapter_config(folder: Path, parts: Parts, config: RunConfig) -> None:
+    rank = config.loqt.rank
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "..",
+        "r": rank,
+        "lora_alpha": rank,  # the scale s is in lora_B
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": [part.layer for part in parts.all.values() if part.spec is not None],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _check_four_bit(config: RunConfig) -> None:
+    if config.method == "full" or config.loqt.quantization.weight != "nf4":
+        what = "--method full" if config.method == "full" else f"weight scheme {config.loqt.quantization.weight}"
+        raise ValueError(f"format is nf4, but the run ({what}) has no 4-bit base; write --format dense")

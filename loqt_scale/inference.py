@@ -1,0 +1,159 @@
+"""Trained models in use: held-out loss and generated text, of a checkpoint or of a Hugging Face folder.
+
+A checkpoint is used as it was trained, quantized and unmerged, so its held-out loss is the run's own. A folder (what
+`loqt-scale export` wrote, or any other causal language model) is loaded by transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from loqt_scale.command_options import GenerateOptions
+from loqt_scale.config import DataConfig, RunConfig
+from loqt_scale.config_io import parse_run_config, save_run_config
+from loqt_scale.config_keys import ConfigError, flat_settings
+from loqt_scale.data import build_corpus
+from loqt_scale.evaluation import evaluate
+from loqt_scale.metrics import format_count, perplexity
+from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
+from loqt_scale.strategies import Strategy, create_strategy, resolve_device
+
+# what `eval` may be told; the rest is the model's own
+_OPEN = ("data.", "parallel.", "train.device", "train.micro_batch_size", "model.dtype")
+
+
+def evaluate_saved(location: str, argv: Sequence[str]) -> float:
+    """Prints and returns the held-out loss in nats per token. Every rank; ranks share the work on a checkpoint.
+
+    Args:
+        location: A checkpoint's folder, a run's for its latest, or a Hugging Face model's.
+        argv: Settings that differ from the run's, `--data.files other.txt` say.
+
+    Raises:
+        ConfigError: A setting that belongs to the model; several ranks for a Hugging Face folder.
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    path = find_saved(Path(location))
+    settings = _folder_settings(Path(location)) if path is None else saved_settings(path)
+    config = _override(settings, argv)
+    if config.parallel.strategy == "zero":
+        raise ConfigError("parallel.strategy is 'zero', which only trains; write fsdp, ddp or auto")
+    device = resolve_device(config.train.device)
+    if path is None and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(f"{location} is a Hugging Face model, which one process scores, not {ranks}; start one")
+    strategy = create_strategy(config, device=device)
+    try:
+        corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+        if path is None:
+            model: nn.Module = _load_folder(Path(location), device, torch.float32)
+        else:
+            model = open_saved(path, config, strategy).load(strategy)
+        loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
+        if strategy.is_main:
+            tokens = format_count(int((corpus.eval.labels >= 0).sum()))
+            print(f"{path or location}\ndata     {corpus.description}")
+            print(
+                f"loss     {loss:.6f} nats per token, perplexity {perplexity(loss):.4f} ({tokens} tokens)", flush=True
+            )
+        return loss
+    finally:
+        strategy.close()
+
+
+def generate(options: GenerateOptions) -> str:
+    """Prints a continuation as it grows, and returns prompt and continuation. One process.
+
+    Raises:
+        ValueError: More tokens than the model has positions; several ranks.
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("generate runs in one process; start it without a launcher")
+    location, device = Path(options.checkpoint), resolve_device(options.device)
+    path = find_saved(location)
+    if path is None:
+        strategy, files = Strategy(device), location
+        model: Any = _load_folder(location, device, "auto")
+    else:
+        config = saved_settings(path)
+        strategy = create_strategy(config, device=device)
+        saved = open_saved(path, config, strategy)
+        model, files = saved.load(strategy), saved.files
+    tokenizer: Any = AutoTokenizer.from_pretrained(files)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"] or [end]
+    text_config = model.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and len(ids) + options.max_new_tokens > positions:
+        raise ConfigError(
+            f"the prompt's {len(ids)} tokens and max_new_tokens {options.max_new_tokens} are more than the model's "
+            f"{positions} positions; write a shorter prompt or fewer tokens"
+        )
+    torch.manual_seed(options.seed)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+    with torch.no_grad(), strategy.autocast():
+        result = model.generate(
+            torch.tensor([ids], device=device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
+            do_sample=bool(sampling),
+            **sampling,
+            max_new_tokens=options.max_new_tokens,
+            use_cache=True,
+            eos_token_id=end,
+            pad_token_id=end,
+            # rows of the embedding that only round its size up
+            suppress_tokens=list(range(len(tokenizer), text_config.vocab_size)) or None,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    return str(tokenizer.decode(result[0], skip_special_tokens=True))
+
+
+def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """A Hugging Face model in eval mode, with the adapter beside it if there is one."""
+    adapter = path / ADAPTER
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=None).to(device)
+        if adapter.is_dir():
+            model.load_adapter(str(adapter))
+    except ImportError as error:
+        raise ConfigError(f"{path} needs more packages: {' '.join(str(error).split())}") from None
+    return model.eval()
+
+
+def _folder_settings(path: Path) -> RunConfig:
+    """The settings of the run that a folder was exported from, or the defaults; the tokenizer is the folder's."""
+    known = path / RUN_SETTINGS
+    config = (
+        parse_run_config([f"--config={known}"]) if known.is_file() else RunConfig(data=DataConfig(tokenizer=str(path)))
+    )
+    if config.data.tokenizer != "bytes":
+        config = replace(config, data=replace(config.data, tokenizer=str(path)))
+    parallel = replace(config.parallel, strategy="auto", zero_config=None, zero_stage=None, zero_offload=None)
+    return replace(config, parallel=parallel, checkpoint=replace(config.checkpoint, resume="never"))
+
+
+def _override(settings: RunConfig, argv: Sequence[str]) -> RunConfig:
+    """The settings with those of a command line over them.
+
+    Raises:
+        ConfigError: One of them is not for `eval` to change.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        save_run_config(settings, file)
+        config = parse_run_config([f"--config={file}", *argv], prog="loqt-scale eval")
+    old, new = flat_settings(settings), flat_settings(config)
+    changed = [key for key in new if new[key] != old[key]]
+    for key in changed:
+        if key == "data.tokenizer" or not key.startswith(_OPEN):
+            raise ConfigError(f"{key} is the model's and stays {old[key]!r}; eval takes {', '.join(_OPEN)}")
+    return config
