@@ -340,6 +340,7 @@ class CheckpointConfig:
 
     Args:
         every: Save every so many steps (and at the end, and when the job is told to stop); 0 = only then.
+        background: Write files while training goes on; only the copy to host memory holds it up.
         keep_last: Keep the newest so many checkpoints.
         keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
         resume: auto = go on from the newest checkpoint of an unfinished run in train.run_dir, if there is one; never =
@@ -347,6 +348,7 @@ class CheckpointConfig:
     """
 
     every: int = 1000
+    background: bool = True
     keep_last: int = 2
     keep_every: int = 0
     resume: str = "auto"

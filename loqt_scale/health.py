@@ -1,12 +1,47 @@
-"""Steps whose loss or gradient is not finite: skipped, counted, and too many in a row end the run."""
+"""What can be wrong with a step: numbers that are not finite (it is skipped), or ranks that are not all at it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from loqt_scale.functional.seeding import stable_seed
 
 
 class NonFiniteLossError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class OutOfStepError(ValueError):
+    """Ranks disagree on the step they are at, or on whether a merge follows it."""
+
+
+@dataclass(frozen=True)
+class StepPlace:
+    """Where a rank believes to be. The ranks' marks ride along when the losses are summed: no collective of their own.
+
+    Args:
+        step: The step, from 0.
+        merging: Whether a merge follows it.
+    """
+
+    step: int
+    merging: bool
+
+    @property
+    def mark(self) -> int:
+        """A number below 4096 that other places are unlikely to have; 4096 of them add up exactly in float32."""
+        return stable_seed("place", self.step, self.merging) % 4096
+
+    def check(self, marks: float, world_size: int) -> None:
+        """Raises OutOfStepError unless the sum over ranks is what equal marks add up to."""
+        if marks != world_size * self.mark:
+            merge = "a merge follows" if self.merging else "no merge follows"
+            raise OutOfStepError(
+                f"here it is step {self.step}, after which {merge}, but another rank is elsewhere (its own message "
+                "says where); nothing was applied. Start all ranks with the same code and settings; they go on from "
+                "the last checkpoint"
+            )
 
 
 class Health:

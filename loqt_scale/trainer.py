@@ -21,17 +21,16 @@ from loqt_scale.checkpoint import (
     CONFIG,
     FORMAT,
     HUGGINGFACE,
-    CheckpointError,
-    CheckpointFolder,
+    CheckpointSaver,
     Manifest,
     load_checkpoint,
-    save_checkpoint,
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
 from loqt_scale.data import Corpus
 from loqt_scale.evaluation import evaluate
-from loqt_scale.health import Health
+from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.health import Health, StepPlace
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config
@@ -80,7 +79,8 @@ class Trainer:
         self.tokens = 0
         self.eval_before: float | None = None
         self.health = Health(config.optim.max_skipped_steps)
-        self.checkpoints = CheckpointFolder(Path(train.run_dir) / CHECKPOINTS)
+        folder = Path(train.run_dir) / CHECKPOINTS
+        self.saver = CheckpointSaver(folder, config.checkpoint, strategy, warn=progress.line)
 
     def _create_merges(self) -> MergeCoordinator:
         return MergeCoordinator(
@@ -102,7 +102,7 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         if self.eval_before is None:
             self.eval_before = self.evaluate(0)
-        with StopRequest() as stop:
+        with StopRequest() as stop, self.saver:
             while self.done < train.steps:
                 logged = self.step(self.done)
                 self.done += 1
@@ -118,7 +118,7 @@ class Trainer:
         return self.eval_before, self.evaluate(train.steps)
 
     def save(self) -> None:
-        """Saves a checkpoint; if that fails, says so and goes on. Every rank."""
+        """Saves a checkpoint, or begins to. Every rank."""
         assert self.eval_before is not None
         manifest = Manifest(
             format=FORMAT,
@@ -132,15 +132,8 @@ class Trainer:
             strategy=self.strategy.description,
             tensors={},
         )
-        keep = self.config.checkpoint
         with self.rates.paused():
-            try:
-                model, write = self.built.model, self._write_documents
-                save_checkpoint(self.checkpoints, manifest, write, model, self.optimizer, self.strategy)
-                if self.strategy.is_main:
-                    self.checkpoints.prune(keep_last=keep.keep_last, keep_every=keep.keep_every)
-            except CheckpointError as error:
-                self.progress.line(f"WARNING: {error}; training goes on")
+            self.saver.save(manifest, self._write_documents, self.built.model, self.optimizer)
 
     def _write_documents(self, folder: Path) -> None:
         """What a checkpoint holds besides tensors: settings, and what makes a Hugging Face model of it."""
@@ -173,8 +166,8 @@ class Trainer:
                 stack.enter_context(counter)
             if self.merges is not None:
                 self.merges.prepare(step)
-            loss = self.accumulate(step)
             merging = self.merges is not None and self.merges.is_merge_step(step)
+            loss = self.accumulate(step, merging)
             logged = (step + 1) % train.log_every == 0 or merging
             rates = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             max_norm = self.config.optim.clip_norm
@@ -195,9 +188,15 @@ class Trainer:
         self._report(step, values)
         return logged
 
-    def accumulate(self, step: int) -> Tensor:
-        """Forward and backward over this rank's share; returns the mean loss per token over all ranks (a tensor)."""
+    def accumulate(self, step: int, merging: bool = False) -> Tensor:
+        """Forward and backward over this rank's share; returns the mean loss per token over all ranks (a tensor).
+
+        Raises:
+            OutOfStepError: Another rank is at another step, or disagrees on whether it ends in a merge. Every rank.
+        """
         train, strategy = self.config.train, self.strategy
+        # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
+        torch.manual_seed(stable_seed("step", train.seed, step, strategy.rank))
         start, stop = share(train.global_batch_size, strategy.rank, strategy.world_size)
         batch = self.corpus.train.sequences(step, start, stop)
         steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
@@ -210,7 +209,10 @@ class Trainer:
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
                 strategy.backward(self.model, loss)
             total += loss.detach()
-        return strategy.sum(total)
+        place = StepPlace(step, merging)
+        total, marks = strategy.sum(torch.stack([total, total.new_tensor(place.mark)]))
+        place.check(float(marks), strategy.world_size)
+        return total
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,6 +2,7 @@
 
 state.py     the tensors of a run, whatever the strategy: every rank its share of each one's rows
 store.py     those shares to and from safetensors files (torch.distributed.checkpoint)
+saver.py     saves a run now and then, in the background if asked to
 folder.py    folders, names, manifest, checksums: written beside, published by one rename
 resume.py    which checkpoint a run goes on from, and whether it may
 """
@@ -12,19 +13,13 @@ from loqt_scale.checkpoint.folder import (
     FORMAT,
     HUGGINGFACE,
     CheckpointError,
-    CheckpointFolder,
     Manifest,
     locate_checkpoint,
     read_manifest,
 )
 from loqt_scale.checkpoint.resume import find_resume
-from loqt_scale.checkpoint.store import (
-    load_checkpoint,
-    load_model,
-    read_tensors,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from loqt_scale.checkpoint.saver import CheckpointSaver
+from loqt_scale.checkpoint.store import load_checkpoint, load_model, read_tensors, verify_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
@@ -32,7 +27,7 @@ __all__ = [
     "FORMAT",
     "HUGGINGFACE",
     "CheckpointError",
-    "CheckpointFolder",
+    "CheckpointSaver",
     "Manifest",
     "find_resume",
     "load_checkpoint",
@@ -40,6 +35,5 @@ __all__ = [
     "locate_checkpoint",
     "read_manifest",
     "read_tensors",
-    "save_checkpoint",
     "verify_checkpoint",
 ]

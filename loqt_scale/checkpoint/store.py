@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -30,27 +31,27 @@ from loqt_scale.checkpoint.folder import (
     read_manifest,
     refuse_damaged,
 )
-from loqt_scale.checkpoint.state import describe, empty_state, read_state, write_state
-from loqt_scale.strategies import Strategy
+from loqt_scale.checkpoint.state import Shares, describe, empty_state, write_state
+from loqt_scale.strategies import Channel, Strategy
 
 
 def save_checkpoint(
     folder: CheckpointFolder,
     manifest: Manifest,
     write_documents: Callable[[Path], None],
-    model: nn.Module,
-    optimizer: Optimizer,
-    strategy: Strategy,
+    shares: Shares,
+    channel: Channel,
 ) -> Path:
     """Writes a checkpoint and makes it the latest. Every rank; when it returns on any, it counts.
+
+    It touches neither model nor optimizer and talks through the channel only, so a background thread may call it.
 
     Args:
         folder: Where the run's checkpoints lie.
         manifest: What it says about itself; tensors and files are filled in here.
         write_documents: Writes what is not tensors (settings, tokenizer, ...) into the folder it gets; one rank.
-        model: The model, without its strategy's wrapper.
-        optimizer: Its optimizer.
-        strategy: How both are spread.
+        shares: What `read_state` returned.
+        channel: To the other ranks.
 
     Returns:
         The checkpoint's folder.
@@ -58,22 +59,22 @@ def save_checkpoint(
     Raises:
         CheckpointError: A rank could not write: on all ranks, and nothing was published.
     """
-    shares = read_state(model, optimizer, strategy)
+    rank, alone = dist.get_rank(channel.group) if channel.group is not None else 0, channel.group is None
     partial = folder.partial(manifest.step)
     digests: dict[str, str] = {}
-    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"):
-        if strategy.is_main:
+    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not saved"):
+        if rank == 0:
             write_documents(folder.begin(manifest.step))
             documents = (path for path in partial.rglob("*") if path.is_file())
             digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
-    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not saved"), _quiet():
+    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not saved"), _quiet():
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        save(shares, storage_writer=writer, no_dist=strategy.world_size == 1)
-        mine = partial.glob(f"shard-{strategy.rank + 1:05d}-*")
+        save(shares, storage_writer=writer, process_group=channel.group, no_dist=alone)
+        mine = partial.glob(f"shard-{rank + 1:05d}-*")
         digests |= {path.name: file_digest(path) for path in mine}
-    files = {name: digest for part in strategy.gather_objects(digests) for name, digest in part.items()}
-    with _all_or_none(strategy, f"checkpoint of step {manifest.step} not published"):
-        if strategy.is_main:
+    files = {name: digest for part in channel.gather_objects(digests) for name, digest in part.items()}
+    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not published"):
+        if rank == 0:
             folder.publish(manifest.step, replace(manifest, tensors=describe(shares), files=files))
     return folder.path(manifest.step)
 
@@ -156,7 +157,7 @@ def _check_same_tensors(path: Path, manifest: Manifest, ours: dict[str, list[obj
 
 
 @contextmanager
-def _all_or_none(strategy: Strategy, what: str) -> Iterator[None]:
+def _all_or_none(channel: Channel, rank: int, what: str) -> Iterator[None]:
     """Raises CheckpointError on every rank if one of them raised inside. Every rank."""
     mine = ""
     try:
@@ -164,8 +165,8 @@ def _all_or_none(strategy: Strategy, what: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception: torch's sum of what went wrong on the ranks
         mine = "; ".join(f"rank {rank}: {_one_line(reason)}" for rank, (reason, _) in error.failures.items())
     except Exception as error:  # a full disk speaks through several libraries, each with errors of its own
-        mine = f"rank {strategy.rank}: {_one_line(error)}"
-    failed = dict.fromkeys(text for text in strategy.gather_objects(mine) if text)
+        mine = f"rank {rank}: {_one_line(error)}"
+    failed = dict.fromkeys(text for text in channel.gather_objects(mine) if text)
     if failed:
         raise CheckpointError(f"{what}: {'; '.join(failed)}")
 

@@ -1,6 +1,6 @@
 """How one training step, and one merge, is spread over ranks: single, ddp and fsdp behind one protocol."""
 
-from loqt_scale.strategies.base import DTYPES, Strategy, shard_range
+from loqt_scale.strategies.base import DTYPES, Channel, Strategy, shard_range
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 
-__all__ = ["DTYPES", "Strategy", "create_strategy", "resolve_device", "resolve_strategy", "shard_range"]
+__all__ = ["DTYPES", "Channel", "Strategy", "create_strategy", "resolve_device", "resolve_strategy", "shard_range"]

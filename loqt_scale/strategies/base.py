@@ -38,6 +38,21 @@ def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
+class Channel:
+    """Plain data between ranks, apart from the tensors' traffic: a background thread may use it. One process's.
+
+    Args:
+        group: Process group of its own; None with one process.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """What each rank holds, by rank, on every rank. Every rank."""
+        return [mine]
+
+
 class Strategy:
     """One process, one device. Base of the others.
 
@@ -170,6 +185,10 @@ class Strategy:
     def gather_objects(self, mine: Any) -> list[Any]:
         """What each rank holds, by rank, on every rank; plain data only. Every rank."""
         return [mine]
+
+    def side_channel(self) -> Channel:
+        """A way to talk beside this one, the same at every call. Every rank, the first time."""
+        return Channel()
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 

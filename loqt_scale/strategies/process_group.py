@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
-from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.base import Channel, Strategy
 from loqt_scale.strategies.rendezvous import fresh_store
 
 
@@ -42,6 +42,16 @@ def join_process_group(device: torch.device, timeout_seconds: int) -> bool:
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
+class GroupChannel(Channel):
+    """A gloo group on the host, whatever the tensors travel by."""
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """See `Channel.gather_objects`. Every rank."""
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+
 class DistributedStrategy(Strategy):
     """Several ranks in one process group: the talk, and work shares that every rank stores whole unless overridden.
 
@@ -57,7 +67,9 @@ class DistributedStrategy(Strategy):
         super().__init__(device, compute_dtype)
         self._joined = join_process_group(device, timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._host_mesh: DeviceMesh | None = None
+        self._channel: Channel | None = None
 
     def write(self, parameter: Tensor, piece: Tensor) -> None:
         """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
@@ -92,6 +104,12 @@ class DistributedStrategy(Strategy):
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, mine)
         return found
+
+    def side_channel(self) -> Channel:
+        """See `Strategy.side_channel`. Every rank, the first time."""
+        if self._channel is None:
+            self._channel = GroupChannel(dist.new_group(backend="gloo", timeout=self._timeout))
+        return self._channel
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Strategy.sum`. Every rank. One all-reduce."""

@@ -50,3 +50,28 @@ def evaluate_checkpoint(path: str) -> float:
     from loqt_scale.inference import evaluate_saved
 
     return evaluate_saved(path, [])
+
+
+def disagreeing_run(about: str, **settings: Any) -> None:
+    """A run on whose step 6 rank 1 is a step ahead, or skips the merge that rank 0 is about to begin."""
+    import os
+
+    from loqt_scale.merge import MergeCoordinator
+    from loqt_scale.trainer import Trainer
+
+    if os.environ["RANK"] != "1":
+        train_run(**settings)
+    elif about == "step":
+        accumulate = Trainer.accumulate
+        Trainer.accumulate = lambda self, step, merging: accumulate(self, step + (step == 6), merging)  # type: ignore[method-assign]
+        try:
+            train_run(**settings)
+        finally:
+            Trainer.accumulate = accumulate  # type: ignore[method-assign]
+    else:
+        known = MergeCoordinator.is_merge_step
+        MergeCoordinator.is_merge_step = lambda self, step: known(self, step) and step != 6  # type: ignore[method-assign]
+        try:
+            train_run(**settings)
+        finally:
+            MergeCoordinator.is_merge_step = known  # type: ignore[method-assign]

@@ -166,3 +166,15 @@ def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
     checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
     resumed = saved.run(2, "zero-2", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
+
+
+def test_dropout_is_repeated(saved: SavedRuns, tmp_path: Path) -> None:
+    """Random numbers of a step are a function of the step, so none are saved."""
+    overrides = {"num_attention_heads": 4, "attention_dropout": 0.3}
+    settings = {"model.overrides": overrides, "train.steps": 20, "checkpoint.every": 8, "checkpoint.keep_last": 9}
+    unbroken = saved.run(1, "single", tmp_path / "a", **settings)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step-00000008"
+    resumed = saved.run(1, "single", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > 8}
+    settings["model.overrides"] = {**overrides, "attention_dropout": 0.0}
+    assert saved.run(1, "single", tmp_path / "c", **settings)[1] != unbroken[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.test_launchers import OURS, ROOT, executable, losses
 
 KILLED = str(ROOT / "tests" / "distributed" / "killed.py")
@@ -110,6 +111,14 @@ def test_a_killed_rank_is_named(settings: Job, tmp_path: Path) -> None:
     assert time.monotonic() - began < 60, "long before parallel.timeout_seconds"
 
 
+def test_torchrun_goes_on_by_itself(settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [KILLED, "step", "6", str(tmp_path / "killed"), *settings(run_dir)]
+    status, output = finish(start([*launcher(2, "--max-restarts", "1"), *words]))
+    assert status == 0 and "Signal 9" not in output.rpartition("resumed after step 4")[2], output
+    assert losses(run_dir) == unbroken(2)
+
+
 @pytest.mark.parametrize(
     ("ranks", "number"),
     [
@@ -148,7 +157,8 @@ def test_every_flipped_file_is_refused(settings: Job, tmp_path: Path, unbroken: 
     assert finish(start(words))[0] == -signal.SIGKILL
     (checkpoint,) = [path for path in (run_dir / "checkpoints").iterdir() if path.name == "step-00000006"]
     rows = (run_dir / "metrics.jsonl").read_text()
-    for path in sorted(checkpoint.iterdir()):
+    documents = ("manifest.json", "config.yaml", "huggingface/tokenizer.json")
+    for path in [*(checkpoint / name for name in documents), *checkpoint.glob("shard-*")]:
         whole = path.read_bytes()
         middle = len(whole) // 2
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
@@ -171,3 +181,16 @@ def test_no_room_for_checkpoints_does_not_end_the_run(
     assert status == 0 and output.count("WARNING: checkpoint of step") == 5, output
     assert losses(run_dir) == unbroken(1)
     assert not (run_dir / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize("about", ["step", "merge"])
+def test_ranks_that_disagree_stop_before_the_merge(
+    about: str, ranks: RankPool, text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Settings and checkpoint are compared at the start (test_checkpoint.py); this is what happens on the way."""
+    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir), "train.run_dir": str(tmp_path / "run")}
+    merges = {"loqt.merge.gap": 6, "loqt.merge.schedule": "constant", "train.steps": 9, "optim.warmup_steps": 1}
+    with pytest.raises(RankFailed, match="OutOfStepError: here it is step"):
+        ranks.run(2, "tests.distributed.tasks:disagreeing_run", about=about, **common, **merges)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 6, "steps are counted from 1 there: the 7th, which a merge was to follow, is missing"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loqt_scale.config import LoQTConfig, MergeConfig
-from loqt_scale.health import Health, NonFiniteLossError
+from loqt_scale.health import Health, NonFiniteLossError, OutOfStepError, StepPlace
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.strategies import Strategy
@@ -58,3 +58,12 @@ def test_a_skipped_merge_follows_the_next_step() -> None:
     again = MergeCoordinator(model, optimizer, config, total_steps=20)  # a run that resumes after step 1
     again.require(1)
     assert again.is_merge_step(1)
+
+
+def test_ranks_at_one_place_pass_and_others_do_not() -> None:
+    here = StepPlace(7, merging=True)
+    here.check(torch.full((4096,), float(here.mark)).sum().item(), 4096)
+    for other in (StepPlace(8, True), StepPlace(7, False), StepPlace(6, True)):
+        for ranks in (2, 3, 64):
+            with pytest.raises(OutOfStepError, match="step 7, after which a merge follows"):
+                here.check((ranks - 1) * here.mark + other.mark, ranks)
