@@ -9,6 +9,8 @@
 #
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh --config configs/llama_1b.yaml    # on 10.0.0.1
 #   NODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh --config configs/llama_1b.yaml    # on the other
+#
+# RESTARTS=3 starts a job whose rank has died again, up to three times; it goes on from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,4 +26,4 @@ if [[ ${NODES:-1} -eq 1 ]]; then
 else
     where=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$torchrun" "${where[@]}" --nproc-per-node "$ranks" launch/train.py "$@"
+exec "$torchrun" "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" launch/train.py "$@"

@@ -75,3 +75,29 @@ def disagreeing_run(about: str, **settings: Any) -> None:
             train_run(**settings)
         finally:
             MergeCoordinator.is_merge_step = known  # type: ignore[method-assign]
+
+
+def run_with_a_bad_disk(**settings: Any) -> list[str]:
+    """A run in which rank 1 cannot write its part of the checkpoint of step 6; returns this rank's warnings."""
+    import os
+
+    from loqt_scale.checkpoint import store
+    from loqt_scale.metrics import Progress
+
+    digest, line, told = store.file_digest, Progress.line, []
+
+    def bad_disk(path: Path) -> str:
+        if os.environ["RANK"] == "1" and "step-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        return digest(path)
+
+    def listen(self: Progress, text: str) -> None:
+        told.extend([text] if text.startswith("WARNING") else [])
+        line(self, text)
+
+    store.file_digest, Progress.line = bad_disk, listen  # type: ignore[method-assign]
+    try:
+        train_run(**settings)
+    finally:
+        store.file_digest, Progress.line = digest, line  # type: ignore[method-assign]
+    return told

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.test_equivalence import strategy_settings
@@ -166,6 +168,27 @@ def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
     checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
     resumed = saved.run(2, "zero-2", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp")])
+def test_in_the_background_the_same_tensors_are_written(
+    saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
+) -> None:
+    """Training goes on over the memory that is being saved, and a save still holds the step it was asked for."""
+    saves = []
+    for background in (True, False):
+        run_dir = tmp_path / str(background)
+        settings = {"checkpoint.background": background, "checkpoint.every": 3, "checkpoint.keep_last": 9}
+        saved.run(world_size, strategy, run_dir, **settings, **{"train.steps": 14})
+        files = sorted(run_dir.glob("checkpoints/step-*/shard-*"))
+        assert len(files) == 5 * world_size
+        saves.append([hash_of_tensors(path) for path in files])
+    assert saves[0] == saves[1] and len(set(saves[0])) == len(saves[0])
+
+
+def hash_of_tensors(path: Path) -> str:
+    tensors = load_file(path)
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def test_dropout_is_repeated(saved: SavedRuns, tmp_path: Path) -> None:

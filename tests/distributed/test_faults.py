@@ -183,6 +183,24 @@ def test_no_room_for_checkpoints_does_not_end_the_run(
     assert not (run_dir / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_a_rank_that_cannot_write_is_named(
+    background: bool, ranks: RankPool, text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Of its three saves the second fails on rank 1: nothing of it is published, and training goes on on both."""
+    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir), "train.run_dir": str(tmp_path / "run")}
+    saves = {"checkpoint.every": 3, "checkpoint.keep_last": 9, "checkpoint.background": background, "train.steps": 9}
+    task = "tests.distributed.tasks:run_with_a_bad_disk"
+    told = ranks.run(2, task, **common, **saves, **{"optim.warmup_steps": 1})[0]
+    assert told == [
+        "WARNING: checkpoint of step 6 not saved: rank 1: OSError: [Errno 28] No space left on device; training goes on"
+    ]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")) == [
+        "step-00000003",
+        "step-00000009",
+    ]
+
+
 @pytest.mark.parametrize("about", ["step", "merge"])
 def test_ranks_that_disagree_stop_before_the_merge(
     about: str, ranks: RankPool, text_file: Path, cache_dir: Path, tmp_path: Path
