@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
@@ -120,10 +120,14 @@ def generate(options: GenerateOptions) -> str:
 def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     """A Hugging Face model in eval mode, with the adapter beside it if there is one."""
     adapter = path / ADAPTER
+    quantized = hasattr(AutoConfig.from_pretrained(path), "quantization_config")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=None).to(device)
+        # a quantized model cannot be moved later; to place it at once takes one more package, accelerate
+        placement = {"device_map": {"": device}} if quantized else {}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **placement)
         if adapter.is_dir():
             model.load_adapter(str(adapter))
+        model = model if quantized else model.to(device)
     except ImportError as error:
         raise ConfigError(f"{path} needs more packages: {' '.join(str(error).split())}") from None
     return model.eval()

@@ -16,7 +16,7 @@ from loqt_scale.checkpoint import (
     HUGGINGFACE,
     CheckpointError,
     Manifest,
-    load_model,
+    load_checkpoint,
     locate_checkpoint,
     read_manifest,
     verify_checkpoint,
@@ -53,7 +53,7 @@ class SavedModel:
     def load(self, strategy: Strategy) -> nn.Module:
         """The model with its values, spread as the strategy will have it, in eval mode. Every rank, once."""
         model = place_model(self.design, self.config.model, strategy)
-        load_model(self.path, self.manifest, model, strategy)
+        load_checkpoint(self.path, self.manifest, model, None, strategy)
         return model.eval()
 
 

@@ -19,7 +19,7 @@ from loqt_scale.checkpoint.folder import (
 )
 from loqt_scale.checkpoint.resume import find_resume
 from loqt_scale.checkpoint.saver import CheckpointSaver
-from loqt_scale.checkpoint.store import load_checkpoint, load_model, read_tensors, verify_checkpoint
+from loqt_scale.checkpoint.store import load_checkpoint, read_tensors, verify_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
@@ -31,7 +31,6 @@ __all__ = [
     "Manifest",
     "find_resume",
     "load_checkpoint",
-    "load_model",
     "locate_checkpoint",
     "read_manifest",
     "read_tensors",

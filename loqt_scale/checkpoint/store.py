@@ -109,43 +109,30 @@ def read_tensors(path: Path, manifest: Manifest, names: Iterable[str]) -> dict[s
     return tensors
 
 
-def load_model(path: Path, manifest: Manifest, model: nn.Module, strategy: Strategy) -> None:
-    """Reads a verified checkpoint's parameters into a built model, which will not go on training. Every rank.
-
-    Raises:
-        CheckpointError: The checkpoint is of another model; nothing has been changed.
-    """
-    shares = empty_state(model, strategy, moments=False)
-    parameters = {name: shape for name, shape in manifest.tensors.items() if name.startswith("model.")}
-    _check_same_tensors(path, replace(manifest, tensors=parameters), describe(shares))
-    with _quiet():
-        load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=strategy.world_size == 1)
-    write_state(shares, model, None, strategy)
-
-
-def load_checkpoint(path: Path, manifest: Manifest, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
+def load_checkpoint(
+    path: Path, manifest: Manifest, model: nn.Module, optimizer: Optimizer | None, strategy: Strategy
+) -> None:
     """Reads a verified checkpoint into a built model and its optimizer. Every rank.
 
     Args:
         path: The checkpoint's folder.
         manifest: Its manifest.
         model: The model, without its strategy's wrapper; it may be spread otherwise than when it was saved.
-        optimizer: Its optimizer; a fresh one will do.
+        optimizer: Its optimizer; a fresh one will do. None reads the model only.
         strategy: How both are spread.
 
     Raises:
         CheckpointError: The checkpoint is of another model; nothing has been changed.
     """
-    moments = any(name.startswith("moments.") for name in manifest.tensors)
-    shares = empty_state(model, strategy, moments=moments)
-    _check_same_tensors(path, manifest, describe(shares))
+    wanted = {name: what for name, what in manifest.tensors.items() if optimizer or name.startswith("model.")}
+    shares = empty_state(model, strategy, moments=any(name.startswith("moments.") for name in wanted))
+    _check_same_tensors(path, wanted, describe(shares))
     with _quiet():
         load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=strategy.world_size == 1)
     write_state(shares, model, optimizer, strategy)
 
 
-def _check_same_tensors(path: Path, manifest: Manifest, ours: dict[str, list[object]]) -> None:
-    theirs = manifest.tensors
+def _check_same_tensors(path: Path, theirs: dict[str, list[object]], ours: dict[str, list[object]]) -> None:
     if theirs == ours:
         return
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
