@@ -7,9 +7,12 @@ Whatever talks to other ranks goes through the strategy, whatever knows about su
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from loqt_scale.build import ModelDesign, build_model
 from loqt_scale.checkpoint import (
     CHECKPOINTS,
     CONFIG,
+    DATA,
     FORMAT,
     HUGGINGFACE,
     CheckpointSaver,
@@ -133,11 +137,15 @@ class Trainer:
             tensors={},
         )
         with self.rates.paused():
-            self.saver.save(manifest, self._write_documents, self.built.model, self.optimizer)
+            # of now: the documents are written later, while training reads on
+            write = partial(self._write_documents, position=self.corpus.train.position())
+            self.saver.save(manifest, write, self.built.model, self.optimizer)
 
-    def _write_documents(self, folder: Path) -> None:
-        """What a checkpoint holds besides tensors: settings, and what makes a Hugging Face model of it."""
+    def _write_documents(self, folder: Path, *, position: dict[str, Any] | None) -> None:
+        """What a checkpoint holds besides tensors: settings, data position, what makes a Hugging Face model of it."""
         save_run_config(self.config, folder / CONFIG)
+        if position is not None:
+            (folder / DATA).write_text(json.dumps(position) + "\n", encoding="utf-8")
         tokenizer = self.corpus.tokenizer
         portable = portable_config(self.built.hf_config, eos_token_id=tokenizer.eos_token_id)
         portable.save_pretrained(folder / HUGGINGFACE)
@@ -150,6 +158,8 @@ class Trainer:
         if self.scheduler is not None:
             set_schedule_position(self.scheduler, manifest.step)
         self.strategy.set_schedule_position(manifest.updates)
+        if (path / DATA).is_file():
+            self.corpus.train.seek(manifest.step, json.loads((path / DATA).read_text(encoding="utf-8")))
         self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
         self.updates, self.health.skipped = manifest.updates, manifest.step - manifest.updates
         self.health.in_a_row = manifest.skipped_in_a_row

@@ -10,6 +10,7 @@ resume.py    which checkpoint a run goes on from, and whether it may
 from loqt_scale.checkpoint.folder import (
     CHECKPOINTS,
     CONFIG,
+    DATA,
     FORMAT,
     HUGGINGFACE,
     CheckpointError,
@@ -24,6 +25,7 @@ from loqt_scale.checkpoint.store import load_checkpoint, read_tensors, verify_ch
 __all__ = [
     "CHECKPOINTS",
     "CONFIG",
+    "DATA",
     "FORMAT",
     "HUGGINGFACE",
     "CheckpointError",

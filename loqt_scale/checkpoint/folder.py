@@ -6,6 +6,7 @@
         manifest.json              format, step, position, checksums of all other files and of itself
         config.yaml                the run's settings
         huggingface/               the model's and the tokenizer's files as transformers reads them, without weights
+        data.json                  where a streamed data set goes on, if there is one
         shard-0000i-model-....safetensors     what rank i - 1 wrote
 
 A checkpoint is written to a folder whose name begins with a dot, and renamed when every file of it is on disk; `latest`
@@ -26,7 +27,7 @@ from typing import Any
 FORMAT = 1
 MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
 CHECKPOINTS = "checkpoints"  # in a run's folder
-HUGGINGFACE = "huggingface"  # in a checkpoint
+HUGGINGFACE, DATA = "huggingface", "data.json"  # in a checkpoint
 _PREFIX, _PARTIAL, _SELF = "step-", ".partial", "sha256"
 
 

@@ -14,7 +14,6 @@ Nothing here knows about ranks: each asks for its share of a step's global batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +98,8 @@ def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     train_split, eval_split = open_splits(config)
     held_out = _evaluation_batch(*held_out_windows(eval_split, tokenizer, config))
     train = StreamedSequences(
-        partial(training_windows, train_split, tokenizer, config, seed), global_batch_size=global_batch_size
+        lambda start: training_windows(train_split, tokenizer, config, seed, start),
+        global_batch_size=global_batch_size,
     )
     name = config.dataset if config.dataset_config is None else f"{config.dataset}/{config.dataset_config}"
     description = (

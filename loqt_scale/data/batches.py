@@ -14,7 +14,7 @@ B = global_batch_size, T = seq_len, N = sequences in a share.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,17 @@ class TrainStream(Protocol):
             ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
         """
 
+    def position(self) -> dict[str, Any] | None:
+        """What `seek` needs to go on after the last step that was read, plain data; None if it needs nothing."""
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """Makes `step` the next one, on a stream that has not been read yet.
+
+        Args:
+            step: The step after the last one that had been read.
+            position: What `position` returned then.
+        """
+
 
 class StoredSequences:
     """The `TrainStream` of a token stream in memory or on disk: any step at any time.
@@ -87,6 +98,12 @@ class StoredSequences:
             chosen = epochs == epoch
             windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
+
+    def position(self) -> None:
+        """See `TrainStream`: nothing is needed."""
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """See `TrainStream`: nothing is to be done."""
 
     def _order(self, epoch: int) -> npt.NDArray[np.integer]:
         if epoch not in self._orders:

@@ -16,7 +16,8 @@ import numpy as np
 
 from loqt_scale.config import DataConfig
 from loqt_scale.data.corpora import row_texts
-from loqt_scale.data.packing import Int64Array, evaluation_windows, join_documents, text_groups, windows_of_stream
+from loqt_scale.data.packing import Int64Array, cut_windows, evaluation_windows, join_documents, text_groups
+from loqt_scale.data.streaming import Chunk, Place
 from loqt_scale.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need not pay
@@ -55,8 +56,8 @@ def open_splits(config: DataConfig) -> tuple[datasets.IterableDataset, datasets.
 
 
 def training_windows(
-    split: datasets.IterableDataset, tokenizer: Tokenizer, config: DataConfig, seed: int
-) -> Iterator[Int64Array]:
+    split: datasets.IterableDataset, tokenizer: Tokenizer, config: DataConfig, seed: int, start: Place
+) -> Iterator[Chunk]:
     """Tokenize and pack a split for ever, shuffled anew each epoch.
 
     Epochs are laid end to end like documents: a sequence may begin in one and end in the next.
@@ -66,30 +67,35 @@ def training_windows(
         tokenizer: Gives the ids and the token after each document.
         config: Names the text column and T.
         seed: Seed of the order.
+        start: Where to begin; what lies before it in its epoch is read, but not tokenized.
 
     Yields:
-        (m, T + 1) int64, m >= 1.
+        (m, T + 1) int64, m >= 1, and the place that they begin at.
 
     Raises:
         ValueError: A row has no text column, or a whole epoch is shorter than one sequence.
     """
 
-    def chunks() -> Iterator[Int64Array]:
-        shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        for epoch in count():
-            shuffled.set_epoch(epoch)
-            tokens = 0
-            for chunk in _tokenized(shuffled, tokenizer, config.text_field, f"split {config.split!r}"):
-                tokens += len(chunk)
-                yield chunk
-            if tokens <= config.seq_len:
-                raise ValueError(
-                    f"corpus smaller than one sequence: split {config.split!r} of {config.dataset} has {tokens} "
-                    f"tokens, and data.seq_len {config.seq_len} needs {config.seq_len + 1}; write a smaller "
-                    "data.seq_len"
-                )
-
-    return windows_of_stream(chunks(), config.seq_len)
+    shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+    rest = np.asarray(start.rest, dtype=np.int64)
+    texts, tokens = start.texts, start.tokens
+    for epoch in count(start.epoch):
+        shuffled.set_epoch(epoch)
+        rows = islice(row_texts(shuffled, config.text_field, f"split {config.split!r}"), texts, None)
+        for group in text_groups(rows, _ENCODE_CHARS):
+            place = Place(epoch=epoch, texts=texts, tokens=tokens, rest=tuple(rest.tolist()))
+            chunk = join_documents(tokenizer.encode_batch(group), tokenizer.eos_token_id)
+            texts, tokens = texts + len(group), tokens + len(chunk)
+            windows, rest = cut_windows(np.concatenate([rest, chunk]), config.seq_len)
+            if len(windows):
+                yield windows, place
+        if tokens <= config.seq_len:
+            raise ValueError(
+                f"corpus smaller than one sequence: split {config.split!r} of {config.dataset} has {tokens} "
+                f"tokens, and data.seq_len {config.seq_len} needs {config.seq_len + 1}; write a smaller "
+                "data.seq_len"
+            )
+        texts = tokens = 0
 
 
 def held_out_windows(

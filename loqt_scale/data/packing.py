@@ -120,22 +120,16 @@ def evaluation_windows(tokens: Tokens, seq_len: int, max_windows: int, pad_id: i
     return inputs, labels
 
 
-def windows_of_stream(chunks: Iterable[Tokens], seq_len: int) -> Iterator[Int64Array]:
-    """Cut a stream that arrives in chunks, with bounded memory.
+def cut_windows(tokens: Int64Array, seq_len: int) -> tuple[Int64Array, Int64Array]:
+    """Cut the complete windows off the front of a stream.
 
     Args:
-        chunks: Consecutive pieces (n_j,) of one token stream, of any lengths.
+        tokens: (n,) int64: what the last cut left, and what has come since.
         seq_len: T.
 
-    Yields:
-        (m, T + 1) int64, m >= 1: the windows completed by each chunk. Together they are the windows of the whole
-        stream, in order; the incomplete last one is dropped.
+    Returns:
+        (m, T + 1) int64, m >= 0, and the rest of the stream. The last token of a window is the first input of the next
+        one, so it is in both.
     """
-    pending = np.empty(0, dtype=np.int64)
-    for chunk in chunks:
-        pending = np.concatenate([pending, np.asarray(chunk, dtype=np.int64)])
-        complete = complete_windows(len(pending), seq_len)
-        if complete:
-            yield windows_at(pending, np.arange(complete, dtype=np.int64), seq_len)
-            # The last token of a window is the first input of the next one: it stays.
-            pending = pending[complete * seq_len :]
+    complete = complete_windows(len(tokens), seq_len)
+    return windows_at(tokens, np.arange(complete, dtype=np.int64), seq_len), tokens[complete * seq_len :]

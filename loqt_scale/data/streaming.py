@@ -4,8 +4,8 @@ Every rank reads the whole stream and keeps its own rows. That costs each rank t
 background thread does ahead of the training step; in exchange no rank has to know of any other, and the order depends
 on (seed, step) only, as for stored corpora.
 
-A later step is reached by reading up to it: resuming after s steps reads and discards s global batches. An earlier step
-cannot be reached.
+A later step is reached by reading up to it. An earlier step cannot be reached. A run that goes on need not tokenize all
+again: the reader says of each chunk where it began (`Place`), a checkpoint keeps that, the next reader starts there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +28,28 @@ _CHUNKS_AHEAD = 8
 _STOP_CHECK_SECONDS = 0.1
 _JOIN_SECONDS = 5.0
 
-_Queue = queue.Queue[Int64Array | Exception]
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A point of an endless stream from which it can be read on.
+
+    Args:
+        epoch: Which pass over the data set.
+        texts: Documents of this pass that lie before the point.
+        tokens: Tokens that they gave.
+        rest: Tokens before the point that are in no window yet.
+        windows: Windows after the point that have been read.
+    """
+
+    epoch: int = 0
+    texts: int = 0
+    tokens: int = 0
+    rest: tuple[int, ...] = ()
+    windows: int = 0
+
+
+Chunk = tuple[Int64Array, Place]
+_Queue = queue.Queue[Chunk | Exception]
 
 
 class StreamedSequences:
@@ -34,15 +58,17 @@ class StreamedSequences:
     The thread starts with the first call of `sequences`, so that a run which only evaluates reads nothing.
 
     Args:
-        open_windows: Starts the iterator: (m, T + 1) int64 windows, m >= 1, without end. Called in the thread.
+        open_windows: Starts the iterator at a place: (m, T + 1) int64 windows, m >= 1, each time with the place that
+            they begin at; without end. Called in the thread.
         global_batch_size: B.
     """
 
-    def __init__(self, open_windows: Callable[[], Iterator[Int64Array]], *, global_batch_size: int) -> None:
+    def __init__(self, open_windows: Callable[[Place], Iterator[Chunk]], *, global_batch_size: int) -> None:
         self._open_windows, self._batch_size = open_windows, global_batch_size
         self._queue: _Queue = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._reader: _Reader | None = None
         self._closed = False
+        self._start = self._place = Place()
         self._pending: Int64Array | None = None
         self._error: Exception | None = None
         self._step = -1
@@ -62,6 +88,16 @@ class StreamedSequences:
         assert self._batch is not None
         return batch_of(self._batch[start:stop])
 
+    def position(self) -> dict[str, Any]:
+        """See `TrainStream`."""
+        return asdict(self._place)
+
+    def seek(self, step: int, position: dict[str, Any]) -> None:
+        """See `TrainStream`."""
+        assert self._reader is None, "read already"
+        self._step = step - 1
+        self._start = self._place = Place(**position | {"rest": tuple(position["rest"])})
+
     def close(self) -> None:
         """End the background thread; steps that were not read yet cannot be read any more."""
         self._closed = True
@@ -74,6 +110,7 @@ class StreamedSequences:
         while missing:
             windows = self._pending if self._pending is not None else self._next_windows()
             parts.append(windows[:missing])
+            self._place = replace(self._place, windows=self._place.windows + len(parts[-1]))
             self._pending = windows[missing:] if len(windows) > missing else None
             missing -= len(parts[-1])
         return np.concatenate(parts)
@@ -83,22 +120,29 @@ class StreamedSequences:
             raise self._error
         if self._closed:
             raise ValueError("this stream was closed; build the corpus anew to read on")
+        skipped = 0
         if self._reader is None:
-            self._reader = _Reader(self._open_windows, self._queue)
+            self._reader = _Reader(partial(self._open_windows, replace(self._start, windows=0)), self._queue)
+            skipped = self._start.windows  # of the first chunks, read before
             # Freed with its reader still running, the stream only asks it to stop. It must not wait for it: garbage
             # is collected at any moment, this thread may hold the import lock, and the reader may be importing.
             weakref.finalize(self, self._reader.stop.set)
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            self._error = item
-            raise item
-        return item
+        while True:
+            item = self._queue.get()
+            if isinstance(item, Exception):
+                self._error = item
+                raise item
+            windows, place = item
+            if skipped < len(windows):
+                self._place = replace(place, windows=skipped)
+                return windows[skipped:]
+            skipped -= len(windows)
 
 
 class _Reader:
     """The background thread and the event that stops it. It holds no `StreamedSequences`, so that one can be freed."""
 
-    def __init__(self, open_windows: Callable[[], Iterator[Int64Array]], chunks: _Queue) -> None:
+    def __init__(self, open_windows: Callable[[], Iterator[Chunk]], chunks: _Queue) -> None:
         self.stop = threading.Event()
         arguments = (open_windows, chunks, self.stop)
         self._thread = threading.Thread(target=_read_ahead, args=arguments, name="data-stream", daemon=True)
@@ -111,17 +155,17 @@ class _Reader:
         self._thread.join(_JOIN_SECONDS)
 
 
-def _read_ahead(open_windows: Callable[[], Iterator[Int64Array]], chunks: _Queue, stop: threading.Event) -> None:
+def _read_ahead(open_windows: Callable[[], Iterator[Chunk]], chunks: _Queue, stop: threading.Event) -> None:
     try:
-        for windows in open_windows():
-            if not _put(chunks, windows, stop):
+        for chunk in open_windows():
+            if not _put(chunks, chunk, stop):
                 return
         _put(chunks, RuntimeError("the stream of windows ended, and it must be endless"), stop)
     except Exception as error:  # raised again where the training loop can see it
         _put(chunks, error, stop)
 
 
-def _put(chunks: _Queue, item: Int64Array | Exception, stop: threading.Event) -> bool:
+def _put(chunks: _Queue, item: Chunk | Exception, stop: threading.Event) -> bool:
     while not stop.is_set():
         try:
             chunks.put(item, timeout=_STOP_CHECK_SECONDS)

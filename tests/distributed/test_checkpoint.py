@@ -201,3 +201,19 @@ def test_dropout_is_repeated(saved: SavedRuns, tmp_path: Path) -> None:
     assert resumed == {step: loss for step, loss in unbroken.items() if step > 8}
     settings["model.overrides"] = {**overrides, "attention_dropout": 0.0}
     assert saved.run(1, "single", tmp_path / "c", **settings)[1] != unbroken[1]
+
+
+def test_a_streamed_data_set_goes_on_where_it_was(saved: SavedRuns, tmp_path: Path, text_file: Path) -> None:
+    documents = text_file.read_text(encoding="utf-8").split("\n\n")
+    (tmp_path / "set").mkdir()
+    for split, texts in (("train", documents[2:]), ("validation", documents[:2])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "set" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    settings = {"data.files": [], "data.dataset": str(tmp_path / "set"), "train.steps": 16}
+    saves = {"checkpoint.every": 7, "checkpoint.keep_last": 9}
+    unbroken = saved.run(1, "single", tmp_path / "a", **settings, **saves)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step-00000007"
+    # 7 steps of 8 sequences: the windows of the first chunk that had been read when the save began, not those since
+    assert json.loads((checkpoint / "data.json").read_text())["windows"] == 56
+    resumed = saved.run(1, "single", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > 7}

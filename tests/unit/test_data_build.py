@@ -12,7 +12,7 @@ import torch
 
 from loqt_scale.config import DataConfig
 from loqt_scale.data import Corpus, build_corpus
-from loqt_scale.data.packing import windows_of_stream
+from loqt_scale.data.packing import cut_windows
 from loqt_scale.data.tokenizers import ByteTokenizer
 
 T = 8
@@ -125,6 +125,36 @@ def test_stream_depends_on_seed_and_step_only(folder: Path) -> None:
     assert not torch.equal(read(build(dataset=str(folder), seed=1), 6), whole)
 
 
+def test_stream_goes_on_without_tokenizing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of three epochs, cut into small groups: the same sequences from there on, and few texts tokenized."""
+    monkeypatch.setattr("loqt_scale.data.hub._ENCODE_CHARS", 40)
+    steps = 3 * sum(len(text) + 1 for text in TRAIN) // (4 * T)
+    corpus = build(dataset=str(folder))
+    whole = [corpus.train.sequences(step, 0, 4).input_ids for step in range(steps)]
+    tokenized: list[str] = []
+    encode = ByteTokenizer.encode_batch
+
+    def listening(self: ByteTokenizer, texts: list[str]) -> list[list[int]]:
+        tokenized.extend(texts)
+        return encode(self, texts)
+
+    for step in (0, 1, steps // 5, steps // 2, steps - 2):
+        before = build(dataset=str(folder))
+        if step:
+            before.train.sequences(step - 1, 0, 4)
+        position = json.loads(json.dumps(before.train.position()))
+        after = build(dataset=str(folder))
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                ByteTokenizer, "encode_batch", lambda self, texts: tokenized.extend(texts) or encode(self, texts)
+            )
+            after.train.seek(step, position)
+            assert torch.equal(after.train.sequences(step, 0, 4).input_ids, whole[step])
+            assert torch.equal(after.train.sequences(step + 1, 0, 4).input_ids, whole[step + 1])
+            after.train.close()
+    assert position["epoch"] == 2 and len(tokenized) < 5 * len(TRAIN), "all before the last place is 2 epochs alone"
+
+
 def test_stream_of_parquet_with_its_own_splits_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import pyarrow as pa
@@ -136,7 +166,7 @@ def test_stream_of_parquet_with_its_own_splits_and_column(tmp_path: Path, monkey
         pq.write_table(pa.table({"content": rows}), tmp_path / f"{split}.parquet")
     corpus = build(dataset=str(tmp_path), eval_split="test", text_field="content", max_eval_sequences=3)
     joined = np.array([i for text in HELD_OUT for i in [*text.encode(), 256]])
-    first = next(windows_of_stream([joined], T))[:3]
+    first = cut_windows(joined, T)[0][:3]
     assert torch.equal(corpus.eval.input_ids, torch.from_numpy(first[:, :-1]))
     assert torch.equal(corpus.eval.labels, torch.from_numpy(first[:, 1:]))
     assert corpus.train.sequences(2, 0, 4).input_ids.shape == (4, T)

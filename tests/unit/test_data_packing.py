@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from loqt_scale.data.packing import (
     IGNORED_LABEL,
     complete_windows,
+    cut_windows,
     evaluation_windows,
     join_documents,
     text_groups,
     windows_at,
-    windows_of_stream,
 )
 
 EOS = 10**9
@@ -76,11 +76,14 @@ def test_evaluation_of_one_token_is_refused() -> None:
 def test_a_stream_in_chunks_has_the_windows_of_the_whole(sizes: list[int], seq_len: int) -> None:
     tokens = np.arange(sum(sizes))
     ends = np.cumsum([0, *sizes])
-    pieces = list(windows_of_stream((tokens[a:b] for a, b in pairwise(ends)), seq_len))
-    streamed = np.concatenate([np.empty((0, seq_len + 1), np.int64), *pieces])
+    pieces, rest = [np.empty((0, seq_len + 1), np.int64)], np.empty(0, np.int64)
+    for start, stop in pairwise(ends):
+        piece, rest = cut_windows(np.concatenate([rest, tokens[start:stop]]), seq_len)
+        pieces.append(piece)
+        assert len(rest) <= seq_len
+    streamed = np.concatenate(pieces)
     whole = windows_at(tokens, np.arange(complete_windows(len(tokens), seq_len)), seq_len)
     assert (streamed == whole).all() and streamed.shape == whole.shape
-    assert all(len(piece) for piece in pieces)
 
 
 @given(st.lists(st.text(max_size=30)), st.integers(1, 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -14,23 +15,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loqt_scale.data.streaming import StreamedSequences
+from loqt_scale.data.streaming import Chunk, Place, StreamedSequences
 
 T = 2
 
 
-def windows(sizes: list[int]) -> Iterator[np.ndarray]:
-    """Endless windows in chunks of these sizes, again and again; window i starts with token i T."""
-    first = 0
-    while True:
-        for size in sizes:
-            starts = np.arange(first, first + size) * T
-            first += size
-            yield starts[:, None] + np.arange(T + 1)
+def windows(sizes: list[int], place: Place) -> Iterator[Chunk]:
+    """Endless windows in chunks of these sizes, again and again; window i starts with token i T.
+
+    A place counts the chunks before it as texts, their windows as tokens.
+    """
+    assert place.windows == 0, "skipping is not the reader's affair"
+    first = place.tokens
+    for chunk in count(place.texts):
+        starts = np.arange(first, first + sizes[chunk % len(sizes)]) * T
+        yield starts[:, None] + np.arange(T + 1), Place(texts=chunk, tokens=first)
+        first += len(starts)
 
 
 def stream(batch_size: int, sizes: list[int] | None = None) -> StreamedSequences:
-    return StreamedSequences(lambda: windows(sizes or [3]), global_batch_size=batch_size)
+    return StreamedSequences(lambda place: windows(sizes or [3], place), global_batch_size=batch_size)
 
 
 def numbers(made: StreamedSequences, step: int, start: int, stop: int) -> list[int]:
@@ -50,6 +54,28 @@ def test_batches_are_consecutive_and_skipping_consumes(batch_size: int, sizes: l
     half = batch_size // 2
     assert numbers(made, step, half, batch_size) + numbers(made, step, 0, half) == expected[half:] + expected[:half]
     assert numbers(made, step + 1, 0, 1) == [expected[-1] + 1]
+    made.close()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    st.lists(st.integers(0, 5), min_size=1, max_size=3),
+)
+def test_a_stream_goes_on_from_its_position(batch_size: int, sizes: list[int], stops: list[int]) -> None:
+    """Read some steps, keep the position as a checkpoint does, begin anew; several times."""
+    step, made = 0, stream(batch_size, sizes)
+    for steps in stops:
+        for _ in range(steps):
+            numbers(made, step, 0, 0)
+            step += 1
+        position = json.loads(json.dumps(made.position()))
+        made.close()
+        made = stream(batch_size, sizes)
+        made.seek(step, position)
+        assert json.loads(json.dumps(made.position())) == position
+    assert numbers(made, step, 0, batch_size) == list(range(step * batch_size, (step + 1) * batch_size))
     made.close()
 
 
@@ -75,8 +101,8 @@ def test_ranges_outside_the_batch_are_refused() -> None:
 
 
 def test_errors_of_the_reader_reach_the_caller_every_time() -> None:
-    def failing() -> Iterator[np.ndarray]:
-        yield next(windows([1]))
+    def failing(place: Place) -> Iterator[Chunk]:
+        yield next(windows([1], place))
         raise ValueError("no column")
 
     made = StreamedSequences(failing, global_batch_size=1)
@@ -87,7 +113,7 @@ def test_errors_of_the_reader_reach_the_caller_every_time() -> None:
 
 
 def test_a_stream_that_ends_is_an_error() -> None:
-    made = StreamedSequences(lambda: iter([]), global_batch_size=1)
+    made = StreamedSequences(lambda place: iter([]), global_batch_size=1)
     with pytest.raises(RuntimeError, match="endless"):
         made.sequences(0, 0, 1)
 
@@ -96,9 +122,9 @@ def test_reading_ahead_is_bounded() -> None:
     read = count()
     latest = 0
 
-    def counting() -> Iterator[np.ndarray]:
+    def counting(place: Place) -> Iterator[Chunk]:
         nonlocal latest
-        for chunk in windows([1]):
+        for chunk in windows([1], place):
             latest = next(read)
             yield chunk
 
