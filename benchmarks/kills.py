@@ -1,8 +1,8 @@
-"""Ten times killed, at random moments, by SIGKILL: does the run end with the losses of a run that nothing happened to?
+"""Ten times killed by SIGKILL: does the run end with the losses of a run that nothing happened to?
 
-On 1 process and on 2 ranks (FSDP2, torchrun). The whole job is killed, launcher and all ranks at once, after a random
-time, and the same command is given again, until the tenth; the last one is left alone. Nothing is measured but
-equality, bit for bit, of every step's loss.
+On 1 process and on 2 ranks (FSDP2, torchrun). Rank 0 is killed inside a merge, then inside a save; then eight times the
+whole job, launcher and all ranks at once, after a random time. Each time the same command is given again; the last one
+is left alone. Nothing is measured but equality, bit for bit, of every step's loss.
 
     python benchmarks/kills.py               # about ten minutes on two cores
     python benchmarks/kills.py --kills 3
@@ -37,6 +37,10 @@ SETTINGS = {
 }
 
 
+# rank 0 dies at the 30th layer that is merged (the third merge), at the 4th checkpoint that is published
+EXACT = {"merge": ["merge", "30"], "save": ["save publishes", "4"]}
+
+
 def words(steps: int, more: list[str]) -> list[str]:
     """The settings of a run as command-line words."""
     return [f"--{key}={value}" for key, value in SETTINGS.items()] + [f"--train.steps={steps}", *more]
@@ -50,12 +54,13 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-def started(run_dir: Path, arguments: list[str], ranks: int) -> subprocess.Popen[bytes]:
-    """The job, in a process group of its own."""
+def started(run_dir: Path, arguments: list[str], ranks: int, death: list[str]) -> subprocess.Popen[bytes]:
+    """The job, in a process group of its own; `death` are the words that `tests/distributed/killed.py` takes first."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = [str(ROOT / "launch" / "train.py"), *arguments, "--train.run_dir", str(run_dir), "--train.progress=off"]
+    program = ROOT / ("tests/distributed/killed.py" if death else "launch/train.py")
+    script = [str(program), *death, *arguments, "--train.run_dir", str(run_dir), "--train.progress=off"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([*launcher, *script], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
@@ -78,13 +83,17 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 def killed_run(run_dir: Path, arguments: list[str], ranks: int, kills: int, rng: random.Random) -> list[str]:
     """Runs a job to its end through `kills` deaths; what each of them interrupted."""
-    met = []
+    met: list[str] = []
+    metrics, marker = run_dir / "metrics.jsonl", run_dir.with_name(f"{run_dir.name}-mark")
+    for place, death in EXACT.items():
+        assert started(run_dir, arguments, ranks, [*death, f"{marker}-{place}"]).wait() != 0
+        met.append(f"step {max(losses_so_far(metrics))}, inside a {place}")
+        print(f"{ranks} rank(s), kill {len(met)}: {met[-1]}", flush=True)
     while True:
-        process = started(run_dir, arguments, ranks)
-        if len(met) == kills:
+        process = started(run_dir, arguments, ranks, [])
+        if len(met) >= kills:
             assert process.wait() == 0, "the job that was left alone failed"
             return met
-        metrics = run_dir / "metrics.jsonl"
         seen = metrics.stat().st_mtime_ns if metrics.exists() else 0
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > seen):
             time.sleep(0.01)  # until it trains: being killed while Python starts up proves nothing
@@ -124,13 +133,15 @@ def main() -> None:
             met = killed_run(root / f"killed-{ranks}", arguments, ranks, options.kills, rng)
             unbroken, killed = losses(root / f"unbroken-{ranks}"), losses(root / f"killed-{ranks}")
             differing = sum(unbroken[step] != killed.get(step) for step in unbroken)
-            rows.append([ranks, options.kills, sum("written" in text for text in met), len(unbroken), differing])
+            inside = [sum(what in text for text in met) for what in ("merge", "checkpoint was written")]
+            rows.append([ranks, len(met), inside[0], inside[1] + 1, len(unbroken), differing])
             print("; ".join(met))
             assert differing == 0 and len(killed) == len(unbroken)
-    header = ["ranks", "kills", "of them while a checkpoint was written", "steps", "steps whose loss differs"]
+    header = ["ranks", "kills", "inside a merge (known)", "inside a save (known)", "steps", "steps whose loss differs"]
     note = (
         f"llama_nano, a save every {SETTINGS['checkpoint.every']} steps, a merge every {SETTINGS['loqt.merge.gap']}; "
-        f"kills at random moments (seed {options.seed}) up to 4 s after a job has begun to train."
+        f"two kills at these places, the others at random moments (seed {options.seed}), up to 4 s after a job has "
+        "begun to train."
     )
     command = "python benchmarks/kills.py" + (f" --kills {options.kills}" if options.kills != 10 else "")
     publish("Killed at random moments", command, table(header, rows) + "\n\n" + note)
