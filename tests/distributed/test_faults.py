@@ -82,13 +82,13 @@ def launcher(ranks: int, *options: str) -> list[str]:
 @pytest.mark.parametrize(
     ("ranks", "point", "call"),
     # rank 0 takes the digests of five files in each save: the 10th is its second shard's, before it counts;
-    # `_sync` runs for the manifest, two files and two folders of each save: the 5th call is the first save's pointer
+    # `_sync` runs for the manifest, five files and two folders of each save: the 9th call is the first save's pointer
     [
         (1, "merge", 4),
         pytest.param(1, "save begins", 2, marks=pytest.mark.long),
         pytest.param(1, "save writes", 10, marks=pytest.mark.long),
         pytest.param(1, "save publishes", 3, marks=pytest.mark.long),
-        (1, "save points", 5),
+        (1, "save points", 9),
         (2, "merge", 20),
         pytest.param(2, "save writes", 10, marks=pytest.mark.long),
         pytest.param(2, "save publishes", 3, marks=pytest.mark.long),
@@ -102,7 +102,7 @@ def test_killed_at_the_worst_moments(
     status, output = finish(start(words))
     assert (status == -signal.SIGKILL if ranks == 1 else status != 0) and marker.exists(), output
     status, output = finish(start(words))
-    saved_before = (point, call) not in (("merge", 4), ("save points", 5))
+    saved_before = (point, call) not in (("merge", 4), ("save points", 9))
     assert status == 0 and ("resumed after step" in output) == saved_before, output
     assert losses(run_dir) == unbroken(ranks)
 
