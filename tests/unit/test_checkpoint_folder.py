@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, read_manifest
+from loqt_scale.checkpoint.folder import CheckpointError, CheckpointFolder, Manifest, read_manifest
 from loqt_scale.checkpoint.folder import CONFIG, damaged_files, file_digest
 
 
