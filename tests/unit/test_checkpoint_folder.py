@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale.checkpoint.folder import CheckpointError, CheckpointFolder, Manifest, read_manifest
-from loqt_scale.checkpoint.folder import CONFIG, damaged_files, file_digest
+from loqt_scale.checkpoint.folder import (
+    CONFIG,
+    CheckpointError,
+    CheckpointFolder,
+    Manifest,
+    damaged_files,
+    file_digest,
+    read_manifest,
+)
 
 
 def write(folder: CheckpointFolder, step: int, *, publish: bool = True) -> Path:
