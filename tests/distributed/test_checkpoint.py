@@ -106,7 +106,11 @@ def test_on_other_ranks_and_strategies(
     unbroken = saved.losses(*before)
     resumed = saved.run(*after, tmp_path, **{"checkpoint.resume": saved.checkpoint(*before)})
     assert len(resumed) == 40 - AT
-    assert all(loss == pytest.approx(unbroken[step], abs=1e-3) for step, loss in resumed.items())
+    next_merge = 2 * MERGE + 1
+    assert all(
+        loss == pytest.approx(unbroken[step], abs=1e-4 if step <= next_merge else 1e-2)
+        for step, loss in resumed.items()
+    )
     assert resumed[AT + 1] == pytest.approx(unbroken[AT + 1], abs=1e-5)
 
 

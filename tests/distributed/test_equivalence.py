@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.pool import RankPool
 
 ZERO = ("zero-1", "zero-2", "zero-3")
-FIRST_MERGE = 13  # steps with a loss from before the second merge (merges after steps 0, 13, 26, 39)
+SECOND_MERGE = 13  # the last step with a loss from before the second merge (merges after steps 0, 13, 26, 39)
 
 
 class Runs:
@@ -51,11 +51,18 @@ def strategy_settings(strategy: str) -> dict[str, Any]:
     return {"parallel.strategy": name} | ({"parallel.zero_stage": int(stage)} if stage else {})
 
 
-def assert_same_losses(losses: list[float], reference: list[float]) -> None:
+def assert_same_losses(losses: list[float], reference: list[float], *, exact: bool = False) -> None:
+    """Within 1e-4 until the second merge has been made (measured: 7e-7), then within 1e-2, or 1e-4 if `exact`.
+
+    Ranks add gradients in another order, so weights reach a merge with other last bits; there a value at the border of
+    two NF4 codes may fall to the other side, which moves a weight by a tenth of its block's greatest. One such flip
+    moves later losses by up to 3e-3 in this small model (seen on one text of two). Runs without quantization have no
+    such borders: they show that merges are the same ones.
+    """
     assert len(losses) == len(reference) == 40
     assert reference[-1] < reference[0] - 1.0, "the reference must have learnt something, or equality proves nothing"
     for step, (loss, expected) in enumerate(zip(losses, reference, strict=True)):
-        tolerance = 1e-4 if step == 0 else 1e-3  # step 0 ends in the first merge
+        tolerance = 1e-4 if exact or step <= SECOND_MERGE else 1e-2
         assert loss == pytest.approx(expected, abs=tolerance), f"step {step}"
 
 
@@ -65,13 +72,6 @@ SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), *((2, stage) for sta
 @pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
 def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strategy: str) -> None:
     assert_same_losses(runs.losses(world_size, strategy), runs.losses(1, "single"))
-
-
-@pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
-def test_before_any_further_merge_they_are_closer_still(runs: Runs, world_size: int, strategy: str) -> None:
-    """Under 1e-4 until the second merge: the first one (no old subspace, true weights) only adds rounding."""
-    pairs = list(zip(runs.losses(world_size, strategy), runs.losses(1, "single"), strict=True))
-    assert all(abs(loss - expected) < 1e-4 for loss, expected in pairs[:FIRST_MERGE])
 
 
 ACCUMULATED = [(1, "single"), (2, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
@@ -112,7 +112,13 @@ UNQUANTIZED = {"loqt.quantization.weight": "none", "loqt.quantization.projection
 
 def test_unquantized_and_checkpointed_and_kept_gathered(runs: Runs) -> None:
     spread = {**UNQUANTIZED, "model.activation_checkpointing": True, "parallel.reshard_after_forward": False}
-    assert_same_losses(runs.losses(2, "fsdp", **spread), runs.losses(1, "single", **UNQUANTIZED))
+    assert_same_losses(runs.losses(2, "fsdp", **spread), runs.losses(1, "single", **UNQUANTIZED), exact=True)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "ddp"), (3, "fsdp"), (2, "zero-1")])
+def test_unquantized_everywhere(runs: Runs, world_size: int, strategy: str) -> None:
+    reference = runs.losses(1, "single", **UNQUANTIZED)
+    assert_same_losses(runs.losses(world_size, strategy, **UNQUANTIZED), reference, exact=True)
 
 
 @pytest.mark.parametrize("strategy", ["zero-2", "zero-3"])
@@ -120,7 +126,7 @@ def test_unquantized_and_checkpointed_and_offloaded(runs: Runs, strategy: str) -
     """Optimizer states (stage 2) and everything (stage 3) in host memory."""
     offload = {"zero-2": "optimizer", "zero-3": "parameters"}[strategy]
     spread = {**UNQUANTIZED, "model.activation_checkpointing": True, "parallel.zero_offload": offload}
-    assert_same_losses(runs.losses(2, strategy, **spread), runs.losses(1, "single", **UNQUANTIZED))
+    assert_same_losses(runs.losses(2, strategy, **spread), runs.losses(1, "single", **UNQUANTIZED), exact=True)
 
 
 def test_unquantized_weights_survive_bf16_unrounded(runs: Runs) -> None:
@@ -133,7 +139,7 @@ def test_unquantized_weights_survive_bf16_unrounded(runs: Runs) -> None:
 @pytest.mark.parametrize("strategy", ["fsdp", "zero-3"])
 def test_full_rank_method_too(runs: Runs, strategy: str) -> None:
     setting = {"method": "full", "optim.lr": 2e-3}
-    assert_same_losses(runs.losses(2, strategy, **setting), runs.losses(1, "single", **setting))
+    assert_same_losses(runs.losses(2, strategy, **setting), runs.losses(1, "single", **setting), exact=True)
 
 
 def test_evaluation_is_the_same_everywhere(runs: Runs) -> None:
@@ -143,7 +149,7 @@ def test_evaluation_is_the_same_everywhere(runs: Runs) -> None:
     reference = evaluations(1, "single")
     assert len(reference) == 2
     for world_size, strategy in SPREAD:
-        assert evaluations(world_size, strategy) == pytest.approx(reference, abs=1e-3)
+        assert evaluations(world_size, strategy) == pytest.approx(reference, abs=1e-2)
 
 
 def test_merge_diagnostics_agree(runs: Runs) -> None:

@@ -210,7 +210,7 @@ def predicted_step(result: dict[str, Any], world_size: int, *, reshard: bool, ga
         gathers = result["micro_steps"] * (2 if reshard and index else 1)  # the root stays gathered until backward
         messages["all_gather", sum(padded_bytes(p, world_size, gathered_float) for p in unit)] += gathers
         messages["reduce_scatter", sum(padded_bytes(p, world_size) for p in unit if p["trains"])] += 1
-    messages["all_reduce", FLOAT] += 1  # the loss
+    messages["all_reduce", 2 * FLOAT] += 1  # the loss, and where the rank believes to be
     messages["all_reduce", FLOAT * sum(p["trains"] for p in parameters)] += 1  # one gradient norm a parameter
     return messages
 
@@ -257,7 +257,7 @@ def test_ddp_sums_the_gradients_of_what_trains(run: Run) -> None:
     result = run("traffic", 2, "ddp", **{"model.overrides": overrides})[0]
     trained = sum(padded_bytes(p, 1) for p in result["parameters"] if p["trains"])
     reduced = sum(size for kind, size, _ in result["step"] if kind == "all_reduce")
-    assert reduced == trained + FLOAT  # and the loss
+    assert reduced == trained + 2 * FLOAT  # and the loss, and where the rank believes to be
     assert_all_seen(result["step"], result["step_backend"])
 
 
