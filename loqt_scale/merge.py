@@ -143,18 +143,24 @@ class MergeCoordinator:
             layer.probe = None
 
     def prepare(self, step: int) -> None:
-        """Before the forward passes of a step: attaches probes if the step ends in a merge. Local."""
+        """Before the forward passes of a step: attaches probes if the step ends in a merge. Local.
+
+        Layers of one width share a test matrix: a sketch needs its Omega to be independent of its own gradient only.
+        """
         if not self.is_merge_step(step):
             return
         subspace = self._config.subspace
-        for name, layer in self._layers.items():
+        omegas: dict[tuple[int, int], Tensor] = {}
+        for layer in self._layers.values():
             spec, omega = layer.spec, None
             shape = (spec.base.rows, spec.base.cols)
             if subspace.method == "sketch":
                 width = sketch_width(layer.rank, *shape, subspace.oversampling)
                 features = spec.base.rows + spec.base.cols - spec.projection.rows
-                seed = stable_seed("sketch", self._seed, step, name)
-                omega = test_matrix(features, width, seed=seed, device=self._strategy.device)
+                if (features, width) not in omegas:
+                    seed = stable_seed("sketch", self._seed, step, features, width)
+                    omegas[features, width] = test_matrix(features, width, seed=seed, device=self._strategy.device)
+                omega = omegas[features, width]
                 shape = (spec.projection.rows, width)
             layer.probe = GradientProbe.collecting(shape, omega, self._strategy.device)
 

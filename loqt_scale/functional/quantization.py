@@ -30,6 +30,8 @@ from torch import Tensor
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 import bitsandbytes  # noqa: E402, F401  (importing it registers torch.ops.bitsandbytes)
 
+from loqt_scale.functional.nf4_cpu import quantize_nf4  # noqa: E402  (it imports bitsandbytes too)
+
 Scheme = Literal["nf4", "none"]
 SCALE_BYTES = VALUE_BYTES = 4  # float32
 
@@ -104,8 +106,10 @@ def pack(dense_RC: Tensor, layout: MatrixLayout) -> tuple[Tensor, Tensor | None]
         return empty.reshape(0, codes_shape[1]), empty.reshape(0, scales_shape[1])
     padding = groups * layout.group_rows - rows
     values = torch.nn.functional.pad(dense_RC, (0, 0, 0, padding)) if padding else dense_RC
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit(
-        values.to(torch.float32).contiguous(), layout.block_size, layout.scheme, torch.uint8
+    values = values.to(torch.float32).contiguous()
+    packed = quantize_nf4(values, layout.block_size) if values.device.type == "cpu" else None
+    codes, scales = packed or torch.ops.bitsandbytes.quantize_4bit(
+        values, layout.block_size, layout.scheme, torch.uint8
     )
     return codes.reshape(groups, codes_shape[1]), scales.view(torch.uint8).reshape(groups, scales_shape[1])
 

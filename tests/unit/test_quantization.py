@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loqt_scale.functional.nf4_cpu import quantize_nf4
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 
 # the NF4 code book, QLoRA appendix E
@@ -110,3 +112,56 @@ def test_zero_rows_and_zero_values() -> None:
     codes, scales = pack(torch.zeros(4, 64), layout)
     assert torch.equal(unpack(codes, scales, layout, torch.float32), torch.zeros(4, 64))
     assert unpack(*pack(torch.zeros(0, 64), layout), layout, torch.float32, rows=0).shape == (0, 64)
+
+
+def bitsandbytes_codes(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(values, block, "nf4", torch.uint8)
+    return codes.reshape(-1), scales
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.sampled_from([32, 64, 128, 4096]),
+    st.sampled_from([1e-30, 1e-4, 1.0, 1e6]),
+)
+def test_table_codes_are_bitsandbytes_codes(seed: int, blocks: int, block: int, size: float) -> None:
+    """Also with blocks of zeros, of one value, and of values too small for a division."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(blocks, block, generator=generator) * size
+    values[torch.rand(blocks, generator=generator) < 0.2] = 0.0
+    values[torch.rand(blocks, generator=generator) < 0.1] = -size
+    values[torch.rand(blocks, generator=generator) < 0.1] *= 1e-15
+    packed = quantize_nf4(values, block)
+    assert packed is not None
+    for ours, theirs in zip(packed, bitsandbytes_codes(values, block), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e5])
+def test_table_codes_at_every_midpoint_and_cell_edge(scale: float) -> None:
+    """A border, and the 64 floats on either side of it."""
+    levels = get_4bit_type("nf4", device="cpu").sort().values
+    borders = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.arange(-64, 65) / 64])
+    near = [borders]
+    for direction in (-2.0, 2.0):
+        step = borders
+        for _ in range(64):
+            step = torch.nextafter(step, torch.full_like(step, direction))
+            near.append(step.clamp(-1, 1))
+    values = torch.cat(near)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 63)).reshape(-1, 63)
+    blocks = torch.nn.functional.pad(blocks, (1, 0), value=1.0) * scale  # each block's greatest is `scale`
+    packed = quantize_nf4(blocks, 64)
+    assert packed is not None
+    assert all(torch.equal(a, b) for a, b in zip(packed, bitsandbytes_codes(blocks, 64), strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_go_to_bitsandbytes(bad: float) -> None:
+    values = torch.randn(64, 64)
+    values[3, 5] = bad
+    assert quantize_nf4(values, 64) is None
+    layout = MatrixLayout(64, 64, "nf4", 64)
+    codes, scales = pack(values, layout)
+    assert torch.equal(codes.reshape(-1), bitsandbytes_codes(values, 64)[0]) and scales is not None
