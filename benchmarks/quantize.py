@@ -45,10 +45,7 @@ def main() -> None:
         ratio = f"**{median(ratios):.3f}** ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         rows.append([f"{shape[0]} x {shape[1]}", *(f"{1000 * median(t):.2f}" for t in times), ratio])
     header = ["matrix", "bitsandbytes, ms", "table, ms", "table / bitsandbytes"]
-    text = (
-        table(header, rows)
-        + f"\n\nfloat32, blocks of {BLOCK}, one thread, alternating; codes and scales bit for bit equal."
-    )
+    text = table(header, rows) + f"\n\nfloat32, blocks of {BLOCK}, one thread, alternating; the same bits."
     publish("NF4 on the CPU", "python benchmarks/quantize.py", text)
 
 

@@ -108,7 +108,7 @@ def test_on_other_ranks_and_strategies(
     assert len(resumed) == 40 - AT
     next_merge = 2 * MERGE + 1
     assert all(
-        loss == pytest.approx(unbroken[step], abs=1e-4 if step <= next_merge else 1e-2)
+        loss == pytest.approx(unbroken[step], abs=1e-4 if step <= next_merge else 5e-2)
         for step, loss in resumed.items()
     )
     assert resumed[AT + 1] == pytest.approx(unbroken[AT + 1], abs=1e-5)

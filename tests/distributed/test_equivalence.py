@@ -52,18 +52,19 @@ def strategy_settings(strategy: str) -> dict[str, Any]:
 
 
 def assert_same_losses(losses: list[float], reference: list[float], *, exact: bool = False) -> None:
-    """Within 1e-4 until the second merge has been made (measured: 7e-7), then within 1e-2, or 1e-4 if `exact`.
+    """Within 1e-4 until the second merge has been made, and if `exact` all along; then within 5e-2, 5e-3 on average.
 
-    Ranks add gradients in another order, so weights reach a merge with other last bits; there a value at the border of
-    two NF4 codes may fall to the other side, which moves a weight by a tenth of its block's greatest. One such flip
-    moves later losses by up to 3e-3 in this small model (seen on one text of two). Runs without quantization have no
-    such borders: they show that merges are the same ones.
+    Ranks add gradients in another order, so weights reach a merge with other last bits (losses differ by 7e-7); there a
+    value at the border of two NF4 codes may fall to the other side, which moves a weight by a tenth of its block's
+    greatest. A training run amplifies such a flip: of four seeds one stayed at 5e-7, the others reached 7e-4, 1.5e-3
+    and, in one step, 1e-2. Runs without quantization have no such borders: they show that merges are the same ones.
     """
     assert len(losses) == len(reference) == 40
     assert reference[-1] < reference[0] - 1.0, "the reference must have learnt something, or equality proves nothing"
-    for step, (loss, expected) in enumerate(zip(losses, reference, strict=True)):
-        tolerance = 1e-4 if exact or step <= SECOND_MERGE else 1e-2
-        assert loss == pytest.approx(expected, abs=tolerance), f"step {step}"
+    differences = [abs(loss - expected) for loss, expected in zip(losses, reference, strict=True)]
+    flips_begin = 40 if exact else SECOND_MERGE + 1
+    assert max(differences[:flips_begin]) < 1e-4
+    assert max(differences) < 5e-2 and sum(differences) / len(differences) < 5e-3
 
 
 SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
@@ -149,7 +150,7 @@ def test_evaluation_is_the_same_everywhere(runs: Runs) -> None:
     reference = evaluations(1, "single")
     assert len(reference) == 2
     for world_size, strategy in SPREAD:
-        assert evaluations(world_size, strategy) == pytest.approx(reference, abs=1e-2)
+        assert evaluations(world_size, strategy) == pytest.approx(reference, abs=2e-2)
 
 
 def test_merge_diagnostics_agree(runs: Runs) -> None:
