@@ -89,9 +89,11 @@ def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str
     ("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), *((2, stage) for stage in ZERO)]
 )
 def test_bf16_stays_within_two_percent(runs: Runs, world_size: int, strategy: str) -> None:
+    """Until the second merge at every step, over the whole run on average (flipped codes: see assert_same_losses)."""
     losses = runs.losses(world_size, strategy, **{"model.dtype": "bfloat16"})
-    for loss, expected in zip(losses, runs.losses(1, "single"), strict=True):
-        assert loss == pytest.approx(expected, rel=0.02)
+    relative = [abs(a / b - 1.0) for a, b in zip(losses, runs.losses(1, "single"), strict=True)]
+    assert len(relative) == 40 and max(relative[: SECOND_MERGE + 1]) < 0.02
+    assert sum(relative) / len(relative) < 0.02 and max(relative) < 0.1
 
 
 @pytest.mark.parametrize("method", ["svd", "randomized"])
