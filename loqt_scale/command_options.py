@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from loqt_scale.config_keys import ConfigError, describe_type
+from loqt_scale.config_keys import ConfigError, plain_message
 
 T = TypeVar("T")
 
@@ -74,27 +73,22 @@ def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
         SystemExit: With status 0, after `--help` has printed.
     """
     known = [item.name for item in fields(cast(Any, cls))]
-    for word in argv:
-        name = word[2:].partition("=")[0]
-        if word.startswith("--") and name not in (*known, "help"):
+    given = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    for name in given:
+        if name not in (*known, "help"):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '--{near[0]}'?" if near else f"write one of --{', --'.join(known)}"
-            raise ConfigError(f"unknown option '{word.partition('=')[0]}'; {hint}")
-    hints = get_type_hints(cls)
-    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+            raise ConfigError(f"unknown option '--{name}'; {hint}")
     required = [item.name for item in fields(cast(Any, cls)) if item.default is MISSING]
     missing = [name for name in required if name not in given]
-    if missing and not given & {"help"} and "-h" not in argv:
+    if missing and "help" not in given and "-h" not in argv:
         raise ConfigError(f"no --{missing[0]}; write {' '.join(f'--{name} {name.upper()}' for name in required)}")
     parser = ArgumentParser(prog=prog, description=(cls.__doc__ or "").partition("\n")[0], exit_on_error=False)
     parser.add_class_arguments(cls)
     try:
         values = parser.parse_args(list(argv)).as_dict()
     except ArgumentError as error:
-        found = re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), flags=re.DOTALL)
-        if found is None or found[1] not in known:
-            raise ConfigError(" ".join(str(error).split())) from None
-        raise ConfigError(f"{found[1]} is '{found[2].strip()}'; write {describe_type(hints[found[1]])}") from None
+        raise ConfigError(plain_message(str(error), get_type_hints(cls))) from None
     return cls(**values)
 
 

@@ -27,9 +27,9 @@ from loqt_scale.config_keys import (
     ConfigError,
     accepts_none,
     check_yaml_keys,
-    chooses_numbers,
     describe_type,
     owner_of,
+    plain_message,
     setting_groups,
     setting_types,
     unknown_key_message,
@@ -94,7 +94,7 @@ def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about:
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(_plain_message(str(error))) from None
+        raise ConfigError(plain_message(str(error), setting_types())) from None
     values = namespace.as_dict()
     values.pop("config", None)
     values.pop("print_config", None)
@@ -242,18 +242,6 @@ def _read_yaml(path: str | os.PathLike[str]) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"config file '{os.fspath(path)}' is not YAML: {' '.join(str(error).split())}") from None
     return {} if tree is None else tree
-
-
-def _plain_message(message: str) -> str:
-    """Reword jsonargparse's type error in the terms of the settings; other messages on one line."""
-    pattern = r'Parser key "(?P<key>[\w.]+)":.*(Got|Given) value: (?P<value>.*)'  # Given: of a type with alternatives
-    found = re.search(pattern, message, flags=re.DOTALL)
-    if found is None or found["key"] not in setting_types():
-        return " ".join(message.split())
-    value, hint = found["value"].strip(), setting_types()[found["key"]]
-    is_number = value.isdecimal() and chooses_numbers(hint)
-    shown = "null" if value == "None" else value if is_number else f"'{value}'"
-    return f"{found['key']} is {shown}; write {describe_type(hint)}"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -5,6 +5,7 @@ error can say what to write instead without a second table that goes stale:
 
 * `setting_types()` maps every dotted key (`loqt.merge.gap`) to its type;
 * `describe_type()` turns a type into the words of an error message ("a whole number", "one of nf4, none");
+* `plain_message()` words the error of a value of the wrong type;
 * `unknown_key_message()` names the nearest key for a misspelt one;
 * `check_yaml_keys()` walks a parsed YAML tree and refuses what is not in the list.
 """
@@ -12,6 +13,7 @@ error can say what to write instead without a second table that goes stale:
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -91,6 +93,18 @@ def describe_type(hint: Any) -> str:
         return "a mapping such as {name: value}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it if it is a number)"}
     return words.get(hint, str(hint))
+
+
+def plain_message(message: str, hints: Mapping[str, Any]) -> str:
+    """Reword jsonargparse's type error in the terms of the settings (name -> type); other messages on one line."""
+    pattern = r'Parser key "(?P<key>[\w.]+)":.*(Got|Given) value: (?P<value>.*)'  # Given: of a type with alternatives
+    found = re.search(pattern, message, flags=re.DOTALL)
+    if found is None or found["key"] not in hints:
+        return " ".join(message.split())
+    value, hint = found["value"].strip(), hints[found["key"]]
+    is_number = value.isdecimal() and chooses_numbers(hint)
+    shown = "null" if value == "None" else value if is_number else f"'{value}'"
+    return f"{found['key']} is {shown}; write {describe_type(hint)}"
 
 
 def unknown_key_message(key: str) -> str:

@@ -6,10 +6,8 @@ A checkpoint is used as it was trained, quantized and unmerged, so its held-out 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from loqt_scale.batching import counted_tokens
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
-from loqt_scale.config_io import parse_run_config, save_run_config
+from loqt_scale.config_io import load_run_config, parse_run_config, save_run_config
 from loqt_scale.config_keys import ConfigError, flat_settings
 from loqt_scale.data import build_corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.metrics import format_count, perplexity
-from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
-from loqt_scale.strategies import Strategy, create_strategy, resolve_device
+from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings, self_contained
+from loqt_scale.strategies import Strategy, create_strategy, launched_world_size, resolve_device
 
 # what `eval` may be told; the rest is the model's own
 _OPEN = ("data.", "parallel.", "train.device", "train.micro_batch_size", "model.dtype")
@@ -48,7 +47,7 @@ def evaluate_saved(location: str, argv: Sequence[str]) -> float:
     if config.parallel.strategy == "zero":
         raise ConfigError("parallel.strategy is 'zero', which only trains; write fsdp, ddp or auto")
     device = resolve_device(config.train.device)
-    if path is None and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if path is None and (ranks := launched_world_size()) > 1:
         raise ConfigError(f"{location} is a Hugging Face model, which one process scores, not {ranks}; start one")
     strategy = create_strategy(config, device=device)
     try:
@@ -59,7 +58,7 @@ def evaluate_saved(location: str, argv: Sequence[str]) -> float:
             model = open_saved(path, config, strategy).load(strategy)
         loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
         if strategy.is_main:
-            tokens = format_count(int((corpus.eval.labels >= 0).sum()))
+            tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
             print(
                 f"loss     {loss:.6f} nats per token, perplexity {perplexity(loss):.4f} ({tokens} tokens)", flush=True
@@ -76,7 +75,7 @@ def generate(options: GenerateOptions) -> str:
         ValueError: More tokens than the model has positions; several ranks.
         CheckpointError: The checkpoint is missing or damaged.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_world_size() > 1:
         raise ConfigError("generate runs in one process; start it without a launcher")
     location, device = Path(options.checkpoint), resolve_device(options.device)
     path = find_saved(location)
@@ -136,13 +135,8 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> 
 def _folder_settings(path: Path) -> RunConfig:
     """The settings of the run that a folder was exported from, or the defaults; the tokenizer is the folder's."""
     known = path / RUN_SETTINGS
-    config = (
-        parse_run_config([f"--config={known}"]) if known.is_file() else RunConfig(data=DataConfig(tokenizer=str(path)))
-    )
-    if config.data.tokenizer != "bytes":
-        config = replace(config, data=replace(config.data, tokenizer=str(path)))
-    parallel = replace(config.parallel, strategy="auto", zero_config=None, zero_stage=None, zero_offload=None)
-    return replace(config, parallel=parallel, checkpoint=replace(config.checkpoint, resume="never"))
+    config = load_run_config(known) if known.is_file() else RunConfig(data=DataConfig(tokenizer=str(path)))
+    return self_contained(config, path)
 
 
 def _override(settings: RunConfig, argv: Sequence[str]) -> RunConfig:

@@ -80,7 +80,11 @@ def saved_settings(path: Path) -> RunConfig:
         raise CheckpointError(
             f"{path} has no {HUGGINGFACE}/config.json: it was saved before such files were; save anew"
         )
-    config = load_run_config(path / CONFIG)
+    return self_contained(load_run_config(path / CONFIG), files)
+
+
+def self_contained(config: RunConfig, files: Path) -> RunConfig:
+    """A run's settings with model and tokenizer from a folder of both, and placement left to whoever uses them."""
     tokenizer = config.data.tokenizer if config.data.tokenizer == "bytes" else str(files)
     return replace(
         config,

@@ -60,19 +60,21 @@ class CheckpointSaver:
         self.wait()
         shares = read_state(model, optimizer, self._strategy)
         arguments = (manifest, write_documents, shares, self._strategy.side_channel())
-        if not self._config.background:
-            self._write(*arguments)
-            self._tell()
-            return
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+        if not self._config.background:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. Local, though the writing may wait for other ranks."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._tell()
+        error, self._error = self._error, None
+        if isinstance(error, CheckpointError):
+            self._warn(f"WARNING: {error}; training goes on")
+        elif error is not None:
+            raise error
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -91,10 +93,3 @@ class CheckpointSaver:
                 self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
         except BaseException as error:  # told, or raised, where it is waited for
             self._error = error
-
-    def _tell(self) -> None:
-        error, self._error = self._error, None
-        if isinstance(error, CheckpointError):
-            self._warn(f"WARNING: {error}; training goes on")
-        elif error is not None:
-            raise error

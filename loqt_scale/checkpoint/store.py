@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -41,7 +40,7 @@ def save_checkpoint(
     write_documents: Callable[[Path], None],
     shares: Shares,
     channel: Channel,
-) -> Path:
+) -> None:
     """Writes a checkpoint and makes it the latest. Every rank; when it returns on any, it counts.
 
     It touches neither model nor optimizer and talks through the channel only, so a background thread may call it.
@@ -53,30 +52,25 @@ def save_checkpoint(
         shares: What `read_state` returned.
         channel: To the other ranks.
 
-    Returns:
-        The checkpoint's folder.
-
     Raises:
         CheckpointError: A rank could not write: on all ranks, and nothing was published.
     """
-    rank, alone = dist.get_rank(channel.group) if channel.group is not None else 0, channel.group is None
     partial = folder.partial(manifest.step)
     digests: dict[str, str] = {}
-    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not saved"):
-        if rank == 0:
+    with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"):
+        if channel.rank == 0:
             write_documents(folder.begin(manifest.step))
             documents = (path for path in partial.rglob("*") if path.is_file())
             digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
-    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not saved"), _quiet():
+    with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"), _quiet():
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        save(shares, storage_writer=writer, process_group=channel.group, no_dist=alone)
-        mine = partial.glob(f"shard-{rank + 1:05d}-*")
+        save(shares, storage_writer=writer, process_group=channel.group, no_dist=channel.group is None)
+        mine = partial.glob(f"shard-{channel.rank + 1:05d}-*")
         digests |= {path.name: file_digest(path) for path in mine}
     files = {name: digest for part in channel.gather_objects(digests) for name, digest in part.items()}
-    with _all_or_none(channel, rank, f"checkpoint of step {manifest.step} not published"):
-        if rank == 0:
+    with _all_or_none(channel, f"checkpoint of step {manifest.step} not published"):
+        if channel.rank == 0:
             folder.publish(manifest.step, replace(manifest, tensors=describe(shares), files=files))
-    return folder.path(manifest.step)
 
 
 def verify_checkpoint(path: Path, strategy: Strategy) -> Manifest:
@@ -144,7 +138,7 @@ def _check_same_tensors(path: Path, theirs: dict[str, list[object]], ours: dict[
 
 
 @contextmanager
-def _all_or_none(channel: Channel, rank: int, what: str) -> Iterator[None]:
+def _all_or_none(channel: Channel, what: str) -> Iterator[None]:
     """Raises CheckpointError on every rank if one of them raised inside. Every rank."""
     mine = ""
     try:
@@ -152,7 +146,7 @@ def _all_or_none(channel: Channel, rank: int, what: str) -> Iterator[None]:
     except CheckpointException as error:  # no Exception: torch's sum of what went wrong on the ranks
         mine = "; ".join(f"rank {rank}: {_one_line(reason)}" for rank, (reason, _) in error.failures.items())
     except Exception as error:  # a full disk speaks through several libraries, each with errors of its own
-        mine = f"rank {rank}: {_one_line(error)}"
+        mine = f"rank {channel.rank}: {_one_line(error)}"
     failed = dict.fromkeys(text for text in channel.gather_objects(mine) if text)
     if failed:
         raise CheckpointError(f"{what}: {'; '.join(failed)}")

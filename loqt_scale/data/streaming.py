@@ -68,7 +68,7 @@ class StreamedSequences:
         self._queue: _Queue = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._reader: _Reader | None = None
         self._closed = False
-        self._start = self._place = Place()
+        self._place = Place()
         self._pending: Int64Array | None = None
         self._error: Exception | None = None
         self._step = -1
@@ -96,7 +96,7 @@ class StreamedSequences:
         """See `TrainStream`."""
         assert self._reader is None, "read already"
         self._step = step - 1
-        self._start = self._place = Place(**position | {"rest": tuple(position["rest"])})
+        self._place = Place(**position | {"rest": tuple(position["rest"])})
 
     def close(self) -> None:
         """End the background thread; steps that were not read yet cannot be read any more."""
@@ -122,8 +122,8 @@ class StreamedSequences:
             raise ValueError("this stream was closed; build the corpus anew to read on")
         skipped = 0
         if self._reader is None:
-            self._reader = _Reader(partial(self._open_windows, replace(self._start, windows=0)), self._queue)
-            skipped = self._start.windows  # of the first chunks, read before
+            self._reader = _Reader(partial(self._open_windows, replace(self._place, windows=0)), self._queue)
+            skipped = self._place.windows  # of the first chunks, read before
             # Freed with its reader still running, the stream only asks it to stop. It must not wait for it: garbage
             # is collected at any moment, this thread may hold the import lock, and the reader may be importing.
             weakref.finalize(self, self._reader.stop.set)

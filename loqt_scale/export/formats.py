@@ -67,11 +67,11 @@ class Nf4:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self._dtype, self._dense = dtype, Dense(dtype)
 
     def outline(self, part: Part) -> Tensors:
         if part.spec is None:
-            return {part.name: torch.empty(part.shape, dtype=self._dtype, device="meta")}
+            return self._dense.outline(part)
         layout = part.spec.base
         codes = torch.empty(layout.codes_shape, dtype=torch.uint8, device="meta")
         scales = torch.empty(layout.scales_shape or (), dtype=torch.uint8, device="meta")
@@ -79,7 +79,7 @@ class Nf4:
 
     def write(self, part: Part, tensors: Tensors) -> Tensors:
         if part.spec is None:
-            return {part.name: tensors["value"].to(self._dtype)}
+            return self._dense.write(part, tensors)
         return self._packed(part, tensors["base.codes"], tensors["base.scales"])
 
     def _packed(self, part: Part, codes: Tensor, scales: Tensor) -> Tensors:

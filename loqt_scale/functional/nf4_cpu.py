@@ -15,7 +15,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
 _CELLS = 64  # per unit
@@ -55,6 +54,8 @@ def quantize_nf4(values: Tensor, block_size: int) -> tuple[Tensor, Tensor] | Non
 @cache
 def _tables() -> tuple[Tensor, Tensor]:
     """For each cell, how many midpoints lie below it (uint8), and the midpoint in it (float32; infinite if none)."""
+    from bitsandbytes.functional import get_4bit_type  # late: quantization.py has its first import speak less
+
     levels = get_4bit_type("nf4", device="cpu").float().sort().values
     midpoints = (levels[1:] + levels[:-1]) / 2
     edges = torch.arange(2 * _CELLS + 2, dtype=torch.float64) / _CELLS - 1.0  # one cell more for 1 rounded up

@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loqt_scale.functional.nf4_cpu import quantize_nf4
+
 # bitsandbytes warns, at import, of an optional CPU kernel for inference that nothing here uses
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 import bitsandbytes  # noqa: E402, F401  (importing it registers torch.ops.bitsandbytes)
-
-from loqt_scale.functional.nf4_cpu import quantize_nf4  # noqa: E402  (it imports bitsandbytes too)
 
 Scheme = Literal["nf4", "none"]
 SCALE_BYTES = VALUE_BYTES = 4  # float32

@@ -2,5 +2,15 @@
 
 from loqt_scale.strategies.base import DTYPES, Channel, Strategy, shard_range
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
+from loqt_scale.strategies.process_group import launched_world_size
 
-__all__ = ["DTYPES", "Channel", "Strategy", "create_strategy", "resolve_device", "resolve_strategy", "shard_range"]
+__all__ = [
+    "DTYPES",
+    "Channel",
+    "Strategy",
+    "create_strategy",
+    "launched_world_size",
+    "resolve_device",
+    "resolve_strategy",
+    "shard_range",
+]

@@ -42,11 +42,12 @@ class Channel:
     """Plain data between ranks, apart from the tensors' traffic: a background thread may use it. One process's.
 
     Args:
+        rank: This rank.
         group: Process group of its own; None with one process.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(self, rank: int = 0, group: Any = None) -> None:
+        self.rank, self.group = rank, group
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """What each rank holds, by rank, on every rank. Every rank."""

@@ -47,9 +47,14 @@ class GroupChannel(Channel):
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """See `Channel.gather_objects`. Every rank."""
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, mine, group=self.group)
-        return found
+        return gather_objects(mine, self.group)
+
+
+def gather_objects(mine: Any, group: Any = None) -> list[Any]:
+    """What each rank of a group (default: of all) holds, by rank, on every rank. Every rank of it."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
 
 
 class DistributedStrategy(Strategy):
@@ -101,14 +106,12 @@ class DistributedStrategy(Strategy):
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """See `Strategy.gather_objects`. Every rank."""
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, mine)
-        return found
+        return gather_objects(mine)
 
     def side_channel(self) -> Channel:
         """See `Strategy.side_channel`. Every rank, the first time."""
         if self._channel is None:
-            self._channel = GroupChannel(dist.new_group(backend="gloo", timeout=self._timeout))
+            self._channel = GroupChannel(self.rank, dist.new_group(backend="gloo", timeout=self._timeout))
         return self._channel
 
     def sum(self, tensor: Tensor) -> Tensor:
