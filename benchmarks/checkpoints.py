@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -94,10 +95,7 @@ def sizes(trainer: Trainer) -> dict[str, float]:
     (path,) = (Path(trainer.config.train.run_dir) / "checkpoints").glob("step-*")
     kinds = {"model": 0.0, "moments": 0.0}
     for name, (shape, dtype) in read_manifest(path).tensors.items():
-        values = 1
-        for length in shape:
-            values *= length
-        kinds[name.partition(".")[0]] += values * (1 if dtype == "uint8" else 4) / MIB
+        kinds[name.partition(".")[0]] += prod(shape) * (1 if dtype == "uint8" else 4) / MIB
     return kinds | {"files": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / MIB}
 
 

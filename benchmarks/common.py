@@ -59,14 +59,18 @@ def publish(title: str, command: str, text: str) -> None:
     RESULTS.write_text("\n".join(parts), encoding="utf-8")
 
 
+def launcher(ranks: int) -> list[str]:
+    """The words that start a script on so many ranks of this machine."""
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
 def run_job(arguments: Sequence[str], *, ranks: int = 1, run_dir: Path, threads: int = 1) -> list[dict[str, float]]:
     """Runs launch/train.py as a user would, in a process (or several) of its own; returns its metrics."""
     script = [str(ROOT / "launch" / "train.py"), *arguments, "--train.run_dir", str(run_dir), "--train.progress", "off"]
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*launcher(ranks), *script], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(script)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -17,12 +17,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, publish, run_job, table
+from common import ROOT, launcher, publish, run_job, table
 
 SETTINGS = {
     "model.preset": "llama_nano",
@@ -56,14 +55,11 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def started(run_dir: Path, arguments: list[str], ranks: int, death: list[str]) -> subprocess.Popen[bytes]:
     """The job, in a process group of its own; `death` are the words that `tests/distributed/killed.py` takes first."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     program = ROOT / ("tests/distributed/killed.py" if death else "launch/train.py")
     script = [str(program), *death, *arguments, "--train.run_dir", str(run_dir), "--train.progress=off"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([*launcher, *script], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen([*launcher(ranks), *script], env=environment, start_new_session=True, **quiet)
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

@@ -63,18 +63,18 @@ def disagreeing_run(about: str, **settings: Any) -> None:
         train_run(**settings)
     elif about == "step":
         accumulate = Trainer.accumulate
-        Trainer.accumulate = lambda self, step, merging: accumulate(self, step + (step == 6), merging)  # type: ignore[method-assign]
+        Trainer.accumulate = lambda self, step, merging: accumulate(self, step + (step == 6), merging)
         try:
             train_run(**settings)
         finally:
-            Trainer.accumulate = accumulate  # type: ignore[method-assign]
+            Trainer.accumulate = accumulate
     else:
         known = MergeCoordinator.is_merge_step
-        MergeCoordinator.is_merge_step = lambda self, step: known(self, step) and step != 6  # type: ignore[method-assign]
+        MergeCoordinator.is_merge_step = lambda self, step: known(self, step) and step != 6
         try:
             train_run(**settings)
         finally:
-            MergeCoordinator.is_merge_step = known  # type: ignore[method-assign]
+            MergeCoordinator.is_merge_step = known
 
 
 def run_with_a_bad_disk(**settings: Any) -> list[str]:
@@ -95,9 +95,9 @@ def run_with_a_bad_disk(**settings: Any) -> list[str]:
         told.extend([text] if text.startswith("WARNING") else [])
         line(self, text)
 
-    store.file_digest, Progress.line = bad_disk, listen  # type: ignore[method-assign]
+    store.file_digest, Progress.line = bad_disk, listen
     try:
         train_run(**settings)
     finally:
-        store.file_digest, Progress.line = digest, line  # type: ignore[method-assign]
+        store.file_digest, Progress.line = digest, line
     return told

@@ -40,7 +40,7 @@ def settings(text_file: Path, cache_dir: Path) -> Job:
 def start(words: list[str], **options: object) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in OURS} | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes, **options)
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 100.0) -> tuple[int, str]:
@@ -181,7 +181,10 @@ def test_no_room_for_checkpoints_does_not_end_the_run(
 ) -> None:
     """Files may not grow beyond what metrics need (as on a full disk); then a file stands where the folder should."""
     run_dir = tmp_path / "run"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
     status, output = finish(start([*launcher(1), TRAIN, *settings(run_dir)], preexec_fn=limit))
     assert status == 0 and output.count("WARNING: checkpoint of step") == 5, output
     assert losses(run_dir) == unbroken(1)

@@ -71,7 +71,7 @@ def run_dirs(
     common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir), "train.steps": 8, "loqt.merge.gap": 3}
     # widths that bitsandbytes' own CPU kernel takes, for the 4-bit form
     even = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tied = {**SMALL_RUN["model.overrides"], "tie_word_embeddings": True}  # type: ignore[dict-item]
+    tied = {**SMALL_RUN["model.overrides"], "tie_word_embeddings": True}
     runs: dict[str, dict[str, Any]] = {
         "single": {"model.overrides": even},
         "full": {"method": "full", "optim.lr": 1e-3, "train.steps": 5, "optim.warmup_steps": 1},

@@ -25,7 +25,7 @@ def write(folder: CheckpointFolder, step: int, *, publish: bool = True) -> Path:
     files = {path.name: file_digest(path) for path in partial.iterdir()}
     position = {"step": step, "updates": step, "skipped_in_a_row": 0, "merge_is_due": False, "tokens": 7}
     who = {"world_size": 1, "strategy": "single", "eval_before": 2.5, "tensors": {}, "files": files}
-    manifest = Manifest(format=1, **position, **who)  # type: ignore[arg-type]
+    manifest = Manifest(format=1, **position, **who)
     return folder.publish(step, manifest) if publish else partial
 
 
