@@ -18,7 +18,7 @@ Method = Literal["loqt", "full"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
 Side = Literal["auto", "input", "output"]
 SubspaceMethod = Literal["sketch", "randomized", "svd"]
-QuantScheme = Literal["nf4", "none"]
+QuantScheme = Literal["nf4", "nf4_double", "fp4", "int8", "none"]
 StatePolicy = Literal["keep", "reset", "transport"]
 GapSchedule = Literal["exponential", "linear", "constant"]
 LowRankCompute = Literal["auto", "fold", "branch"]
@@ -36,13 +36,13 @@ class SubspaceConfig:
     Args:
         method: sketch = one pass, no dense gradient ever exists (the default); randomized = randomized SVD of the dense
             gradient; svd = exact SVD of the dense gradient (the oracle).
-        oversampling: Extra sketch columns as a fraction of the rank; 3.0 means l = 4 r. More makes P less sensitive to
-            rounding; less saves memory on merge steps (each layer's sketch is F x l float32).
+        oversampling: Extra sketch columns as a fraction of the rank; 1.0 means l = 2 r. More keeps a little more of the
+            gradient's energy; less saves time and memory on merge steps (each layer's sketch is F x l float32).
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 
     method: SubspaceMethod = "sketch"
-    oversampling: float = 3.0
+    oversampling: float = 1.0
     power_iterations: int = 2
 
     def __post_init__(self) -> None:
@@ -91,8 +91,9 @@ class QuantizationConfig:
     """How the frozen matrices are stored.
 
     Args:
-        weight: Scheme of the base weight W: nf4, or none (kept in float32: the paper's LoQT-nq).
-        projection: Scheme of the projection P: nf4 or none.
+        weight: Scheme of the base weight W: nf4; nf4_double = its scales are quantized too (0.36 bits a weight less);
+            fp4; int8; none = kept in float32 (the paper's LoQT-nq).
+        projection: Scheme of the projection P, one of the same.
         block_size: Values that share one scale.
     """
 

@@ -25,6 +25,7 @@ from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
 from loqt_scale.export.parts import Parts
+from loqt_scale.functional.schemes import SCHEMES, FourBit
 from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
 from loqt_scale.strategies import DTYPES, Strategy
 
@@ -171,6 +172,7 @@ def _write_adapter_config(folder: Path, parts: Parts, config: RunConfig) -> None
 
 
 def _check_four_bit(config: RunConfig) -> None:
-    if config.method == "full" or config.loqt.quantization.weight != "nf4":
+    four_bit = isinstance(SCHEMES[config.loqt.quantization.weight], FourBit)
+    if config.method == "full" or not four_bit:
         what = "--method full" if config.method == "full" else f"weight scheme {config.loqt.quantization.weight}"
         raise ValueError(f"format is nf4, but the run ({what}) has no 4-bit base; write --format dense")

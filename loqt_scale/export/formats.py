@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loqt_scale.export.parts import Part, dense_matrix
 from loqt_scale.functional.low_rank_linear import effective_weight
+from loqt_scale.functional.schemes import FourBit
 
 Tensors = dict[str, Tensor]
 
@@ -85,14 +86,15 @@ class Nf4:
     def _packed(self, part: Part, codes: Tensor, scales: Tensor) -> Tensors:
         assert part.spec is not None
         layout, values = part.spec.base, part.shape.numel()
-        block = layout.block_size
+        block, kind = layout.block_size, layout.kind
+        assert isinstance(kind, FourBit)
         # bitsandbytes knows no padding: what our last row group has beyond the matrix is cut off
         state = QuantState(
-            absmax=scales.reshape(-1).view(torch.float32)[: -(-values // block)].clone(),
+            absmax=kind.scale_values(scales).reshape(-1)[: -(-values // block)].clone(),
             shape=part.shape,
-            code=get_4bit_type(layout.scheme, device="cpu"),
+            code=get_4bit_type(kind.book, device="cpu"),
             blocksize=block,
-            quant_type=layout.scheme,
+            quant_type=kind.book,
             dtype=self._dtype,
         )
         weight = codes.reshape(-1)[: -(-values // 2)].reshape(-1, 1).clone()

@@ -58,9 +58,12 @@ def row_chunks(rows: int, layout: MatrixLayout) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def low_rank_rows(basis: Tensor, factor: Tensor, side: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of L(B) for this shard: B_rows P^T (input; P whole) or P_rows B^T (output; B whole)."""
-    return factor[start:stop] @ basis.T if side == "input" else basis[start:stop] @ factor.T
+def plus_low_rank(
+    weight_nI: Tensor, basis: Tensor, factor: Tensor, side: str, start: int, stop: int, *, scale: float
+) -> Tensor:
+    """Rows [start, stop) of this shard plus scale L(B): B_rows P^T (input; P whole) or P_rows B^T (output; B whole)."""
+    left, right = (factor, basis) if side == "input" else (basis, factor)
+    return torch.addmm(weight_nI, left[start:stop], right.T, alpha=scale)
 
 
 def add_low_rank(
@@ -68,7 +71,8 @@ def add_low_rank(
 ) -> None:
     """W += s L(B) on this shard's rows, in place."""
     for start, stop in row_chunks(weight_NI.shape[0], layout):
-        weight_NI[start:stop].add_(low_rank_rows(basis, factor, side, start, stop), alpha=scale)
+        rows = weight_NI[start:stop]
+        rows.copy_(plus_low_rank(rows, basis, factor, side, start, stop, scale=scale))
 
 
 def _quantize_round(
@@ -81,13 +85,12 @@ def _quantize_round(
     squares = weight_NI.new_zeros(())
     for start, stop in row_chunks(rows, layout):
         weight = weight_NI[start:stop]
-        target = weight
-        if factor is not None:
-            target = weight.sub(low_rank_rows(basis, factor, side, start, stop), alpha=scale)
+        target = weight if factor is None else plus_low_rank(weight, basis, factor, side, start, stop, scale=-scale)
         codes, scales = pack(target, layout)
         packed.append((codes, scales))
-        residual = weight - unpack(codes, scales, layout, torch.float32, rows=stop - start)
-        squares += residual.square().sum()
+        dequantized = unpack(codes, scales, layout, torch.float32, rows=stop - start)
+        residual = torch.sub(weight, dequantized, out=dequantized)
+        squares += torch.linalg.vector_norm(residual).square()
         if side == "input":
             torch.mm(residual, pinv, out=new_factor[start:stop])
         else:
@@ -135,7 +138,7 @@ def compensate(
         if index == 0:
             before = squares / norm
             best = (codes, scales, zero, before)
-        if rounds == 0 or layout.scheme == "none":  # `none` stores W exactly: nothing to make up for
+        if rounds == 0 or layout.kind.exact:  # W is stored exactly: nothing to make up for
             break
         factor = new_factor if side == "input" else sum_over_shards(new_factor)
         taken = scale**2 * ((factor.T @ factor) * gram_RR).sum()
@@ -174,11 +177,14 @@ def update_survival(
     """
     sums = weight_NI.new_zeros(2)
     group_rows = layout.group_rows
+    old_left, old_right = (old_factor, old_basis) if side == "input" else (old_basis, old_factor)
     for start, stop in row_chunks(weight_NI.shape[0], layout):
         groups = slice(start // group_rows, -(-stop // group_rows))
         scales = None if result.scales is None else result.scales[groups]
-        new = unpack(result.codes[groups], scales, layout, torch.float32, rows=stop - start)
-        new.add_(low_rank_rows(new_basis, result.factor, side, start, stop), alpha=scale).sub_(weight_NI[start:stop])
-        update = low_rank_rows(old_basis, old_factor, side, start, stop).mul_(scale)
-        sums += torch.stack([(new * update).sum(), update.square().sum()])
+        new = unpack(result.codes[groups], scales, layout, torch.float32, rows=stop - start).sub_(weight_NI[start:stop])
+        change = plus_low_rank(new, new_basis, result.factor, side, start, stop, scale=scale)
+        # <change, s L R^T> = s <change R, L>, ||s L R^T||^2 = s^2 <L^T L, R^T R>: U itself is never formed
+        left = old_left[start:stop]
+        products = [(change @ old_right * left).sum(), scale * ((left.T @ left) * (old_right.T @ old_right)).sum()]
+        sums += scale * torch.stack(products)
     return sums

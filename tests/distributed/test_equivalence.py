@@ -102,6 +102,14 @@ def test_dense_subspace_methods_too(runs: Runs, method: str) -> None:
     assert_same_losses(runs.losses(2, "fsdp", **setting), runs.losses(1, "single", **setting))
 
 
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "scheme"), [(3, "fsdp", "nf4_double"), (2, "ddp", "fp4"), (2, "zero-3", "int8")]
+)
+def test_quantization_schemes_too(runs: Runs, world_size: int, strategy: str, scheme: str) -> None:
+    setting = {"loqt.quantization.weight": scheme, "loqt.quantization.projection": scheme}
+    assert_same_losses(runs.losses(world_size, strategy, **setting), runs.losses(1, "single", **setting))
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", *ZERO])
 @pytest.mark.parametrize("policy", ["keep", "reset"])
 def test_state_policies_too(runs: Runs, policy: str, strategy: str) -> None:

@@ -74,7 +74,7 @@ def test_reported_error_is_the_true_one(side: str) -> None:
     layout = MatrixLayout(96, 128, "nf4")
     result = C.compensate(weight, layout, basis, basis.T @ basis, side=side, scale=0.25, rounds=5)
     dense = unpack(result.codes, result.scales, layout, torch.float32)
-    dense += 0.25 * C.low_rank_rows(basis, result.factor, side, 0, 96)
+    dense = C.plus_low_rank(dense, basis, result.factor, side, 0, 96, scale=0.25)
     torch.testing.assert_close(result.error, (weight - dense).norm() / weight.norm(), rtol=1e-4, atol=0)
 
 
@@ -130,7 +130,7 @@ def test_shards_give_the_uncut_result(
     factor = torch.cat([results[r].factor for r in range(ranks)]) if side == "input" else results[0].factor
     torch.testing.assert_close(factor, whole.factor, rtol=1e-2, atol=1e-2 * float(whole.factor.abs().max()))
     for result in results.values():
-        torch.testing.assert_close(result.error, whole.error, rtol=1e-3, atol=0)
+        torch.testing.assert_close(result.error, whole.error, rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

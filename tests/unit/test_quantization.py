@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from bitsandbytes.functional import get_4bit_type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loqt_scale.config import QuantScheme
 from loqt_scale.functional.nf4_cpu import quantize_nf4
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
+from loqt_scale.functional.schemes import SCHEMES, pack_scales, unpack_scales
 
 # the NF4 code book, QLoRA appendix E
 NF4 = torch.tensor(
@@ -37,24 +40,34 @@ NF4 = torch.tensor(
 )
 
 
-def naive_round_trip(dense: torch.Tensor, block: int) -> torch.Tensor:
-    """Nearest code of each block, one value at a time in spirit: float64, no packing."""
+# bitsandbytes' 4-bit floats: sign, 2 exponent bits, 1 mantissa bit, over their greatest value 12
+FP4 = torch.tensor([sign * v / 12.0 for v in (0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0) for sign in (1, -1)]).double()
+
+
+def naive_round_trip(dense: torch.Tensor, block: int, scheme: str) -> torch.Tensor:
+    """Nearest level of each block, one value at a time in spirit: float64, no packing, float32 scales."""
     flat = dense.double().reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
     scale = padded.abs().amax(1, keepdim=True)
     unit = padded / scale.clamp_min(1e-300)
-    code = (unit[..., None] - NF4).abs().argmin(-1)
-    return (NF4[code] * scale).reshape(-1)[: len(flat)].reshape(dense.shape)
+    levels = {"fp4": FP4, "int8": torch.arange(-127, 128).double() / 127}.get(scheme, NF4)
+    code = (unit[..., None] - levels).abs().argmin(-1)
+    return (levels[code] * scale).reshape(-1)[: len(flat)].reshape(dense.shape)
 
 
+def test_the_registry_has_what_the_settings_name() -> None:
+    assert tuple(SCHEMES) == get_args(QuantScheme)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize(("rows", "cols"), [(5, 64), (512, 1376), (7, 96), (130, 127), (3, 1)])
-def test_round_trip_is_nearest_code(rows: int, cols: int) -> None:
+def test_round_trip_is_nearest_code(rows: int, cols: int, scheme: str) -> None:
     dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(1))
-    layout = MatrixLayout(rows, cols, "nf4")
+    layout = MatrixLayout(rows, cols, scheme)
     codes, scales = pack(dense, layout)
     assert codes.shape == layout.codes_shape and codes.dtype == torch.uint8
     assert scales is not None and scales.shape == layout.scales_shape and scales.dtype == torch.uint8
-    expected = naive_round_trip(dense, 64)
+    expected = naive_round_trip(dense, 64, scheme)
     got = unpack(codes, scales, layout, torch.float64)
     # a value on the midpoint of two codes may fall either way in float32
     close = torch.isclose(got, expected, atol=1e-6)
@@ -62,10 +75,38 @@ def test_round_trip_is_nearest_code(rows: int, cols: int) -> None:
     assert got.shape == dense.shape
 
 
+@given(seed=st.integers(0, 2**32 - 1), groups=st.integers(1, 5), count=st.integers(1, 200), spread=st.floats(0.0, 3.0))
+def test_packed_scales_are_within_half_a_step(seed: int, groups: int, count: int, spread: float) -> None:
+    """Each group by itself: within half of 1/255 of its own range, in as many bytes as scales and eight more."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.exp(spread * torch.randn(groups, count, generator=generator)) * 1e-3
+    packed = pack_scales(scales)
+    assert packed.shape == (groups, 8 + count) and packed.dtype == torch.uint8
+    step = (scales.amax(1, keepdim=True) - scales.amin(1, keepdim=True)) / 255
+    assert bool(((unpack_scales(packed) - scales).abs() <= 0.51 * step + 1e-6 * scales.amax()).all())
+    assert torch.equal(pack_scales(scales[:1]), packed[:1])
+
+
+def test_double_quantization_costs_little_error_and_saves_most_of_the_scales() -> None:
+    dense = torch.randn(64, 4096, generator=torch.Generator().manual_seed(2)) * 0.02
+    plain, double = (MatrixLayout(64, 4096, name) for name in ("nf4", "nf4_double"))
+    assert plain.scales_shape is not None and double.scales_shape is not None
+    bits = [8 * layout.scales_shape[1] / layout.group_values for layout in (plain, double) if layout.scales_shape]
+    assert bits == [0.5, pytest.approx(0.141, abs=1e-3)]
+    errors = [float((unpack(*pack(dense, x), x, torch.float32) - dense).norm() / dense.norm()) for x in (plain, double)]
+    assert errors[1] < 1.001 * errors[0]
+
+
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 60), cols=st.integers(1, 80), ranks=st.integers(1, 5), block=st.sampled_from([32, 64]))
-def test_any_cut_into_groups_packs_the_same_bits(rows: int, cols: int, ranks: int, block: int) -> None:
-    layout = MatrixLayout(rows, cols, "nf4", block)
+@given(
+    rows=st.integers(1, 60),
+    cols=st.integers(1, 80),
+    ranks=st.integers(1, 5),
+    block=st.sampled_from([32, 64]),
+    scheme=st.sampled_from(sorted(SCHEMES.keys() - {"none"})),
+)
+def test_any_cut_into_groups_packs_the_same_bits(rows: int, cols: int, ranks: int, block: int, scheme: str) -> None:
+    layout = MatrixLayout(rows, cols, scheme, block)
     dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows * 100 + cols))
     codes, scales = pack(dense, layout)
     assert scales is not None
@@ -107,8 +148,9 @@ def test_scheme_none_keeps_every_bit_and_copies() -> None:
     assert torch.equal(again, dense)
 
 
-def test_zero_rows_and_zero_values() -> None:
-    layout = MatrixLayout(4, 64, "nf4")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zero_rows_and_zero_values(scheme: str) -> None:
+    layout = MatrixLayout(4, 64, scheme)
     codes, scales = pack(torch.zeros(4, 64), layout)
     assert torch.equal(unpack(codes, scales, layout, torch.float32), torch.zeros(4, 64))
     assert unpack(*pack(torch.zeros(0, 64), layout), layout, torch.float32, rows=0).shape == (0, 64)
