@@ -22,7 +22,7 @@ from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
 from loqt_scale.models import build_meta_model, decoder_blocks, init_buffers, load_model_config, resolve_weights_folder
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import DTYPES, Strategy
 from loqt_scale.weights import RandomWeights, WeightSource, pretrained_weights
 
 
@@ -81,6 +81,9 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
         convert_to_loqt(model, config.loqt)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
     return ModelDesign(model, source, dense_layers, hf_config)
 
 

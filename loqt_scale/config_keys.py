@@ -1,6 +1,6 @@
 """The names of all settings, and what may be written for each.
 
-The dataclasses in `config.py` are the only list of settings. This module reads that list back from them, so that an
+The dataclasses in `config` are the only list of settings. This module reads that list back from them, so that an
 error can say what to write instead without a second table that goes stale:
 
 * `setting_types()` maps every dotted key (`loqt.merge.gap`) to its type;

@@ -11,6 +11,7 @@ import json
 from itertools import zip_longest
 from pathlib import Path
 
+from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
 from loqt_scale.checkpoint import find_resume, verify_checkpoint
 from loqt_scale.config import RunConfig
@@ -42,6 +43,7 @@ def train(config: RunConfig) -> dict[str, float]:
     strategy = create_strategy(config, device=device)
     try:
         _check_agreement(strategy, config, resume)
+        _check_per_layer(config, strategy)
         manifest = None if resume is None else verify_checkpoint(resume, strategy)
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
@@ -70,6 +72,17 @@ def train(config: RunConfig) -> dict[str, float]:
         return {"eval/loss_before": before, "eval/loss_after": after}
     finally:
         strategy.close()
+
+
+def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
+    train = config.train
+    steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
+    if config.optim.per_layer and steps > 1:
+        share = -(-train.global_batch_size // strategy.world_size)
+        raise ValueError(
+            f"optim.per_layer is true, but a step is {steps} micro-batches, whose gradients would have to pile up; "
+            f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false"
+        )
 
 
 def _check_agreement(strategy: Strategy, config: RunConfig, resume: Path | None) -> None:

@@ -38,7 +38,14 @@ from loqt_scale.health import Health, StepPlace
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config
-from loqt_scale.optim import create_optimizer, create_scheduler, set_schedule_position, set_update_count
+from loqt_scale.optim import (
+    StreamedAdamW,
+    UpdateInBackward,
+    create_optimizer,
+    create_scheduler,
+    set_schedule_position,
+    set_update_count,
+)
 from loqt_scale.report import merge_line
 from loqt_scale.stopping import Stopped, StopRequest
 from loqt_scale.strategies import Strategy
@@ -72,8 +79,19 @@ class Trainer:
         self.corpus = corpus
         self.built = build_model(design, config.model, strategy)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
-        self.optimizer = create_optimizer(self.built.model, config.optim, self.built.dense_layers)
+        self.optimizer = create_optimizer(
+            self.built.model,
+            config.optim,
+            self.built.dense_layers,
+            local=strategy.local,
+            first_row=lambda parameter: strategy.stored_rows(parameter)[0],
+            seed=train.seed,
+        )
         self.model = strategy.wrap(self.built.model, self.optimizer)
+        self.per_layer: UpdateInBackward | None = None
+        if config.optim.per_layer:
+            assert isinstance(self.optimizer, StreamedAdamW)
+            self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.local)
         ours = not strategy.schedules_learning_rate
         self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
@@ -82,7 +100,8 @@ class Trainer:
         self.updates = 0  # steps that were not skipped
         self.tokens = 0
         self.eval_before: float | None = None
-        self.health = Health(config.optim.max_skipped_steps)
+        # what the backward pass has applied cannot be skipped any more: the first such step ends the run
+        self.health = Health(1 if config.optim.per_layer else config.optim.max_skipped_steps)
         folder = Path(train.run_dir) / CHECKPOINTS
         self.saver = CheckpointSaver(folder, config.checkpoint, strategy, warn=progress.line)
 
@@ -180,8 +199,7 @@ class Trainer:
             loss = self.accumulate(step, merging)
             logged = (step + 1) % train.log_every == 0 or merging
             rates = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-            max_norm = self.config.optim.clip_norm
-            norm = self.strategy.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
+            norm = self.update()
         values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
         warning = self.health.judge(step + 1, *values.values())
         if warning is None:
@@ -223,6 +241,13 @@ class Trainer:
         total, marks = strategy.sum(torch.stack([total, total.new_tensor(place.mark)]))
         place.check(float(marks), strategy.world_size)
         return total
+
+    def update(self) -> Tensor:
+        """Applies the step's gradients, unless the backward pass has; returns their global norm. Every rank."""
+        if self.per_layer is not None:
+            return self.strategy.sum(self.per_layer.take_squares()).sqrt()
+        max_norm = self.config.optim.clip_norm
+        return self.strategy.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
 
     @property
     def tokens_per_step(self) -> int:

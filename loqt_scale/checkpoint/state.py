@@ -1,7 +1,7 @@
 """The tensors of a run, whatever its strategy: each rank brings its share of every tensor's rows.
 
-    model.NAME                  every parameter, packed bytes as bytes; under ZeRO the float32 master, if there is one
-    moments.NAME.first|second   Adam's moments of what trains, float32
+    model.NAME                  every parameter: packed bytes as bytes, what trains in float32 (under ZeRO the master)
+    moments.NAME.first|second   Adam's moments of what trains, float32 (exact for 8-bit states too, see `blockwise`)
 
 A rank's share are the rows that it would work on in a merge (`Strategy.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor
@@ -29,7 +29,8 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Str
     for name, parameter in model.named_parameters():
         with strategy.editing([parameter]):
             shape = parameter.shape
-            shares[f"model.{name}"] = _share(strategy.read(parameter), shape, strategy)
+            mine = strategy.read(parameter)
+            shares[f"model.{name}"] = _share(mine.float() if parameter.requires_grad else mine, shape, strategy)
         if parameter.requires_grad:
             moments = strategy.read_moments(optimizer, parameter)
             for key, moment in zip(MOMENTS, moments or (), strict=False):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.optim import adam_moments, ensure_adam_state
+from loqt_scale.optim import ensure_adam_state, open_moments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -155,10 +155,10 @@ class Strategy:
 
         `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
         """
-        moments = adam_moments(optimizer, parameter)
-        if moments is not None:
-            first, second = (self.local(moment) for moment in moments)
-            edit(first, second)
+        with open_moments(optimizer, parameter, self.local) as moments:
+            if moments is not None:
+                first, second = (self.local(moment) for moment in moments)
+                edit(first, second)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -172,16 +172,18 @@ class Strategy:
 
     def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """This rank's work shares of Adam's moments; None before the first update. Every rank."""
-        moments = adam_moments(optimizer, parameter)
-        return None if moments is None else (self.read(moments[0]), self.read(moments[1]))
+        with open_moments(optimizer, parameter, self.local) as moments:
+            return None if moments is None else (self.read(moments[0]), self.read(moments[1]))
 
     def write_moments(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: tuple[Tensor, Tensor]
     ) -> None:
         """Replaces Adam's moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
-        ours = ensure_adam_state(optimizer, parameter)
-        for moment, piece in zip(ours, moments, strict=True):
-            self.write(moment, piece)
+        ensure_adam_state(optimizer, parameter)
+        with open_moments(optimizer, parameter, self.local) as ours:
+            assert ours is not None
+            for moment, piece in zip(ours, moments, strict=True):
+                self.write(moment, piece)
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """What each rank holds, by rank, on every rank; plain data only. Every rank."""

@@ -123,6 +123,19 @@ def test_bf16_masters_survive(saved: SavedRuns, tmp_path: Path) -> None:
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
 
 
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp")])
+def test_int8_states_and_bf16_parameters_survive(
+    saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
+) -> None:
+    """Saved as float32, from which the same codes come; and rounding at random goes on with the same noise."""
+    small = {"optim.states": "int8", "model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "loqt.rank": 32}
+    small |= {"checkpoint.every": AT, "checkpoint.keep_last": 9}
+    unbroken = saved.run(world_size, strategy, tmp_path / "a", **small)
+    checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
+    resumed = saved.run(world_size, strategy, tmp_path / "b", **small, **{"checkpoint.resume": str(checkpoint)})
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
+
+
 @pytest.mark.parametrize("step", [MERGE - 1, MERGE, MERGE + 1])
 def test_before_and_after_a_merge(saved: SavedRuns, tmp_path: Path, step: int) -> None:
     """The merge follows the update of step 13 (counted from 0), which is the 14th."""

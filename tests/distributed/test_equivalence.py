@@ -177,3 +177,33 @@ def test_merge_diagnostics_agree(runs: Runs) -> None:
         for row, expected in zip(merges(world_size, strategy), reference, strict=True):
             for key in ("merge/error_before", "merge/error_after", "merge/gradient_energy"):
                 assert row[key] == pytest.approx(expected[key], rel=0.02), key
+
+
+INT8 = {"optim.states": "int8", "loqt.rank": 32, **UNQUANTIZED}
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp")])
+def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, strategy: str) -> None:
+    """And they learn as float32 states do."""
+    reference = runs.losses(1, "single", **INT8)
+    assert_same_losses(runs.losses(world_size, strategy, **INT8), reference)
+    float32 = runs.losses(1, "single", **{**INT8, "optim.states": "float32"})
+    assert sum(reference[-5:]) / 5 == pytest.approx(sum(float32[-5:]) / 5, rel=0.02)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (3, "fsdp")])
+def test_bfloat16_parameters_learn_as_float32_ones(runs: Runs, world_size: int, strategy: str) -> None:
+    setting = {"optim.states": "int8", "loqt.rank": 32, "model.dtype": "bfloat16", "model.trained_dtype": "bfloat16"}
+    losses = runs.losses(world_size, strategy, **setting)
+    reference = runs.losses(1, "single", **{"loqt.rank": 32})
+    relative = [abs(a / b - 1.0) for a, b in zip(losses, reference, strict=True)]
+    assert len(relative) == 40 and sum(relative) / len(relative) < 0.03 and max(relative) < 0.15
+
+
+PER_LAYER = {"optim.per_layer": True, "optim.clip_norm": 0.0}
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp")])
+def test_updates_in_the_backward_pass_change_nothing(runs: Runs, world_size: int, strategy: str) -> None:
+    losses = runs.losses(world_size, strategy, **PER_LAYER, **UNQUANTIZED)
+    assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED, **{"optim.clip_norm": 0.0}), exact=True)

@@ -139,6 +139,30 @@ def test_local_rank_of_launchers_is_ignored(form):
             ["--optim.warmup_steps", "50", "--train.steps", "50"],
             "optim.warmup_steps (50) is not below train.steps (50); write a shorter warm-up",
         ),
+        (
+            ["--optim.per_layer", "true"],
+            "optim.per_layer is true, but optim.clip_norm is 1.0: the global norm is known only when all gradients are; "
+            "write optim.clip_norm: 0, or optim.per_layer: false",
+        ),
+        (
+            ["--optim.per_layer=true", "--optim.clip_norm=0", "--parallel.strategy=ddp"],
+            "optim.per_layer is true, but ddp sums gradients in buckets that hold all of them; write "
+            "parallel.strategy: fsdp, or optim.per_layer: false",
+        ),
+        (
+            ["--optim.states=int8", "--loqt.rank=8"],
+            "optim.states is int8, whose blocks are parts of a row, but loqt.rank is 8; write a multiple of 32, or "
+            "optim.states: float32",
+        ),
+        (
+            ["--optim.states=int8", "--parallel.strategy=zero"],
+            "optim.states: int8: DeepSpeed's ZeRO keeps its own float32 states and masters; write parallel.strategy: "
+            "fsdp (or single), or leave it out",
+        ),
+        (
+            ["--model.trained_dtype=bfloat16"],
+            "model.trained_dtype is bfloat16, but model.dtype is not; write model.dtype: bfloat16",
+        ),
         (["--config", "absent.yaml"], "config file 'absent.yaml' does not exist; write --config FILE"),
     ],
 )

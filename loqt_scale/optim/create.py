@@ -1,4 +1,4 @@
-"""AdamW over two groups of parameters, its schedule, and access to the moments that a merge must carry over.
+"""AdamW over two groups of parameters, and its schedule.
 
 Group `low_rank` holds the factors B (under `--method full`: the same layers' dense weights), group `full_precision`
 everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loqt_scale.config import OptimConfig
 from loqt_scale.layers import loqt_layers
+from loqt_scale.optim.streamed import StreamedAdamW
 
 
 def low_rank_parameters(model: nn.Module, dense_layers: Iterable[str] = ()) -> list[nn.Parameter]:
@@ -25,13 +26,24 @@ def low_rank_parameters(model: nn.Module, dense_layers: Iterable[str] = ()) -> l
     return factors + [model.get_parameter(f"{name}.weight") for name in dense_layers]
 
 
-def create_optimizer(model: nn.Module, config: OptimConfig, dense_layers: Iterable[str] = ()) -> torch.optim.AdamW:
-    """AdamW over everything that trains.
+def create_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    dense_layers: Iterable[str] = (),
+    *,
+    local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    first_row: Callable[[Tensor], int] = lambda _: 0,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """AdamW over everything that trains: torch's fused one, or a `StreamedAdamW` where memory is to be saved.
 
     Args:
         model: The model, its parameters allocated and, where a strategy shards, sharded.
-        config: Rates, betas, decay.
+        config: Rates, betas, decay, kind of states.
         dense_layers: Under `--method full`, names of the linears whose weights take `lr`.
+        local: The stored rows of a parameter or gradient.
+        first_row: Index of the first of them in the whole parameter.
+        seed: Of what is rounded at random.
     """
     low_rank = low_rank_parameters(model, dense_layers)
     taken = {id(parameter) for parameter in low_rank}
@@ -41,13 +53,20 @@ def create_optimizer(model: nn.Module, config: OptimConfig, dense_layers: Iterab
         {"params": low_rank, "lr": config.lr, "name": "low_rank"},
         {"params": rest, "lr": full_precision_lr, "name": "full_precision"},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    betas, eps, decay = config.betas, config.eps, config.weight_decay
+    if config.states == "int8" or config.per_layer or any(p.dtype == torch.bfloat16 for p in [*low_rank, *rest]):
+        return StreamedAdamW(
+            groups,
+            betas=betas,
+            eps=eps,
+            weight_decay=decay,
+            states=config.states,
+            local=local,
+            first_row=first_row,
+            seed=seed,
+        )
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=decay, fused=True)
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -66,30 +85,6 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, tota
             step, total_steps=total_steps, warmup_steps=config.warmup_steps, final_fraction=config.final_lr_fraction
         ),
     )
-
-
-def adam_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
-    """(first, second) moment of a parameter, sharded as it is; None before its first step, or without Adam's state."""
-    state = optimizer.state.get(parameter, {})
-    if "exp_avg" not in state or "exp_avg_sq" not in state:
-        return None
-    return state["exp_avg"], state["exp_avg_sq"]
-
-
-def ensure_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """(first, second) moment of a parameter; made of zeros, as AdamW would at the first step, if there are none."""
-    state = optimizer.state[parameter]
-    if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state["exp_avg"], state["exp_avg_sq"]
-
-
-def set_update_count(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Sets the number of updates that Adam's bias correction counts, for all parameters that have a state."""
-    for state in optimizer.state.values():
-        state["step"].fill_(float(updates))
 
 
 def set_schedule_position(scheduler: LambdaLR, steps: int) -> None:

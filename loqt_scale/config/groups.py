@@ -1,0 +1,246 @@
+"""The groups of settings around the method: model, data, optimizer, ranks, loop, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loqt_scale.config.check import require
+
+Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
+OptimizerStates = Literal["float32", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which causal language model is trained.
+
+    Args:
+        preset: A LLaMA shape by name: llama_{nano,micro,tiny,60m,130m,350m,1b,7b,13b}. Ignored when `path` is set.
+        path: Folder or Hugging Face id whose config.json (and, with `weights: pretrained`, weights) are used.
+        weights: random = initialise from the seed; pretrained = load from `path`.
+        overrides: Fields of the Hugging Face config to replace, e.g. {num_hidden_layers: 4}.
+        dtype: Compute dtype.
+        trained_dtype: Dtype in which what trains is kept. bfloat16 halves it and its gradients; updates are then
+            rounded at random, so that small ones are not lost (it needs dtype: bfloat16).
+        activation_checkpointing: Recompute each transformer block in the backward pass instead of storing it.
+        compile: Run each transformer block through torch.compile.
+    """
+
+    preset: str = "llama_tiny"
+    path: str | None = None
+    weights: Literal["random", "pretrained"] = "random"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.weights == "pretrained" and self.path is None),
+            "model.weights is 'pretrained' but model.path is not set; write model.path: FOLDER or a Hugging Face id",
+        )
+        require(
+            self.dtype == "bfloat16" or self.trained_dtype == "float32",
+            f"model.trained_dtype is {self.trained_dtype}, but model.dtype is not; write model.dtype: bfloat16",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text is read, and how it is cut into sequences.
+
+    Args:
+        files: Text (.txt), JSON lines (.jsonl, .json) or parquet files, globs allowed. Empty = `dataset`, or the
+            embedded corpus.
+        dataset: Hugging Face data set id (e.g. allenai/c4) or a folder of one; streamed.
+        dataset_config: Its configuration name (e.g. en).
+        split: Split of `dataset` that is trained on.
+        eval_split: Split of `dataset` that is held out.
+        text_field: Column of JSON, parquet or data-set rows that holds the text.
+        tokenizer: bytes = one token a byte; bpe = a byte-level BPE trained on the corpus in seconds; else a folder or
+            Hugging Face id for `AutoTokenizer`.
+        bpe_vocab_size: Vocabulary of `tokenizer: bpe`.
+        seq_len: Tokens per sequence that are predicted.
+        eval_fraction: Share of the documents held out for evaluation (files and embedded corpus).
+        max_eval_sequences: At most this many held-out sequences are scored.
+        cache_dir: Where tokenized corpora are kept. Default: $XDG_CACHE_HOME/loqt_scale or ~/.cache/loqt_scale.
+    """
+
+    files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    eval_split: str = "validation"
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    bpe_vocab_size: int = 4096
+    seq_len: int = 256
+    eval_fraction: float = 0.02
+    max_eval_sequences: int = 256
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.files and self.dataset),
+            "data.files and data.dataset are both set; write one of them (the other as [] or null)",
+        )
+        require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; write 2 or more tokens")
+        require(0.0 < self.eval_fraction < 1.0, f"data.eval_fraction is {self.eval_fraction}; write a number in (0, 1)")
+        require(self.max_eval_sequences >= 1, f"data.max_eval_sequences is {self.max_eval_sequences}; write 1 or more")
+        require(
+            not (self.tokenizer == "bpe" and self.dataset is not None),
+            "data.tokenizer is 'bpe', which is trained on local text, but data.dataset is streamed; "
+            "write data.tokenizer: FOLDER or a Hugging Face id, or 'bytes'",
+        )
+        require(self.bpe_vocab_size >= 300, f"data.bpe_vocab_size is {self.bpe_vocab_size}; write 300 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        lr: Peak learning rate of the factors B (of every converted linear under `--method full`).
+        full_precision_lr: Peak rate of embeddings, norms, biases and head. Default: `lr`.
+        betas: Adam's two decay rates.
+        eps: Adam's epsilon.
+        weight_decay: Decoupled weight decay.
+        states: How Adam's moments are kept: float32, or int8 = 8-bit codes (a quarter of the memory).
+        per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
+            pile up. One micro-batch a step, without clipping to a global norm.
+        warmup_steps: Steps of linear warm-up.
+        final_lr_fraction: The cosine ends at this fraction of the peak rate.
+        clip_norm: Global gradient norm above which gradients are scaled down; 0 switches clipping off.
+        max_skipped_steps: A step whose gradient is not finite is skipped; so many in a row end the run.
+    """
+
+    lr: float = 0.01
+    full_precision_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    states: OptimizerStates = "float32"
+    per_layer: bool = False
+    warmup_steps: int = 0
+    final_lr_fraction: float = 0.1
+    clip_norm: float = 1.0
+    max_skipped_steps: int = 5
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0.0, f"optim.lr is {self.lr}; write a positive number")
+        require(
+            self.full_precision_lr is None or self.full_precision_lr > 0.0,
+            f"optim.full_precision_lr is {self.full_precision_lr}; write a positive number, or null for optim.lr's",
+        )
+        require(all(0.0 <= b < 1.0 for b in self.betas), f"optim.betas is {self.betas}; write two numbers in [0, 1)")
+        require(self.eps > 0.0, f"optim.eps is {self.eps}; write a positive number")
+        require(self.weight_decay >= 0.0, f"optim.weight_decay is {self.weight_decay}; write 0 or more")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; write 0 or more")
+        require(self.max_skipped_steps >= 1, f"optim.max_skipped_steps is {self.max_skipped_steps}; write 1 or more")
+        require(self.clip_norm >= 0.0, f"optim.clip_norm is {self.clip_norm}; write 0 (off) or more")
+        require(
+            0.0 <= self.final_lr_fraction <= 1.0,
+            f"optim.final_lr_fraction is {self.final_lr_fraction}; write a number in [0, 1]",
+        )
+        require(
+            not self.per_layer or self.clip_norm == 0.0,
+            f"optim.per_layer is true, but optim.clip_norm is {self.clip_norm}: the global norm is known only when all "
+            "gradients are; write optim.clip_norm: 0, or optim.per_layer: false",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the run is spread over ranks.
+
+    Args:
+        strategy: auto = fsdp under a launcher with several ranks, else single; single, ddp (everything replicated),
+            fsdp (FSDP2: everything sharded), zero (DeepSpeed).
+        reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
+            gather) or keep it.
+        zero_stage: zero: 1 = optimizer states are sharded, 2 = gradients too, 3 = everything. Default: zero_config's,
+            or 3.
+        zero_config: zero: DeepSpeed JSON file with settings beyond ours; "auto" values are filled from ours. Default:
+            none, all of them auto.
+        zero_offload: zero: what is kept in host memory: none, optimizer = optimizer states, parameters = those and
+            (stage 3) every parameter. Default: zero_config's, or none.
+        zero_log_level: zero: least severe of DeepSpeed's own messages that reach the console.
+        timeout_seconds: A collective that waits longer than this ends the run.
+    """
+
+    strategy: Strategy = "auto"
+    reshard_after_forward: bool = True
+    zero_stage: Literal[1, 2, 3] | None = None
+    zero_config: str | None = None
+    zero_offload: Literal["none", "optimizer", "parameters"] | None = None
+    zero_log_level: Literal["error", "warning", "info", "debug"] = "error"
+    timeout_seconds: int = 600
+
+    def __post_init__(self) -> None:
+        require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; write 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: Optimizer steps of the run.
+        run_dir: Folder of this run's config, metrics and TensorBoard events.
+        on_existing_run: What to do if run_dir already holds a run: refuse, or archive = move the old one aside.
+        seed: Seed of initial weights, data order and sketches.
+        device: auto = cuda if there is one, else cpu.
+        global_batch_size: Sequences per optimizer step, over all ranks.
+        micro_batch_size: Sequences per rank and forward pass; accumulation follows.
+        eval_every: Evaluate on held-out text every so many steps; 0 = only before and after.
+        log_every: Write metrics every so many steps.
+        progress: Progress bar on rank 0: auto = only on a terminal.
+        wire_counter: once = count the bytes of one normal step and one merge at the collectives; off.
+    """
+
+    steps: int = 1000
+    run_dir: str = "runs/default"
+    on_existing_run: Literal["refuse", "archive"] = "archive"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    eval_every: int = 0
+    log_every: int = 1
+    progress: Literal["auto", "on", "off"] = "auto"
+    wire_counter: Literal["once", "off"] = "off"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "global_batch_size", "micro_batch_size", "log_every"):
+            require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; write 1 or more")
+        require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; write 0 (only at the ends) or more")
+        require(self.seed >= 0, f"train.seed is {self.seed}; write 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run so that it can go on.
+
+    Args:
+        every: Save every so many steps (and at the end, and when the job is told to stop); 0 = only then.
+        background: Write files while training goes on; only the copy to host memory holds it up.
+        keep_last: Keep the newest so many checkpoints.
+        keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
+        resume: auto = go on from the newest checkpoint of an unfinished run in train.run_dir, if there is one; never =
+            start anew; else a checkpoint's folder.
+    """
+
+    every: int = 1000
+    background: bool = True
+    keep_last: int = 2
+    keep_every: int = 0
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep_every"):
+            value = getattr(self, key)
+            require(value >= 0, f"checkpoint.{key} is {value}; write 0 (off) or more steps")
+        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; write 1 or more")
+        require(bool(self.resume), "checkpoint.resume is empty; write auto, never or a checkpoint's folder")

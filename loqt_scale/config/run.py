@@ -1,0 +1,75 @@
+"""One run: all groups together, and what must hold between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loqt_scale.config.check import require
+from loqt_scale.config.groups import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from loqt_scale.config.method import LoQTConfig
+
+Method = Literal["loqt", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        method: loqt = low-rank factors over a quantized base; full = ordinary full-rank training of the same model.
+        model: Which model.
+        data: Which text.
+        loqt: The method's settings (ignored under `--method full`).
+        optim: Optimizer and schedule.
+        parallel: How the run is spread over ranks.
+        train: The loop.
+        checkpoint: What is kept, and where it goes on.
+    """
+
+    method: Method = "loqt"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loqt: LoQTConfig = field(default_factory=LoQTConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.optim.warmup_steps < self.train.steps,
+            f"optim.warmup_steps ({self.optim.warmup_steps}) is not below train.steps ({self.train.steps}); "
+            "write a shorter warm-up",
+        )
+        self._check_small_states()
+
+    def _check_small_states(self) -> None:
+        smaller = {
+            "optim.states: int8": self.optim.states == "int8",
+            "optim.per_layer: true": self.optim.per_layer,
+            "model.trained_dtype: bfloat16": self.model.trained_dtype == "bfloat16",
+        }
+        asked = [name for name, wanted in smaller.items() if wanted]
+        require(
+            self.parallel.strategy != "zero" or not asked,
+            f"{', '.join(asked)}: DeepSpeed's ZeRO keeps its own float32 states and masters; write parallel.strategy: "
+            "fsdp (or single), or leave it out",
+        )
+        require(
+            not (self.optim.per_layer and self.parallel.strategy == "ddp"),
+            "optim.per_layer is true, but ddp sums gradients in buckets that hold all of them; write "
+            "parallel.strategy: fsdp, or optim.per_layer: false",
+        )
+        require(
+            not (self.optim.states == "int8" and self.method == "loqt" and self.loqt.rank % 32),
+            f"optim.states is int8, whose blocks are parts of a row, but loqt.rank is {self.loqt.rank}; write a "
+            "multiple of 32, or optim.states: float32",
+        )

@@ -1,0 +1,50 @@
+"""Rounding float32 to bfloat16 at random, so that on average nothing is lost.
+
+A weight in bfloat16 has 8 bits of mantissa: an update below 1/512 of it rounds to nothing, every time. Rounded up with
+the probability of what is cut off, it is right on average: E[round(x)] = x.
+
+The noise is no generator's state but a hash of (seed, index of the element): the same on every rank and for any shard.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW_BITS = 0xFFFF
+
+
+def stochastic_bfloat16(values: Tensor, *, seed: int, first_index: int) -> Tensor:
+    """Rounds at random.
+
+    Args:
+        values: float32, any shape, contiguous.
+        seed: Same seed and index, same noise.
+        first_index: Index of the first element in the whole tensor of which these are a part.
+
+    Returns:
+        bfloat16, one of the two neighbours of each value; what is not finite stays as it is.
+    """
+    noise = _hash(torch.arange(first_index, first_index + values.numel(), device=values.device), seed)
+    bits = values.reshape(-1).view(torch.int32) + (noise & _LOW_BITS).to(torch.int32)
+    rounded = (bits & ~_LOW_BITS).view(torch.float32).reshape(values.shape)
+    return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
+
+
+def _hash(index: Tensor, seed: int) -> Tensor:
+    """A well mixed 64-bit number an index (splitmix64, Steele et al. 2014), int64 that wraps around."""
+    state = index * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(state ^ _shift(state, 31), 16)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Right, filling with zeros (torch fills with the sign)."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same bits."""
+    value %= 1 << 64
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,26 @@
+"""AdamW in two forms, its schedule, and access to its moments."""
+
+from loqt_scale.optim.create import (
+    create_optimizer,
+    create_scheduler,
+    learning_rate_factor,
+    low_rank_parameters,
+    set_schedule_position,
+)
+from loqt_scale.optim.moments import ensure_adam_state, open_moments, set_update_count
+from loqt_scale.optim.per_layer import UpdateInBackward
+from loqt_scale.optim.streamed import Moment, StreamedAdamW
+
+__all__ = [
+    "Moment",
+    "StreamedAdamW",
+    "UpdateInBackward",
+    "create_optimizer",
+    "create_scheduler",
+    "ensure_adam_state",
+    "learning_rate_factor",
+    "low_rank_parameters",
+    "open_moments",
+    "set_schedule_position",
+    "set_update_count",
+]
