@@ -14,7 +14,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loqt_scale.command_options import ExportOptions, GenerateOptions, parse_options, split_checkpoint
+from loqt_scale.command_options import (
+    ExportOptions,
+    GenerateOptions,
+    PlanOptions,
+    parse_options,
+    split_checkpoint,
+    take_options,
+)
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.config_keys import ConfigError
 from loqt_scale.launcher import join_launcher
@@ -65,8 +72,21 @@ def _eval(argv: Sequence[str], prog: str) -> None:
     evaluate_saved(path, settings)
 
 
+def _plan(argv: Sequence[str], prog: str) -> None:
+    if {"-h", "--help"} & set(argv):
+        about = "Memory and traffic of a run: [--gpus N] [--gpu-memory 24GB] and the settings of train."
+        parse_run_config(["--help"], prog=prog, about=about)
+    ours, rest = take_options(PlanOptions, argv)
+    options, config = parse_options(PlanOptions, ours, prog), parse_run_config(rest, prog=prog)
+    from loqt_scale.plan import report, vocabulary_size
+
+    vocab_size, note = vocabulary_size(config, options.vocab_size)
+    print(report(config, options, vocab_size=vocab_size, note=note))
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(run=_train, summary="Train a model; one process, or one per rank under a launcher."),
+    "plan": Command(run=_plan, summary="What a run needs, before it starts: memory, traffic, what makes it fit."),
     "export": Command(run=_export, summary="Write a checkpoint as a plain Hugging Face model."),
     "generate": Command(run=_generate, summary="Continue a text with a checkpoint or an exported model."),
     "eval": Command(run=_eval, summary="Held-out loss of a checkpoint or an exported model."),

@@ -65,6 +65,27 @@ class GenerateOptions:
             raise ConfigError(f"top_p is {self.top_p}; write a number in (0, 1]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a run needs, before it starts; the settings of `train` follow.
+
+    Args:
+        gpus: Ranks of the run.
+        gpu_memory: What a GPU has, e.g. 24GB (10^9 bytes) or 24GiB (2^30).
+        vocab_size: Rows of the embedding. Default: the tokenizer's.
+    """
+
+    gpus: int = 1
+    gpu_memory: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ConfigError(f"gpus is {self.gpus}; write 1 or more")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"vocab_size is {self.vocab_size}; write 1 or more")
+
+
 def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
     """Builds a dataclass of options from `--name value` words.
 
@@ -92,20 +113,39 @@ def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
     return cls(**values)
 
 
+def take_options(cls: type[Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a line into the words of a dataclass's options and the others; `--gpu-memory` may stand for its field.
+
+    Returns:
+        The options as `--name=value`, and the rest.
+    """
+    names = {item.name for item in fields(cls)}
+    ours: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("--").replace("-", "_")
+        if not key.startswith("--") or name not in names:
+            rest.append(word)
+        else:
+            ours.append(f"--{name}={value if equals else next(words, '')}")
+    return ours, rest
+
+
+@dataclass(frozen=True)
+class _Saved:
+    checkpoint: str
+
+
 def split_checkpoint(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Takes `--checkpoint PATH` out of a line of run settings; returns the path and the rest.
 
     Raises:
         ConfigError: It is missing.
     """
-    words, path = list(argv), None
-    for index, word in enumerate(words):
-        if word.startswith("--checkpoint="):
-            path, words[index : index + 1] = word.partition("=")[2], []
-            break
-        if word == "--checkpoint" and index + 1 < len(words):
-            path, words[index : index + 2] = words[index + 1], []
-            break
+    found, words = take_options(_Saved, argv)
+    path = found[-1].partition("=")[2] if found else ""
     if not path:
         raise ConfigError(
             "no --checkpoint; write --checkpoint with a checkpoint's, a run's or an exported model's folder"

@@ -86,6 +86,7 @@ class Trainer:
             local=strategy.local,
             first_row=lambda parameter: strategy.stored_rows(parameter)[0],
             seed=train.seed,
+            streamed=config.streams_updates,
         )
         self.model = strategy.wrap(self.built.model, self.optimizer)
         self.per_layer: UpdateInBackward | None = None
@@ -194,7 +195,7 @@ class Trainer:
             if counter is not None:
                 stack.enter_context(counter)
             if self.merges is not None:
-                self.merges.prepare(step)
+                self.merges.prepare(step, backward_passes=self.micro_steps)
             merging = self.merges is not None and self.merges.is_merge_step(step)
             loss = self.accumulate(step, merging)
             logged = (step + 1) % train.log_every == 0 or merging
@@ -227,7 +228,7 @@ class Trainer:
         torch.manual_seed(stable_seed("step", train.seed, step, strategy.rank))
         start, stop = share(train.global_batch_size, strategy.rank, strategy.world_size)
         batch = self.corpus.train.sequences(step, start, stop)
-        steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
+        steps = self.micro_steps
         total = torch.zeros((), device=strategy.device)
         pieces = micro_batches(batch, steps=steps, micro_batch_size=train.micro_batch_size, device=strategy.device)
         for index, piece in enumerate(pieces):
@@ -241,6 +242,12 @@ class Trainer:
         total, marks = strategy.sum(torch.stack([total, total.new_tensor(place.mark)]))
         place.check(float(marks), strategy.world_size)
         return total
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward and backward passes of a step."""
+        train = self.config.train
+        return micro_steps(train.global_batch_size, self.strategy.world_size, train.micro_batch_size)
 
     def update(self) -> Tensor:
         """Applies the step's gradients, unless the backward pass has; returns their global norm. Every rank."""

@@ -51,6 +51,11 @@ class RunConfig:
         )
         self._check_small_states()
 
+    @property
+    def streams_updates(self) -> bool:
+        """Whether the optimizer takes one parameter at a time, to save memory."""
+        return self.optim.states == "int8" or self.optim.per_layer or self.model.trained_dtype == "bfloat16"
+
     def _check_small_states(self) -> None:
         smaller = {
             "optim.states: int8": self.optim.states == "int8",

@@ -34,6 +34,7 @@ def create_optimizer(
     local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     first_row: Callable[[Tensor], int] = lambda _: 0,
     seed: int = 0,
+    streamed: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW over everything that trains: torch's fused one, or a `StreamedAdamW` where memory is to be saved.
 
@@ -44,6 +45,7 @@ def create_optimizer(
         local: The stored rows of a parameter or gradient.
         first_row: Index of the first of them in the whole parameter.
         seed: Of what is rounded at random.
+        streamed: Take a `StreamedAdamW` (see `RunConfig.streams_updates`).
     """
     low_rank = low_rank_parameters(model, dense_layers)
     taken = {id(parameter) for parameter in low_rank}
@@ -55,7 +57,7 @@ def create_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     betas, eps, decay = config.betas, config.eps, config.weight_decay
-    if config.states == "int8" or config.per_layer or any(p.dtype == torch.bfloat16 for p in [*low_rank, *rest]):
+    if streamed:
         return StreamedAdamW(
             groups,
             betas=betas,

@@ -141,8 +141,8 @@ def test_local_rank_of_launchers_is_ignored(form):
         ),
         (
             ["--optim.per_layer", "true"],
-            "optim.per_layer is true, but optim.clip_norm is 1.0: the global norm is known only when all gradients are; "
-            "write optim.clip_norm: 0, or optim.per_layer: false",
+            "optim.per_layer is true, but optim.clip_norm is 1.0: the global norm is known only when all gradients are"
+            "; write optim.clip_norm: 0, or optim.per_layer: false",
         ),
         (
             ["--optim.per_layer=true", "--optim.clip_norm=0", "--parallel.strategy=ddp"],

@@ -86,6 +86,40 @@ def train(model: nn.Module, merges: MergeCoordinator, optimizer: torch.optim.Opt
     return losses
 
 
+@pytest.mark.parametrize("method", ["sketch", "svd"])
+def test_factorising_in_the_backward_pass_changes_no_bit(method: Method) -> None:
+    """In the last of two backward passes, so that the sketches of both count; and each is freed at once."""
+    states = []
+    for passes in (None, 2):
+        model, merges, optimizer = make(config(method))
+        for step in range(3):
+            merges.prepare(step, backward_passes=passes)
+            probes = [layer.probe for _, layer in loqt_layers(model)]
+            for half in (0, 1):
+                loss_of(model, 2 * step + half).backward()
+            if merges.is_merge_step(step):
+                held = [probe is not None and probe.leaf.grad is not None for probe in probes]
+                assert held == [passes is None] * len(probes)
+            optimizer.step()
+            merges.finish(step)
+            optimizer.zero_grad()
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_gradient_that_is_not_finite_is_left_for_the_trainer_to_judge() -> None:
+    model, merges, optimizer = make(config("sketch"))
+    merges.prepare(0, backward_passes=1)
+    (loss_of(model, 0) * float("nan")).backward()
+    merges.postpone(0)
+    optimizer.zero_grad()
+    assert merges.is_merge_step(1) and not merges.is_merge_step(0)
+    merges.prepare(1, backward_passes=1)
+    loss_of(model, 1).backward()
+    report = merges.finish(1)
+    assert report is not None and report.means()["gradient_energy"] > 0.0
+
+
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 

@@ -12,15 +12,13 @@ layer per rank, dealt out by cost:
     transport  B's Adam moments into the new basis
 
 `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):
-then it is
-all-gathered, which is still low-rank. At step 0, W is read once more from its source, so that the first quantization's
-error is compensated too instead of being lost.
+then it is all-gathered, which is still low-rank. At step 0, W is read once more from its source, so that the first
+quantization's error is compensated too instead of being lost.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,24 +27,14 @@ from torch import Tensor, nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.functional.compensation import Compensated, add_low_rank, compensate, update_survival
 from loqt_scale.functional.low_rank_linear import LowRankSpec
-from loqt_scale.functional.projection import (
-    captured_energy,
-    randomized_basis,
-    sketch_basis,
-    sketch_width,
-    sketched_energy,
-    subspace_overlap,
-    svd_basis,
-    test_matrix,
-)
-from loqt_scale.functional.quantization import pack, unpack
+from loqt_scale.functional.projection import subspace_overlap
+from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.schedule import merge_steps
-from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
-from loqt_scale.layers import GradientProbe, LoQTLinear, loqt_layers
+from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
+from loqt_scale.merge.subspace import FoundBasis, SubspaceSearch
 from loqt_scale.strategies import Strategy
-
-MERGE_DIAGNOSTICS = ("error_before", "error_after", "gradient_energy", "subspace_overlap", "update_survival")
 
 
 class InitialWeights(Protocol):
@@ -55,35 +43,6 @@ class InitialWeights(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter, float32."""
         ...
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Args:
-        step: The merge step.
-        index: How many merges came before it.
-        seconds: Wall time of `finish` on this rank.
-        layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
-            kept by P,
-            `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the last two
-            are nan in the first merge.
-    """
-
-    step: int
-    index: int
-    seconds: float
-    layers: dict[str, dict[str, float]]
-
-    def means(self) -> dict[str, float]:
-        """Each diagnostic's mean over the layers that have it."""
-        result = {}
-        for key in MERGE_DIAGNOSTICS:
-            values = [layer[key] for layer in self.layers.values() if layer[key] == layer[key]]
-            if values:
-                result[key] = sum(values) / len(values)
-        return result
 
 
 class MergeCoordinator:
@@ -111,7 +70,7 @@ class MergeCoordinator:
         initial_weights: InitialWeights | None = None,
     ) -> None:
         self._layers = dict(loqt_layers(model))
-        self._optimizer, self._config, self._seed = optimizer, config, seed
+        self._optimizer, self._config = optimizer, config
         device = next(iter(self._layers.values())).factor.device
         self._strategy = strategy or Strategy(device)
         self._initial_weights = initial_weights
@@ -120,6 +79,7 @@ class MergeCoordinator:
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._index_of_step = {step: index for index, step in enumerate(steps)}
         self._waves = _deal(self._layers, self._strategy.world_size)
+        self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
 
     @property
     def steps(self) -> list[int]:
@@ -139,30 +99,17 @@ class MergeCoordinator:
         """Moves the merge of a step that was skipped to the next step, and drops what was collected for it. Local."""
         index = self._index_of_step.pop(step)
         self._index_of_step.setdefault(step + 1, index)
-        for layer in self._layers.values():
-            layer.probe = None
+        self._search.drop()
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int, *, backward_passes: int | None = None) -> None:
         """Before the forward passes of a step: attaches probes if the step ends in a merge. Local.
 
-        Layers of one width share a test matrix: a sketch needs its Omega to be independent of its own gradient only.
+        Args:
+            step: The step.
+            backward_passes: How many will follow. If given, and with one rank, a layer is factorised in the last.
         """
-        if not self.is_merge_step(step):
-            return
-        subspace = self._config.subspace
-        omegas: dict[tuple[int, int], Tensor] = {}
-        for layer in self._layers.values():
-            spec, omega = layer.spec, None
-            shape = (spec.base.rows, spec.base.cols)
-            if subspace.method == "sketch":
-                width = sketch_width(layer.rank, *shape, subspace.oversampling)
-                features = spec.base.rows + spec.base.cols - spec.projection.rows
-                if (features, width) not in omegas:
-                    seed = stable_seed("sketch", self._seed, step, features, width)
-                    omegas[features, width] = test_matrix(features, width, seed=seed, device=self._strategy.device)
-                omega = omegas[features, width]
-                shape = (spec.projection.rows, width)
-            layer.probe = GradientProbe.collecting(shape, omega, self._strategy.device)
+        if self.is_merge_step(step):
+            self._search.attach(step, backward_passes)
 
     @torch.no_grad()
     def finish(self, step: int) -> MergeReport | None:
@@ -173,11 +120,7 @@ class MergeCoordinator:
         first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
         for wave in self._waves:
-            collected = [self._collect(name, owner) for owner, name in enumerate(wave)]
-            mine = None
-            if self._strategy.rank < len(wave):
-                mine = self._factorise(wave[self._strategy.rank], collected[self._strategy.rank], step)
-            del collected
+            mine = self._search.find(wave, step)
             for owner, name in enumerate(wave):
                 with self._strategy.editing(self._layers[name].merged_parameters()):
                     diagnostics[name] = self._merge_layer(name, owner, mine, first=first)
@@ -187,46 +130,14 @@ class MergeCoordinator:
             step=step, index=self._index_of_step[step], seconds=time.perf_counter() - started, layers=layers
         )
 
-    def _collect(self, name: str, owner: int) -> Tensor:
-        """Detaches a layer's probe and sums what it collected into its owner's copy. Every rank."""
-        layer = self._layers[name]
-        probe, layer.probe = layer.probe, None
-        if probe is None or probe.leaf.grad is None:
-            raise RuntimeError(
-                f"{name} saw no backward pass since MergeCoordinator.prepare; call prepare(step) before the forward "
-                "passes of every step, and finish(step) after its optimizer step"
-            )
-        gradient = probe.leaf.grad
-        self._strategy.reduce_to(gradient, owner)
-        return gradient
-
-    def _factorise(self, name: str, collected: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(P (F, r), share of gradient energy it keeps) of a layer this rank owns. Local."""
-        layer, subspace = self._layers[name], self._config.subspace
-        if subspace.method == "sketch":
-            basis = sketch_basis(collected, layer.rank)
-            return basis, sketched_energy(collected, basis)
-        if subspace.method == "svd":
-            basis = svd_basis(collected, layer.rank, layer.side)
-        else:
-            basis = randomized_basis(
-                collected,
-                layer.rank,
-                layer.side,
-                oversampling=subspace.oversampling,
-                power_iterations=subspace.power_iterations,
-                seed=stable_seed("randomized", self._seed, step, name),
-            )
-        return basis, captured_energy(collected, basis, layer.side)
-
-    def _share_basis(self, layer: LoQTLinear, owner: int, mine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
         """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
         layout, strategy = layer.spec.projection, self._strategy
         energy = torch.zeros((), device=strategy.device)
         if strategy.rank == owner:
             assert mine is not None
-            codes, scales = pack(mine[0], layout)
-            energy.copy_(mine[1])
+            codes, scales = mine.codes, mine.scales
+            energy.copy_(mine.energy)
         else:
             codes = torch.empty(layout.codes_shape, dtype=torch.uint8, device=strategy.device)
             shape = layout.scales_shape
@@ -239,7 +150,7 @@ class MergeCoordinator:
             strategy.store(layer.projection.scales, scales)
         return unpack(codes, scales, layout, torch.float32), energy
 
-    def _merge_layer(self, name: str, owner: int, mine: tuple[Tensor, Tensor] | None, *, first: bool) -> Tensor:
+    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None, *, first: bool) -> Tensor:
         """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank."""
         layer, strategy = self._layers[name], self._strategy
         spec = layer.spec

@@ -1,0 +1,167 @@
+"""What forward and backward add to the memory of a rank, by running them on tensors that have no storage.
+
+Formulas for activations go stale with every model and every version of a library. So the step is really taken, by the
+model's own code, under torch's fake tensors: every operator says which tensors it would make, `PeakMeter` adds up the
+bytes that are alive, and seconds later the highest moment is known, for 13B too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loqt_scale.batching import summed_loss
+from loqt_scale.build import design_model
+from loqt_scale.config import RunConfig, TrainConfig
+from loqt_scale.layers import loqt_layers
+from loqt_scale.merge import attach_probes
+from loqt_scale.models import decoder_blocks
+from loqt_scale.strategies import DTYPES
+
+DEPTHS = (4, 8)  # blocks of the two models that stand for a deep one
+
+
+class PeakMeter(TorchDispatchMode):
+    """Adds up the storages of all tensors that operators return, for as long as they live.
+
+    Args:
+        known: Tensors that do not count, e.g. parameters.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            self._sizes[key] = size
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+class PassMemory:
+    """Bytes beyond parameters at the highest moment of one forward and backward pass of one micro-batch, unsharded.
+
+    Nothing is measured before it is asked for, nor twice: not every strategy needs every number.
+
+    Args:
+        config: The run; its micro-batch, model and compute dtype count.
+        vocab_size: The tokenizer's.
+    """
+
+    def __init__(self, config: RunConfig, *, vocab_size: int) -> None:
+        self._config, self._vocab_size = config, vocab_size
+
+    @property
+    def gradients_pile_up(self) -> int:
+        """Gradients of what trains stay until the end."""
+        return self._peak(free=False)
+
+    @property
+    def gradients_freed(self) -> int:
+        """Each gradient is freed as soon as it is complete."""
+        return self._peak(free=True)
+
+    @property
+    def merge_freed(self) -> int:
+        """As `gradients_freed`, before a merge; sketches are freed as soon as they are complete, too."""
+        return self._peak(free=True, probes=True)
+
+    @property
+    def merge_kept(self) -> int:
+        """As `gradients_freed`, before a merge; all sketches stay."""
+        return self._peak(free=True, probes=True, free_sketches=False)
+
+    def _peak(self, **how: bool) -> int:
+        config = self._config
+        size = min(config.train.micro_batch_size, config.train.global_batch_size)
+        train = TrainConfig(global_batch_size=size, micro_batch_size=size)
+        plain = RunConfig(method=config.method, model=config.model, data=config.data, loqt=config.loqt, train=train)
+        key = (repr(plain), self._vocab_size, *sorted(how.items()))
+        if key not in _KNOWN:
+            _KNOWN[key] = _measure(plain, self._vocab_size, **how)
+        return _KNOWN[key]
+
+
+_KNOWN: dict[tuple[object, ...], int] = {}
+
+
+def _measure(config: RunConfig, vocab_size: int, **how: bool) -> int:
+    """One pass; of a deep model two shallow ones, since each block adds the same."""
+    model = design_model(config, vocab_size=vocab_size).model
+    depth = len(decoder_blocks(model))
+    if depth <= DEPTHS[-1] or not hasattr(model.config, "num_hidden_layers"):
+        return take_pass(config, model, **how)
+    peaks = []
+    for shallow in DEPTHS:
+        changed = {**config.model.overrides, "num_hidden_layers": shallow}
+        smaller = replace(config, model=replace(config.model, overrides=changed))
+        peaks.append(take_pass(smaller, design_model(smaller, vocab_size=vocab_size).model, **how))
+    return peaks[1] + (depth - DEPTHS[1]) * (peaks[1] - peaks[0]) // (DEPTHS[1] - DEPTHS[0])
+
+
+def take_pass(
+    config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False, free_sketches: bool = True
+) -> int:
+    """Takes one forward and backward pass of a meta model on fake tensors; returns its highest moment in bytes."""
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    dtype = DTYPES[config.model.dtype]
+    with FakeTensorMode():
+        known = _make_fake(model)
+        with PeakMeter(known) as meter:
+            for parameter in model.parameters() if free else ():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_free)
+            if probes:
+                layers = dict(loqt_layers(model))
+                attach_probes(layers, config.loqt.subspace, seed=0, device=torch.device("cpu"))
+                for layer in layers.values() if free_sketches else ():
+                    assert layer.probe is not None
+                    layer.probe.leaf.register_post_accumulate_grad_hook(_free)
+            tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=tokens, use_cache=False).logits
+            summed_loss(logits, tokens).backward()
+        return meter.peak
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _make_fake(model: nn.Module) -> list[Tensor]:
+    """Gives a meta model fake CPU tensors in place of its own; tied ones stay tied. Under a FakeTensorMode."""
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    buffers: list[Tensor] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[id(parameter)] = parameter, nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)][1]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            buffers.append(module._buffers[name])  # type: ignore[arg-type]
+    return [*(parameter for _, parameter in made.values()), *buffers]

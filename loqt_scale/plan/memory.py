@@ -1,0 +1,144 @@
+"""Bytes on a rank: what it holds between steps, and the highest moments of a step and of a merge.
+
+Legend: N ranks. What is sharded (fsdp) or replicated (single, ddp) follows `strategies`; the number of bytes of a
+parameter follows its layout (`functional.quantization`), of its moments the optimizer (`optim`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loqt_scale.batching import micro_steps
+from loqt_scale.config import RunConfig
+from loqt_scale.functional.blockwise import row_block
+from loqt_scale.functional.compensation import CHUNK_VALUES
+from loqt_scale.functional.projection import sketch_width
+from loqt_scale.plan.activations import PassMemory
+from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape
+from loqt_scale.strategies import DTYPES
+
+FLOAT = 4  # bytes
+CHUNK_BUFFERS = 8  # a merge's chunk: target, scratch of the quantizer, dequantized, and what LAPACK and BLAS copy
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the rank that has most.
+
+    Args:
+        state: Parameters by kind, and `Adam moments`: there all the time.
+        gradients: Of what trains, as the update finds them; 0 where they never pile up.
+        passing: Forward and backward beyond the state: activations, gradients while they are made, temporaries.
+        gathered: Blocks of other ranks' parameters while they are used (fsdp), and buckets (ddp).
+        merge_passing: As `passing`, in a step that a merge follows.
+        merge_scratch: What the merge itself adds to the state, after the backward pass.
+    """
+
+    state: dict[str, int]
+    gradients: int
+    passing: int
+    gathered: int
+    merge_passing: int
+    merge_scratch: int
+
+    @property
+    def held(self) -> int:
+        """Between steps."""
+        return sum(self.state.values())
+
+    @property
+    def step_peak(self) -> int:
+        """Highest moment of a normal step."""
+        return self.held + self.gathered + self.passing
+
+    @property
+    def merge_peak(self) -> int:
+        """Highest moment of a step that a merge follows, merge included; 0 without merges."""
+        if not self.merge_scratch:
+            return 0
+        return self.held + max(self.gathered + self.merge_passing, self.merge_scratch)
+
+    @property
+    def peak(self) -> int:
+        """Highest moment of all."""
+        return max(self.step_peak, self.merge_peak)
+
+
+def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, strategy: str, ranks: int) -> RankMemory:
+    """Adds everything up.
+
+    Args:
+        config: The run.
+        shapes: Its model.
+        passes: What forward and backward add.
+        strategy: single, ddp or fsdp.
+        ranks: N.
+    """
+    cut = ranks if strategy == "fsdp" else 1
+    state = {kind: sum(p.nbytes(cut) for p in shapes.parameters if p.kind == kind) for kind in STATE_KINDS}
+    trained = [p for p in shapes.parameters if p.trains]
+    state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in trained)
+    gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in trained)
+    merges = config.method == "loqt"
+    if strategy == "single":
+        one_pass = micro_steps(config.train.global_batch_size, 1, config.train.micro_batch_size) == 1
+        if config.optim.per_layer:
+            passing = passes.gradients_freed
+        else:  # from the second pass on, the gradients of the first are there all the time
+            passing = passes.gradients_pile_up if one_pass else passes.gradients_freed + gradients
+        # with one pass, a layer's gradient comes with its sketch's end
+        merge_passing = passes.merge_freed + gradients if merges else 0
+        gathered = 0
+    else:
+        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes, ranks)
+        shards = gradients if strategy == "fsdp" else 0  # ddp's gradients lie in its buckets
+        passing = passes.gradients_freed + shards
+        merge_passing = passes.merge_kept + shards if merges else 0
+    scratch = merge_scratch(config, shapes, ranks) if shapes.layers else 0
+    return RankMemory(state, gradients, passing, gathered, merge_passing, scratch)
+
+
+def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> int:
+    """Both of Adam's moments of the largest share."""
+    values = parameter.values(ranks)
+    block = row_block(parameter.row_values) if config.optim.states == "int8" else 0
+    return 2 * (values + values // block * FLOAT if block else values * FLOAT)
+
+
+def gathered_bytes(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
+    """fsdp: the root's parameters, the block in use, the one that is fetched ahead, and gradients on their way."""
+    compute = DTYPES[config.model.dtype]
+
+    def gathered(unit: Iterable[ParameterShape]) -> int:
+        return sum(p.gathered_bytes(ranks, compute) for p in unit)
+
+    units = shapes.units
+    blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
+    root = gathered(units.get(-1, []))
+    resident = 2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks) + max(blocks)
+    reduced = [sum(p.values(ranks) * ranks * FLOAT for p in unit if p.trains) for unit in units.values()]
+    return root + resident + max(reduced)
+
+
+def merge_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
+    """The largest layer's dense float32 shard, packed and low-rank copies, chunks; with several ranks all sketches."""
+    most = 0
+    sketches = 0
+    for spec in shapes.layers:
+        rows = spec.base.rows_of_groups(0, -(-spec.base.groups // ranks))[1]
+        shard = rows * spec.base.cols * FLOAT
+        packed_bytes = spec.base.codes_shape[1] + (spec.base.scales_shape or (0, 0))[1]
+        packed = -(-spec.base.groups // ranks) * packed_bytes
+        rank = spec.projection.cols
+        low_rank = (spec.base.rows + spec.base.cols) * rank * FLOAT
+        most = max(most, shard + 3 * packed + 4 * low_rank + min(shard, CHUNK_VALUES * FLOAT) * CHUNK_BUFFERS)
+        sketches += sketch_bytes(config, spec.base.rows, spec.base.cols, spec.projection.rows, rank)
+    return most + (sketches if ranks > 1 else 0)
+
+
+def sketch_bytes(config: RunConfig, rows: int, cols: int, features: int, rank: int) -> int:
+    """What one layer collects before a merge: a sketch, or under the exact methods the dense gradient."""
+    if config.loqt.subspace.method != "sketch":
+        return rows * cols * FLOAT
+    return features * sketch_width(rank, rows, cols, config.loqt.subspace.oversampling) * FLOAT

@@ -1,0 +1,167 @@
+"""`loqt-scale plan`: what fits, in words and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from loqt_scale.batching import micro_steps
+from loqt_scale.build import design_model
+from loqt_scale.command_options import PlanOptions
+from loqt_scale.config import RunConfig
+from loqt_scale.config_keys import ConfigError
+from loqt_scale.plan.activations import PassMemory
+from loqt_scale.plan.advice import first_that_fits
+from loqt_scale.plan.memory import RankMemory, rank_memory
+from loqt_scale.plan.shapes import ModelShapes, model_shapes
+from loqt_scale.plan.wire import Traffic, merge_traffic, step_traffic
+
+OUTSIDE = (
+    800 * 2**20
+)  # bytes of a GPU that torch does not count: the CUDA context, workspaces, fragments; an assumption
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need on the rank that needs most.
+
+    Args:
+        memory: Bytes.
+        step: On the wire, each step.
+        merge: On the wire, each merge.
+    """
+
+    memory: RankMemory
+    step: Traffic
+    merge: Traffic
+
+
+def plan_run(config: RunConfig, *, ranks: int, vocab_size: int) -> Plan:
+    """Computes a plan. Allocates nothing of the model.
+
+    Args:
+        config: The run. Its strategy `auto` is fsdp on several ranks.
+        ranks: GPUs.
+        vocab_size: The tokenizer's.
+
+    Raises:
+        ValueError: Settings that do not fit the model, or a strategy that is not planned.
+    """
+    strategy = _strategy(config, ranks)
+    shapes = model_shapes(design_model(config, vocab_size=vocab_size))
+    passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    one_pass = PassMemory(config, vocab_size=vocab_size)
+    memory = rank_memory(config, shapes, one_pass, strategy=strategy, ranks=ranks)
+    return Plan(memory, *_traffic(config, shapes, strategy, ranks, passes))
+
+
+def _traffic(config: RunConfig, shapes: ModelShapes, strategy: str, ranks: int, passes: int) -> tuple[Traffic, Traffic]:
+    step = step_traffic(config, shapes, strategy=strategy, ranks=ranks, passes=passes)
+    return step, merge_traffic(config, shapes, ranks=ranks)
+
+
+def _strategy(config: RunConfig, ranks: int) -> str:
+    name = config.parallel.strategy
+    if name == "zero":
+        raise ConfigError(
+            "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
+            "holds what stage 3 shards"
+        )
+    if name == "auto":
+        return "fsdp" if ranks > 1 else "single"
+    if name == "single" and ranks > 1:
+        raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
+    return name
+
+
+def report(config: RunConfig, options: PlanOptions, *, vocab_size: int, note: str = "") -> str:
+    """The whole answer, for people."""
+    ranks = options.gpus
+    plan = plan_run(config, ranks=ranks, vocab_size=vocab_size)
+    parts = [_title(config, ranks), _memory_table(plan.memory)]
+    if options.gpu_memory is not None:
+        parts.append(_verdict(config, plan, options, vocab_size))
+    if ranks > 1:
+        full = design_model(replace(config, method="full"), vocab_size=vocab_size)
+        passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+        dense, _ = _traffic(config, model_shapes(full), _strategy(config, ranks), ranks, passes)
+        parts.append(_wire_table(config, plan, dense))
+    return "\n\n".join([*parts, note] if note else parts)
+
+
+def _title(config: RunConfig, ranks: int) -> str:
+    model, train, optim = config.model, config.train, config.optim
+    method = "full-rank training"
+    if config.method == "loqt":
+        method = f"LoQT, rank {config.loqt.rank}, W in {config.loqt.quantization.weight}"
+    kept = f"{model.trained_dtype} parameters, {optim.states} states" + (
+        ", updated per layer" if optim.per_layer else ""
+    )
+    batch = min(train.micro_batch_size, -(-train.global_batch_size // ranks))
+    return (
+        f"{model.path or model.preset}: {method}; {kept}\n"
+        f"{ranks} rank(s), {_strategy(config, ranks)}, {batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
+        + (", activations recomputed" if model.activation_checkpointing else "")
+    )
+
+
+def _memory_table(memory: RankMemory) -> str:
+    activations = memory.passing - (memory.gradients if memory.passing > memory.gradients else 0)
+    rows = [(kind, size) for kind, size in memory.state.items() if size]
+    rows += [("gradients", memory.gradients), ("activations, temporaries", activations)]
+    rows += [("gathered, in buckets", memory.gathered), ("scratch of a merge", memory.merge_scratch)]
+    rows += [("peak of a step", memory.step_peak), ("peak of a merge step", memory.merge_peak)]
+    lines = [f"  {name:<26}{_size(size):>12}" for name, size in rows if size]
+    return "\n".join([f"  {'bytes on a rank':<26}", *lines])
+
+
+def _verdict(config: RunConfig, plan: Plan, options: PlanOptions, vocab_size: int) -> str:
+    assert options.gpu_memory is not None
+    limit = parse_size(options.gpu_memory) - OUTSIDE
+    room = f"{options.gpu_memory} less {_size(OUTSIDE)} that torch does not count (assumed)"
+    spare = limit - plan.memory.peak
+    if spare >= 0:
+        return f"fits: {_size(spare)} to spare of {room}"
+    change = first_that_fits(
+        config, ranks=options.gpus, fits=_checker(limit, ranks=options.gpus, vocab_size=vocab_size)
+    )
+    if change is not None:
+        peak = plan_run(change.config, ranks=options.gpus, vocab_size=vocab_size).memory.peak
+        advice = f"it fits ({_size(peak)}) with\n  " + " \\\n  ".join(change.words)
+    else:
+        advice = f"no setting that plan knows makes it fit on {options.gpus}; write --gpus {2 * options.gpus}"
+    return f"does not fit: {_size(-spare)} too much for {room}\n{advice}"
+
+
+def _checker(limit: int, *, ranks: int, vocab_size: int) -> Callable[[RunConfig], bool]:
+    return lambda config: plan_run(config, ranks=ranks, vocab_size=vocab_size).memory.peak <= limit
+
+
+def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
+    lines = [f"  {'sent by a rank (ring)':<26}", f"  {'a step':<26}{_size(plan.step.sent):>12}"]
+    lines.append(f"  {'a step, full-rank':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
+    if config.method == "loqt":
+        lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
+    return "\n".join(lines)
+
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "24GB" (10^9) or "24GiB" (2^30).
+
+    Raises:
+        ConfigError: It is no such size.
+    """
+    for unit, factor in _UNITS.items():
+        if text.lower().endswith(unit.lower()):
+            try:
+                return int(float(text[: -len(unit)]) * factor)
+            except ValueError:
+                break
+    raise ConfigError(f"gpu_memory is {text!r}; write a number and a unit, e.g. 24GB (10^9 bytes) or 24GiB (2^30)")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

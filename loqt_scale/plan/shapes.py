@@ -1,0 +1,98 @@
+"""Every parameter of a run by shape, kind and place: what all counts of bytes start from. Nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from loqt_scale.build import ModelDesign
+from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.layers import loqt_layers
+from loqt_scale.models import decoder_blocks
+from loqt_scale.strategies import shard_range
+
+# kind of memory, by how a parameter's name ends
+_KINDS = {
+    "base.codes": "codes of W",
+    "base.scales": "scales of W",
+    "projection.codes": "P",
+    "projection.scales": "P",
+    "factor": "B",
+}
+REST = "other parameters"
+STATE_KINDS = ("codes of W", "scales of W", "P", "B", REST)
+
+
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter.
+
+    Args:
+        name: Its name in the converted model.
+        shape: Whole, not a rank's share.
+        dtype: Of the stored values.
+        trains: Whether it has a gradient and moments.
+        unit: The block that FSDP2 gathers it with, from 0; -1 is the root (embedding, last norm, head).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trains: bool
+    unit: int
+
+    @property
+    def kind(self) -> str:
+        """One of `STATE_KINDS`."""
+        return next((kind for suffix, kind in _KINDS.items() if self.name.endswith(suffix)), REST)
+
+    @property
+    def row_values(self) -> int:
+        """Values of one row."""
+        return math.prod(self.shape[1:])
+
+    def values(self, ranks: int = 1) -> int:
+        """Values of the largest share when dim 0 is cut for so many ranks."""
+        start, stop = shard_range(self.shape[0], 0, ranks)
+        return (stop - start) * self.row_values
+
+    def nbytes(self, ranks: int = 1) -> int:
+        """Bytes of that share."""
+        return self.values(ranks) * self.dtype.itemsize
+
+    def gathered_bytes(self, ranks: int, compute: torch.dtype) -> int:
+        """Bytes of the whole as FSDP2 gathers it: shards padded to equal rows, floats in the compute dtype."""
+        itemsize = compute.itemsize if self.dtype.is_floating_point else self.dtype.itemsize
+        return self.values(ranks) * ranks * itemsize
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """All parameters of a design, each distinct one once, and the LoQT layers' facts."""
+
+    parameters: tuple[ParameterShape, ...]
+    layers: tuple[LowRankSpec, ...]
+
+    @property
+    def units(self) -> dict[int, list[ParameterShape]]:
+        """Parameters by FSDP2's unit."""
+        found: dict[int, list[ParameterShape]] = {}
+        for parameter in self.parameters:
+            found.setdefault(parameter.unit, []).append(parameter)
+        return found
+
+
+def model_shapes(design: ModelDesign) -> ModelShapes:
+    """Reads the shapes off a design."""
+    prefixes = [f"{name}." for name, _ in decoder_blocks(design.model)]
+
+    def unit(name: str) -> int:
+        return next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), -1)
+
+    parameters = tuple(
+        ParameterShape(name, tuple(p.shape), p.dtype, p.requires_grad, unit(name))
+        for name, p in design.model.named_parameters()
+    )
+    return ModelShapes(parameters, tuple(layer.spec for _, layer in loqt_layers(design.model)))

@@ -1,0 +1,29 @@
+"""The vocabulary of a run that may not have its tokenizer at hand yet."""
+
+from __future__ import annotations
+
+from loqt_scale.config import RunConfig
+from loqt_scale.data.tokenizers import load_tokenizer
+
+ASSUMED = 32128  # T5's and, rounded up, LLaMA's
+
+
+def vocabulary_size(config: RunConfig, given: int | None) -> tuple[int, str]:
+    """(rows of the embedding, a note for people if that is an assumption).
+
+    Args:
+        config: The run.
+        given: What the user said, if anything.
+    """
+    if given is not None:
+        return given, ""
+    tokenizer = config.data.tokenizer
+    if tokenizer == "bpe":
+        return config.data.bpe_vocab_size, ""
+    try:
+        return load_tokenizer(tokenizer).vocab_size, ""
+    except (OSError, ValueError):
+        return (
+            ASSUMED,
+            f"(tokenizer {tokenizer} could not be read: a vocabulary of {ASSUMED} is assumed; --vocab_size N)",
+        )

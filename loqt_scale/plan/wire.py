@@ -1,0 +1,72 @@
+"""Bytes on the wire of a step and of a merge, from shapes; counted as `strategies.wire` counts what is really sent.
+
+A payload is the whole tensor of a collective. In a ring of N ranks each rank sends (N-1)/N of it, twice that for an
+all-reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loqt_scale.config import RunConfig
+from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.plan.memory import FLOAT, sketch_bytes
+from loqt_scale.plan.shapes import ModelShapes
+from loqt_scale.strategies import DTYPES
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one step or merge: payload, and what one rank sends in a ring."""
+
+    payload: int
+    sent: int
+
+
+def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks: int, passes: int) -> Traffic:
+    """A normal step.
+
+    Args:
+        config: The run.
+        shapes: Its model.
+        strategy: single, ddp or fsdp.
+        ranks: N.
+        passes: Forward and backward passes of a step.
+    """
+    if ranks == 1:
+        return Traffic(0, 0)
+    trained = [p for p in shapes.parameters if p.trains]
+    if strategy == "ddp":
+        reduced = sum(p.nbytes() for p in trained) + 2 * FLOAT
+        return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
+    compute, gathered = DTYPES[config.model.dtype], 0
+    for index, unit in shapes.units.items():
+        times = passes * (2 if config.parallel.reshard_after_forward and index >= 0 else 1)
+        gathered += times * sum(p.gathered_bytes(ranks, compute) for p in unit)
+    scattered = sum(p.values(ranks) * ranks * FLOAT for p in trained)
+    norms = FLOAT * (2 + len(trained))  # the loss with its mark; a gradient norm a parameter
+    payload = gathered + scattered + norms
+    return Traffic(payload, (gathered + scattered + 2 * norms) * (ranks - 1) // ranks)
+
+
+def merge_traffic(config: RunConfig, shapes: ModelShapes, *, ranks: int) -> Traffic:
+    """A merge under fsdp: an upper bound that is met up to padding."""
+    if ranks == 1:
+        return Traffic(0, 0)
+    layers = [_layer_merge(config, spec, ranks) for spec in shapes.layers]
+    once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
+    return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
+
+
+def _layer_merge(config: RunConfig, spec: LowRankSpec, ranks: int) -> tuple[int, int]:
+    """(payload of gathers, broadcasts and reduces, payload of all-reduces) of one layer."""
+    base, layout, rounds = spec.base, spec.projection, config.loqt.merge.compensation_rounds
+    packed = (layout.groups + ranks) * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
+    rank = layout.cols
+    factor = FLOAT * (base.rows + base.cols - layout.rows + ranks * base.group_rows) * rank
+    sketch = sketch_bytes(config, base.rows, base.cols, layout.rows, rank)
+    once, reduced = sketch + 2 * packed, FLOAT * (3 + 2 * rounds)
+    if spec.side == "output":
+        return once + factor, reduced + rounds * factor
+    aligned = base.rows % ranks == 0 and base.group_rows == 1
+    return once + (0 if aligned else 2 * factor), reduced
