@@ -26,8 +26,8 @@ from loqt_scale.config_io import parse_run_config
 from tests.distributed.footprint_tasks import (
     allocations,
     kinds_held,
-    live_tensor_bytes,
     make_trainer,
+    measured_peaks,
     update_without_merge,
 )
 from tests.distributed.pool import RankPool
@@ -81,19 +81,7 @@ def measure_rank(words: list[str]) -> dict[str, Any]:
 
 def measure_peaks(words: list[str]) -> dict[str, int]:
     """Most bytes of tensors alive at any moment of a normal step and of a merge step, in one process."""
-    config = run_config(words)
-    before = live_tensor_bytes()
-    trainer = make_trainer(config)
-    trainer.step(0)
-    peaks = {}
-    merge_step = trainer.merges.steps[1] if trainer.merges is not None else None
-    for name, step in (("step", 1), ("merge", merge_step)):
-        if step is not None:
-            alive = live_tensor_bytes() - before
-            with allocations() as made:
-                trainer.step(step)
-            peaks[name] = alive + made.kept + made.passing
-    return peaks
+    return measured_peaks(run_config(words))
 
 
 def mebibytes(value: int | None) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _CELLS = 64  # per unit
-_CHUNK_VALUES = 2**18  # scratch that stays in a core's cache
+CHUNK_VALUES = 2**18  # scratch that stays in a core's cache
 _SMALLEST = 1e-38  # bitsandbytes' guard against division by zero
 
 
@@ -39,7 +39,7 @@ def quantize_nf4(values: Tensor, block_size: int) -> tuple[Tensor, Tensor] | Non
         return None
     inverse = (1.0 / scales.clamp(min=_SMALLEST)).unsqueeze(1)
     codes = torch.empty(values.numel() // 2, dtype=torch.uint8)
-    step = max(1, _CHUNK_VALUES // block_size)
+    step = max(1, CHUNK_VALUES // block_size)
     below, midpoint_in = _tables()
     for first in range(0, blocks.shape[0], step):
         scaled = (blocks[first : first + step] * inverse[first : first + step]).reshape(-1)

@@ -23,7 +23,7 @@ from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 
 StateKind = Literal["float32", "int8"]
-CHUNK_VALUES = 2**20  # values in flight: a few float32 buffers of 4 MiB
+CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
 
 
 class Moment:

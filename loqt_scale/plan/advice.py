@@ -24,15 +24,35 @@ class Change:
 def changes(config: RunConfig, *, ranks: int) -> Iterator[Change]:
     """Changes that add up, the least painful first; each only where it is one."""
     words: tuple[str, ...] = ()
-    for step in (_checkpointing, _small_states, _bfloat16, _double, _micro_batch, _per_layer, _micro_batch, _rank):
-        while True:
-            found = step(config, ranks)
-            if found is None:
-                break
+    for step in (_checkpointing, _small_states, _bfloat16, _double, _smaller_passes, _per_layer, _smaller_steps, _rank):
+        while (found := step(config, ranks)) is not None:
             config, said = found
-            given = {word.split("=")[0] for word in said}
-            words = (*(word for word in words if word.split("=")[0] not in given), *said)
+            words = _said(words, said)
             yield Change(config, words)
+
+
+def first_that_fits(config: RunConfig, *, ranks: int, fits: Callable[[RunConfig], bool]) -> Change | None:
+    """The first of `changes` with which the run fits, with as large passes as fit then; None if none does."""
+    most = min(config.train.micro_batch_size, -(-config.train.global_batch_size // ranks))
+    for change in changes(config, ranks=ranks):
+        if fits(change.config):
+            larger = change
+            while larger.config.train.micro_batch_size < most:
+                change = larger
+                size = 2 * change.config.train.micro_batch_size
+                per_layer = change.config.optim.per_layer
+                grown, said = (_one_pass if per_layer else _passes_of)(change.config, size, ranks)
+                if not fits(grown):
+                    return change
+                larger = Change(grown, _said(change.words, said))
+            return larger
+    return None
+
+
+def _said(words: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """Words with some added; a later value of the same setting replaces an earlier one."""
+    given = {word.partition("=")[0] for word in more}
+    return (*(word for word in words if word.partition("=")[0] not in given), *more)
 
 
 Found = tuple[RunConfig, tuple[str, ...]] | None
@@ -68,23 +88,34 @@ def _double(config: RunConfig, ranks: int) -> Found:
     return replace(config, loqt=loqt), said
 
 
-def _micro_batch(config: RunConfig, ranks: int) -> Found:
+def _smaller_passes(config: RunConfig, ranks: int) -> Found:
+    """The same step in more passes."""
     size = min(config.train.micro_batch_size, -(-config.train.global_batch_size // ranks))
-    if size == 1 or config.optim.per_layer:
-        return None
-    train = replace(config.train, micro_batch_size=size // 2)
-    return replace(config, train=train), (f"--train.micro_batch_size={size // 2}",)
+    return None if size == 1 or config.optim.per_layer else _passes_of(config, size // 2, ranks)
 
 
 def _per_layer(config: RunConfig, ranks: int) -> Found:
-    """One micro-batch a step: the global batch becomes what one pass can take."""
+    """A step of one pass, because gradients of several would have to pile up."""
     if config.optim.per_layer or config.parallel.strategy in ("ddp", "zero"):
         return None
-    batch = config.train.micro_batch_size * ranks
-    optim = replace(config.optim, per_layer=True, clip_norm=0.0)
-    train = replace(config.train, global_batch_size=batch)
-    said = ("--optim.per_layer=true", "--optim.clip_norm=0", f"--train.global_batch_size={batch}")
-    return replace(config, optim=optim, train=train), said
+    config = replace(config, optim=replace(config.optim, per_layer=True, clip_norm=0.0))
+    config, said = _one_pass(config, config.train.micro_batch_size, ranks)
+    return config, ("--optim.per_layer=true", "--optim.clip_norm=0", *said)
+
+
+def _smaller_steps(config: RunConfig, ranks: int) -> Found:
+    size = config.train.micro_batch_size
+    return None if size == 1 or not config.optim.per_layer else _one_pass(config, size // 2, ranks)
+
+
+def _passes_of(config: RunConfig, size: int, ranks: int) -> tuple[RunConfig, tuple[str, ...]]:
+    return replace(config, train=replace(config.train, micro_batch_size=size)), (f"--train.micro_batch_size={size}",)
+
+
+def _one_pass(config: RunConfig, size: int, ranks: int) -> tuple[RunConfig, tuple[str, ...]]:
+    train = replace(config.train, micro_batch_size=size, global_batch_size=size * ranks)
+    said = (f"--train.micro_batch_size={size}", f"--train.global_batch_size={size * ranks}")
+    return replace(config, train=train), said
 
 
 def _rank(config: RunConfig, ranks: int) -> Found:
@@ -92,8 +123,3 @@ def _rank(config: RunConfig, ranks: int) -> Found:
         return None
     rank = config.loqt.rank // 2
     return replace(config, loqt=replace(config.loqt, rank=rank)), (f"--loqt.rank={rank}",)
-
-
-def first_that_fits(config: RunConfig, *, ranks: int, fits: Callable[[RunConfig], bool]) -> Change | None:
-    """The first of `changes` with which the run fits; None if none does."""
-    return next((change for change in changes(config, ranks=ranks) if fits(change.config)), None)

@@ -13,13 +13,17 @@ from loqt_scale.batching import micro_steps
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
+from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.functional.projection import sketch_width
+from loqt_scale.optim.streamed import CHUNK_VALUES as STREAMED_VALUES
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape
 from loqt_scale.strategies import DTYPES
 
 FLOAT = 4  # bytes
-CHUNK_BUFFERS = 8  # a merge's chunk: target, scratch of the quantizer, dequantized, and what LAPACK and BLAS copy
+CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
+QUANTIZER_BYTES = 14  # a value, of the table look-up's own chunk
+UPDATE_BYTES = 44  # a value, of a streamed update's chunk: float32 copies, 64-bit hashes of the rounding
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,21 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in trained)
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in trained)
     merges = config.method == "loqt"
+    one_pass = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size) == 1
+    gathered = 0
     if strategy == "single":
-        one_pass = micro_steps(config.train.global_batch_size, 1, config.train.micro_batch_size) == 1
-        if config.optim.per_layer:
-            passing = passes.gradients_freed
-        else:  # from the second pass on, the gradients of the first are there all the time
-            passing = passes.gradients_pile_up if one_pass else passes.gradients_freed + gradients
-        # with one pass, a layer's gradient comes with its sketch's end
+        # from the second pass on, the gradients of the first are there all the time
+        passing = passes.gradients_pile_up if one_pass else passes.gradients_freed + gradients
         merge_passing = passes.merge_freed + gradients if merges else 0
-        gathered = 0
     else:
+        # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
         gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes, ranks)
-        shards = gradients if strategy == "fsdp" else 0  # ddp's gradients lie in its buckets
-        passing = passes.gradients_freed + shards
-        merge_passing = passes.merge_kept + shards if merges else 0
+        beside = 0 if strategy == "ddp" and one_pass else gradients
+        passing = passes.gradients_freed + beside
+        merge_passing = passes.merge_kept + beside if merges else 0
+    if config.optim.per_layer:
+        passing = passes.gradients_freed + update_scratch(config, shapes, cut)
+        merge_passing += update_scratch(config, shapes, cut) if merges else 0
     scratch = merge_scratch(config, shapes, ranks) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch)
 
@@ -104,6 +109,12 @@ def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> in
     values = parameter.values(ranks)
     block = row_block(parameter.row_values) if config.optim.states == "int8" else 0
     return 2 * (values + values // block * FLOAT if block else values * FLOAT)
+
+
+def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
+    """What a streamed update of the largest parameter takes in passing."""
+    largest = max((p.values(ranks) for p in shapes.parameters if p.trains), default=0)
+    return UPDATE_BYTES * min(largest, STREAMED_VALUES)
 
 
 def gathered_bytes(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
@@ -132,7 +143,9 @@ def merge_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
         packed = -(-spec.base.groups // ranks) * packed_bytes
         rank = spec.projection.cols
         low_rank = (spec.base.rows + spec.base.cols) * rank * FLOAT
-        most = max(most, shard + 3 * packed + 4 * low_rank + min(shard, CHUNK_VALUES * FLOAT) * CHUNK_BUFFERS)
+        chunk = FLOAT * CHUNK_BUFFERS * min(rows * spec.base.cols, CHUNK_VALUES)
+        chunk += QUANTIZER_BYTES * min(rows * spec.base.cols, TABLE_VALUES)
+        most = max(most, shard + 3 * packed + 4 * low_rank + chunk)
         sketches += sketch_bytes(config, spec.base.rows, spec.base.cols, spec.projection.rows, rank)
     return most + (sketches if ranks > 1 else 0)
 

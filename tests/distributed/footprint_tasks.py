@@ -25,6 +25,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.data import build_corpus
 from loqt_scale.functional import compensation
 from loqt_scale.metrics import MetricsWriter, Progress
+from loqt_scale.optim import Moment
 from loqt_scale.strategies import create_strategy
 from loqt_scale.strategies.wire import WireCounter
 from loqt_scale.strategies.zero import ZeroStrategy
@@ -79,6 +80,11 @@ def live_tensor_bytes() -> int:
     return sum(sizes.values())
 
 
+def moment_tensors(moment: Tensor | Moment) -> list[Tensor]:
+    """What a moment is kept in."""
+    return moment.tensors() if isinstance(moment, Moment) else [moment]
+
+
 def kinds_held(trainer: Trainer) -> dict[str, int]:
     """Bytes per kind behind the model's parameters, their gradients and their Adam moments on this rank."""
     if isinstance(trainer.strategy, ZeroStrategy):
@@ -95,8 +101,8 @@ def kinds_held(trainer: Trainer) -> dict[str, int]:
             add("gradients", parameter.grad)
         state = trainer.optimizer.state.get(parameter, {})
         for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                add("adam", state[key])
+            for tensor in moment_tensors(state[key]) if key in state else ():
+                add("adam", tensor)
     return {kind: sum(storages.values()) for kind, storages in held.items()}
 
 
@@ -140,7 +146,7 @@ def held_bytes(**settings: Any) -> dict[str, Any]:
     if isinstance(trainer.strategy, ZeroStrategy):
         held["gradients"] = live_tensor_bytes() - before - live
     else:
-        held["gradients"] = kinds_held(trainer)["gradients"]
+        held["gradients"] = kinds_held(trainer).get("gradients", 0)
     trainer.strategy.close()
     return {"held": dict(held), "rows": rows, "live": live}
 
@@ -212,6 +218,27 @@ def transient_bytes(*, chunk_values: int, **settings: Any) -> dict[str, Allocati
             with allocations() as result[name]:
                 trainer.merges.finish(step)
     return result
+
+
+def peak_bytes(**settings: Any) -> dict[str, int]:
+    """Most bytes of tensors alive at any moment of a normal `step` and of a `merge` step. Every rank."""
+    return measured_peaks(small_config(settings))
+
+
+def measured_peaks(config: RunConfig) -> dict[str, int]:
+    """`peak_bytes` of a run."""
+    before = live_tensor_bytes()
+    trainer = make_trainer(config)
+    trainer.step(0)
+    peaks = {}
+    merge_step = trainer.merges.steps[1] if trainer.merges is not None else None
+    for name, step in (("step", 1), ("merge", merge_step)):
+        if step is not None:
+            alive = live_tensor_bytes() - before
+            with allocations() as made:
+                trainer.step(step)
+            peaks[name] = alive + made.kept + made.passing
+    return peaks
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------------

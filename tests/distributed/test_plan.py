@@ -1,0 +1,148 @@
+"""The planner against what is really there: bytes of every kind, highest moments, bytes on the wire."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loqt_scale.cli import main
+from loqt_scale.command_options import PlanOptions
+from loqt_scale.config_io import parse_run_config
+from loqt_scale.config_keys import ConfigError
+from loqt_scale.plan import Plan, activations, parse_size, plan_run, report
+from loqt_scale.plan.advice import changes
+from tests.distributed.pool import RankPool
+from tests.distributed.tasks import small_config
+from tests.distributed.test_footprint import WIDE, Run, run_on
+
+KINDS = {
+    "codes": "codes of W",
+    "scales": "scales of W",
+    "projection": "P",
+    "factor": "B",
+    "full_precision": "other parameters",
+    "adam": "Adam moments",
+}
+BYTES = 320  # the byte tokenizer's vocabulary
+LEAN = {
+    "optim.states": "int8",
+    "model.dtype": "bfloat16",
+    "model.trained_dtype": "bfloat16",
+    "loqt.quantization.weight": "nf4_double",
+    "loqt.rank": 32,
+}
+PER_LAYER = {"optim.per_layer": True, "optim.clip_norm": 0.0, "train.micro_batch_size": 6}
+CASES = [
+    (1, "single", {}),
+    (1, "single", {**LEAN, **PER_LAYER}),
+    (1, "single", {"model.activation_checkpointing": True, "train.micro_batch_size": 6}),
+    (1, "single", {"method": "full"}),
+    (2, "ddp", {}),
+    (2, "fsdp", {}),
+    (3, "fsdp", LEAN),
+]
+IDS = ["single", "lean", "checkpointed", "full", "ddp", "fsdp", "fsdp-lean"]
+
+
+@pytest.fixture
+def run(ranks: RankPool, tmp_path: Path, text_file: Path, cache_dir: Path) -> Run:
+    return run_on(ranks, tmp_path, text_file, cache_dir)
+
+
+def planned(world_size: int, strategy: str, settings: dict[str, Any]) -> Plan:
+    config = small_config({**WIDE, "parallel.strategy": strategy, **settings})
+    return plan_run(config, ranks=world_size, vocab_size=BYTES)
+
+
+@pytest.mark.parametrize(("world_size", "strategy", "settings"), CASES, ids=IDS)
+def test_state_is_what_a_rank_holds(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
+    """Of every kind, on the rank that holds most of it."""
+    plan = planned(world_size, strategy, settings)
+    held = [result["held"] for result in run("held_bytes", world_size, strategy, **settings)]
+    for kind, name in KINDS.items():
+        assert plan.memory.state[name] == pytest.approx(max(h.get(kind, 0) for h in held), rel=0.03), name
+    assert plan.memory.gradients == pytest.approx(max(h["gradients"] for h in held), rel=0.03)
+
+
+@pytest.mark.parametrize(("world_size", "strategy", "settings"), CASES, ids=IDS)
+def test_peaks_are_the_highest_moments(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
+    plan = planned(world_size, strategy, settings)
+    peaks = run("peak_bytes", world_size, strategy, **settings)
+    print(plan.memory, plan.memory.step_peak, plan.memory.merge_peak, peaks)
+    for name, expected in (("step", plan.memory.step_peak), ("merge", plan.memory.merge_peak)):
+        measured = max(result.get(name, 0) for result in peaks)
+        assert expected == pytest.approx(measured, rel=0.10), name
+
+
+@pytest.mark.parametrize(("world_size", "settings"), [(2, {}), (3, {"parallel.reshard_after_forward": False})])
+def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, settings: dict[str, Any]) -> None:
+    """A step to the byte; a merge, whose rows need not divide, at most and nearly as much."""
+    plan, seen = planned(world_size, "fsdp", settings), run("traffic", world_size, "fsdp", **settings)[0]
+    assert plan.step.payload == sum(size for _, size, _ in seen["step"])
+    assert plan.step.sent == pytest.approx(seen["step_sent"], rel=1e-3)
+    merge = sum(size for _, size, _ in seen["merge"])
+    assert 0.5 * plan.merge.payload < merge <= plan.merge.payload
+    assert 0.5 * plan.merge.sent < seen["merge_sent"] <= plan.merge.sent
+
+
+@pytest.mark.parametrize("settings", [{}, {"model.activation_checkpointing": True}], ids=str)
+def test_two_shallow_models_stand_for_a_deep_one(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {**WIDE["model.overrides"], "num_hidden_layers": 11}
+    config = small_config({**WIDE, "model.overrides": overrides, **settings})
+    peaks = []
+    for depths in ((4, 8), (11, 12)):
+        monkeypatch.setattr(activations, "DEPTHS", depths)
+        monkeypatch.setattr(activations, "_KNOWN", {})
+        memory = activations.PassMemory(config, vocab_size=BYTES)
+        peaks.append([memory.gradients_pile_up, memory.gradients_freed, memory.merge_freed, memory.merge_kept])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_the_advice_makes_it_fit_and_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the words of the advice through the command line: it fits, with the peak that was promised."""
+    words = ["--config", str(Path(__file__).parents[2] / "configs" / "llama_130m.yaml"), "--vocab-size", "32128"]
+    assert main(["plan", *words, "--gpus", "1", "--gpu-memory=2GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "it fits (" in said
+    peak = said.partition("it fits (")[2].partition(")")[0]
+    advice = [word for word in said.partition(") with")[2].replace("\\", " ").split() if word.startswith("--")]
+    assert main(["plan", *words, "--gpus", "1", "--gpu-memory=2GiB", *advice]) == 0
+    again = capsys.readouterr().out
+    assert "fits: " in again and "does not fit" not in again
+    assert f"{peak}" in again.partition("peak of a step")[2]
+
+
+def test_changes_only_ever_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config({**WIDE, "loqt.rank": 256, "train.micro_batch_size": 4})
+    peaks = [plan_run(config, ranks=1, vocab_size=BYTES).memory.peak]
+    for change in changes(config, ranks=1):
+        peaks.append(plan_run(change.config, ranks=1, vocab_size=BYTES).memory.peak)
+    assert len(peaks) >= 8 and peaks[-1] < 0.6 * peaks[0]
+
+
+def test_what_cannot_be_planned_says_what_to_write() -> None:
+    config = small_config(WIDE)
+    for strategy, ranks, message in (("zero", 2, "write --parallel.strategy fsdp"), ("single", 2, "write --gpus 1")):
+        other = replace(config, parallel=replace(config.parallel, strategy=strategy))
+        with pytest.raises(ConfigError, match=message):
+            plan_run(other, ranks=ranks, vocab_size=BYTES)
+    for text in ("24", "big GB", "GB"):
+        with pytest.raises(ConfigError, match="write a number and a unit"):
+            parse_size(text)
+    assert (parse_size("24GB"), parse_size("1.5 GiB")) == (24 * 10**9, 3 * 2**29)
+    with pytest.raises(ConfigError, match="gpus is 0; write 1 or more"):
+        PlanOptions(gpus=0)
+
+
+def test_nothing_is_allocated() -> None:
+    """13B in a process that could not hold it; and full-rank training sends more."""
+    root = Path(__file__).parents[2]
+    config = parse_run_config(["--config", str(root / "configs" / "llama_13b.yaml")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = report(config, PlanOptions(gpus=8), vocab_size=32128)
+    assert "a step, full-rank" in said and "peak of a merge step" in said
