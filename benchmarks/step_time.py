@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 from common import ROOT, publish, table
@@ -26,12 +27,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
 METHODS = ("loqt", "full")
+RANKS = {"llama_micro": 32, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256}
 # operator -> group; looked up by the first fragment that its name contains
 GROUPS = {
     "quantize_4bit": "(de)quantize",
@@ -95,6 +98,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def count_flops(trainer: Trainer) -> int:
+    """FLOPs of a normal step's matrix products and attention, as torch counts them (it knows no in-place addmm)."""
+    in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        update(trainer, 900)
+    return counter.get_total_flops()
+
+
 def merge_of(trainer: Trainer, index: int) -> Callable[[], object]:
     """The merge after the index-th merge step, which this call runs up to it."""
     assert trainer.merges is not None
@@ -145,14 +156,15 @@ def compare(dtype: str, options: argparse.Namespace, folder: str) -> tuple[list[
     loqt, full = (statistics.median(times[method]) for method in METHODS)
     merges = [seconds(merge_of(trainers["loqt"], 1 + index)) for index in range(options.merges)]
     merge = statistics.median(merges)
-    row: list[object] = [dtype, f"{full:.3f}", f"{loqt:.3f}", f"**{statistics.median(ratios):.3f}**"]
-    row += [f"{ratios[0]:.3f} to {ratios[-1]:.3f}", f"{merge:.2f}", f"{merge / loqt:.1f}"]
+    floor = count_flops(trainers["loqt"]) / count_flops(trainers["full"])
+    row: list[object] = [options.preset, dtype, f"{full:.3f}", f"{loqt:.3f}", f"**{statistics.median(ratios):.3f}**"]
+    row += [f"{ratios[0]:.3f} to {ratios[-1]:.3f}", f"{floor:.3f}", f"{merge:.2f}", f"{merge / loqt:.1f}"]
     columns = {
         f"{method} step": op_groups(lambda m=method: update(trainers[m], 900), options.groups)  # type: ignore[misc]
         for method in METHODS
     }
     columns["loqt merge"] = op_groups(merge_of(trainers["loqt"], 1 + options.merges), options.groups)
-    return row, f"{dtype}:\n\n{share_table(columns)}"
+    return row, f"{options.preset}, {dtype}:\n\n{share_table(columns)}"
 
 
 def parse_options() -> argparse.Namespace:
@@ -163,13 +175,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9, help="pairs of steps")
     parser.add_argument("--merges", type=int, default=3)
     parser.add_argument("--groups", type=int, default=8, help="rows of the tables of shares")
-    parser.add_argument("--preset", default="llama_60m")
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--presets", nargs="+", default=["llama_60m", "llama_130m"], choices=RANKS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
     options = parser.parse_args()
     if options.quick:
-        options.preset, options.rank, options.sequences, options.seq_len = "llama_micro", 32, 2, 64
+        options.presets, options.sequences, options.seq_len = ["llama_micro"], 2, 64
         options.repeats, options.merges = 3, 1
     return options
 
@@ -179,14 +190,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows, shares = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes:
+        for preset, dtype in product(options.presets, options.dtypes):
+            options.preset, options.rank = preset, RANKS[preset]
             row, share = compare(dtype, options, folder)
             rows.append(row)
             shares.append(share)
             print(row, flush=True)
-    header = ["dtype", "full step, s", "loqt step, s", "loqt / full", "pairs from ... to", "merge, s", "merge / step"]
+    header = ["model", "dtype", "full step, s", "loqt step, s", "loqt / full", "pairs from ... to"]
+    header += ["FLOPs, loqt / full", "merge, s", "merge / step"]
     text = (
-        f"{table(header, rows)}\n\n{options.preset}, rank {options.rank}, {options.sequences} sequences of "
+        f"{table(header, rows)}\n\nPaper's ranks, {options.sequences} sequences of "
         f"{options.seq_len} tokens, byte vocabulary (320), {options.threads} thread(s), {options.repeats} alternating "
         f"pairs.\n\n" + "\n\n".join(shares)
     )
