@@ -207,7 +207,8 @@ def main() -> None:
         print(text)
         return
     command = f"python benchmarks/step_time.py --threads {options.threads} --sequences {options.sequences}"
-    publish("Step time: LoQT against full-rank training", command, text)
+    title = "Step time: LoQT against full-rank training"
+    publish(title if options.sequences == 8 else f"{title}, {options.sequences} sequences a step", command, text)
 
 
 if __name__ == "__main__":

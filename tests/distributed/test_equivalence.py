@@ -75,10 +75,11 @@ def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strate
     assert_same_losses(runs.losses(world_size, strategy), runs.losses(1, "single"))
 
 
-ACCUMULATED = [(1, "single"), (2, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
+ACCUMULATED = [(1, "single"), (2, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO)]
+ACCUMULATED_LONG = [pytest.param(3, "zero-3", marks=pytest.mark.long)]
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), ACCUMULATED)
+@pytest.mark.parametrize(("world_size", "strategy"), [*ACCUMULATED, *ACCUMULATED_LONG])
 def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str) -> None:
     """Micro-batches of 2 and 1 sequences: 4 accumulation steps on 1 and 2 ranks, an empty one on the third of 3."""
     micro = {1: 2, 2: 1, 3: 1}[world_size]
@@ -110,7 +111,7 @@ def test_quantization_schemes_too(runs: Runs, world_size: int, strategy: str, sc
     assert_same_losses(runs.losses(world_size, strategy, **setting), runs.losses(1, "single", **setting))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *ZERO])
+@pytest.mark.parametrize("strategy", ["fsdp", "zero-3", *(pytest.param(s, marks=pytest.mark.long) for s in ZERO[:2])])
 @pytest.mark.parametrize("policy", ["keep", "reset"])
 def test_state_policies_too(runs: Runs, policy: str, strategy: str) -> None:
     """(`transport` is the default, and so everywhere else.)"""

@@ -110,6 +110,10 @@ def test_a_loss_that_explodes_stops_the_run_before_the_update(
         ({"train.device": "cuda"}, "torch sees no CUDA device"),
         ({"model.preset": "llama_60b"}, "llama_60m"),
         ({"optim.warmup_steps": 8}, "write a shorter warm-up"),
+        (
+            {"optim.per_layer": True, "optim.clip_norm": 0, "train.micro_batch_size": 2},
+            "write train.micro_batch_size: ",
+        ),
     ],
 )
 def test_what_cannot_work_says_what_to_write(
