@@ -90,7 +90,11 @@ def main() -> None:
                 print(rows[-1], flush=True)
             slopes = [exponent(sizes, values) for values in series]
             fits.append([f"step time, {name}", f"{slopes[0]:.2f}", f"{slopes[3]:.2f} (FLOPs)"])
-            predicted = "between 2 (quantizing) and 3 (factorising)" if name == "hidden size" else "between 0 and 2"
+            predicted = (
+                "between 1 (sketch, factorising) and 2 (quantizing)"
+                if name == "hidden size"
+                else "between 0 (quantizing) and 2 (factorising)"
+            )
             fits.append([f"merge time, {name}", f"{slopes[1]:.2f}", predicted])
             predicted = "2 at most (W; B and embedding: 1)" if name == "hidden size" else "1 at most (B, P; W: 0)"
             fits.append([f"state, {name}", f"{slopes[2]:.2f}", predicted])
