@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import ROOT, publish, table
@@ -109,9 +110,7 @@ def measured_rows(preset: str, rank: int, folder: str) -> list[list[str]]:
             pool.close()
         results[name] = {**found[0], **found[1]}
         if name == "full AdamW":
-            try:
-                import galore_torch  # noqa: F401
-            except ImportError:
+            if find_spec("galore_torch") is None:
                 print("galore-torch is not installed: no row for it", flush=True)
                 continue
             pool = RankPool()

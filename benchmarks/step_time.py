@@ -87,8 +87,7 @@ def trainer_of(method: str, dtype: str, options: argparse.Namespace, folder: str
 def update(trainer: Trainer, step: int) -> None:
     """A normal step: the same without probes."""
     trainer.accumulate(step)
-    max_norm = trainer.config.optim.clip_norm
-    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm)
+    trainer.update()
 
 
 def seconds(work: Callable[[], object]) -> float:

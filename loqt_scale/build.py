@@ -101,11 +101,16 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
     return BuiltModel(model, design.weights, design.dense_layers, design.hf_config, trained_values)
 
 
+def recompute_blocks(model: nn.Module) -> None:
+    """Has each transformer block recompute its activations in the backward pass instead of storing them."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
 def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> nn.Module:
     """Shards and allocates a designed model, in place; its parameters have no values yet. Every rank."""
     model = design.model
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_blocks(model)
     blocks = [block for _, block in decoder_blocks(model)]
     if config.compile:
         for block in blocks:

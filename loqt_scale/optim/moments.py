@@ -15,7 +15,7 @@ Moments = tuple[Tensor, Tensor]
 
 @contextmanager
 def open_moments(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, local: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer, parameter: Tensor, local: Callable[[Tensor], Tensor], *, edit: bool = True
 ) -> Iterator[Moments | None]:
     """(first, second) moment of a parameter, sharded as it is, to be read or edited in place inside the block.
 
@@ -25,6 +25,7 @@ def open_moments(
         optimizer: The run's.
         parameter: One that trains.
         local: The stored rows of a tensor.
+        edit: Whether they will be changed; if not, those kept in 8 bits are not packed again.
     """
     state = optimizer.state.get(parameter, {})
     if "exp_avg" not in state or "exp_avg_sq" not in state:
@@ -34,7 +35,8 @@ def open_moments(
         rows = (local(opened[0]), local(opened[1]))
         optimizer.read_moments(parameter, rows)
         yield opened
-        optimizer.write_moments(parameter, rows)
+        if edit:
+            optimizer.write_moments(parameter, rows)
     else:
         yield state["exp_avg"], state["exp_avg_sq"]
 

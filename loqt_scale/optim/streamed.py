@@ -13,16 +13,16 @@ ranks makes the same updates. With float32 states and parameters it is AdamW (Lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loqt_scale.config import OptimizerStates
 from loqt_scale.functional.blockwise import decode, encode, row_block
 from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 
-StateKind = Literal["float32", "int8"]
 CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
 
 
@@ -35,7 +35,7 @@ class Moment:
         signed: True for the first moment; the second, never negative, is kept as its square root.
     """
 
-    def __init__(self, rows: Tensor, kind: StateKind, *, signed: bool) -> None:
+    def __init__(self, rows: Tensor, kind: OptimizerStates, *, signed: bool) -> None:
         self._signed = signed
         self._block = row_block(rows.shape[1]) if kind == "int8" else 0
         self._values = torch.zeros(rows.shape, dtype=torch.uint8 if self._block else torch.float32, device=rows.device)
@@ -85,7 +85,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        states: StateKind,
+        states: OptimizerStates,
         local: Callable[[Tensor], Tensor],
         first_row: Callable[[Tensor], int],
         seed: int,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loqt_scale.batching import summed_loss
-from loqt_scale.build import design_model
+from loqt_scale.build import design_model, recompute_blocks
 from loqt_scale.config import RunConfig, TrainConfig
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
@@ -126,7 +126,7 @@ def take_pass(
 ) -> int:
     """Takes one forward and backward pass of a meta model on fake tensors; returns its highest moment in bytes."""
     if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_blocks(model)
     dtype = DTYPES[config.model.dtype]
     with FakeTensorMode():
         known = _make_fake(model)
@@ -162,6 +162,6 @@ def _make_fake(model: nn.Module) -> list[Tensor]:
                 made[id(parameter)] = parameter, nn.Parameter(values, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)][1]
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-            buffers.append(module._buffers[name])  # type: ignore[arg-type]
+            buffers.append(torch.empty(buffer.shape, dtype=buffer.dtype))
+            module._buffers[name] = buffers[-1]
     return [*(parameter for _, parameter in made.values()), *buffers]

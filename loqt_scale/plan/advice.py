@@ -36,16 +36,13 @@ def first_that_fits(config: RunConfig, *, ranks: int, fits: Callable[[RunConfig]
     most = min(config.train.micro_batch_size, -(-config.train.global_batch_size // ranks))
     for change in changes(config, ranks=ranks):
         if fits(change.config):
-            larger = change
-            while larger.config.train.micro_batch_size < most:
-                change = larger
-                size = 2 * change.config.train.micro_batch_size
-                per_layer = change.config.optim.per_layer
-                grown, said = (_one_pass if per_layer else _passes_of)(change.config, size, ranks)
-                if not fits(grown):
-                    return change
-                larger = Change(grown, _said(change.words, said))
-            return larger
+            while change.config.train.micro_batch_size < most:
+                resize = _one_pass if change.config.optim.per_layer else _passes_of
+                larger, said = resize(change.config, 2 * change.config.train.micro_batch_size, ranks)
+                if not fits(larger):
+                    break
+                change = Change(larger, _said(change.words, said))
+            return change
     return None
 
 

@@ -49,14 +49,14 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int) -> Plan:
     """
     strategy = _strategy(config, ranks)
     shapes = model_shapes(design_model(config, vocab_size=vocab_size))
-    passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
     one_pass = PassMemory(config, vocab_size=vocab_size)
     memory = rank_memory(config, shapes, one_pass, strategy=strategy, ranks=ranks)
-    return Plan(memory, *_traffic(config, shapes, strategy, ranks, passes))
+    return Plan(memory, *_traffic(config, shapes, ranks))
 
 
-def _traffic(config: RunConfig, shapes: ModelShapes, strategy: str, ranks: int, passes: int) -> tuple[Traffic, Traffic]:
-    step = step_traffic(config, shapes, strategy=strategy, ranks=ranks, passes=passes)
+def _traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple[Traffic, Traffic]:
+    passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    step = step_traffic(config, shapes, strategy=_strategy(config, ranks), ranks=ranks, passes=passes)
     return step, merge_traffic(config, shapes, ranks=ranks)
 
 
@@ -83,8 +83,7 @@ def report(config: RunConfig, options: PlanOptions, *, vocab_size: int, note: st
         parts.append(_verdict(config, plan, options, vocab_size))
     if ranks > 1:
         full = design_model(replace(config, method="full"), vocab_size=vocab_size)
-        passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
-        dense, _ = _traffic(config, model_shapes(full), _strategy(config, ranks), ranks, passes)
+        dense, _ = _traffic(config, model_shapes(full), ranks)
         parts.append(_wire_table(config, plan, dense))
     return "\n\n".join([*parts, note] if note else parts)
 

@@ -172,7 +172,7 @@ class Strategy:
 
     def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """This rank's work shares of Adam's moments; None before the first update. Every rank."""
-        with open_moments(optimizer, parameter, self.local) as moments:
+        with open_moments(optimizer, parameter, self.local, edit=False) as moments:
             return None if moments is None else (self.read(moments[0]), self.read(moments[1]))
 
     def write_moments(

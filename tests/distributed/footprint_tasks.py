@@ -62,8 +62,7 @@ def update_without_merge(trainer: Trainer, step: int) -> None:
     if trainer.merges is not None:
         trainer.merges.prepare(step)
     trainer.accumulate(step)
-    max_norm = trainer.config.optim.clip_norm
-    trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=max_norm)
+    trainer.update()
 
 
 # ---- what is held ------------------------------------------------------------------------------------------------
