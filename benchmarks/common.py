@@ -44,8 +44,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
 
 
-def publish(title: str, command: str, text: str) -> None:
-    """Prints a result and puts it into RESULTS.md, replacing an earlier one with the same title."""
+def publish(title: str, command: str, text: str, *, keep: bool = True) -> None:
+    """Prints a result and, unless it is not to be kept, puts it into RESULTS.md in place of one with the same title."""
+    if not keep:
+        print(text)
+        return
     section = f"## {title}\n\n`{command}`  \n{date.today()}, commit {commit()}, {hardware()}\n\n{text}\n"
     print("\n" + section, flush=True)
     old = (

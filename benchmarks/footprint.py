@@ -151,10 +151,12 @@ def main() -> None:
         "include activations. Workspaces of gloo and of BLAS are not torch's and not in the log."
     )
     text = f"{rank_table(shared)}\n\n{peak_table(peaks)}\n\n{notes}"
-    if options.quick:
-        print(text)
-    else:
-        publish("Footprint: bytes held, allocated in passing and sent", "python benchmarks/footprint.py", text)
+    publish(
+        "Footprint: bytes held, allocated in passing and sent",
+        "python benchmarks/footprint.py",
+        text,
+        keep=not options.quick,
+    )
 
 
 if __name__ == "__main__":

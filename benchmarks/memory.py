@@ -168,10 +168,7 @@ def main() -> None:
             "blocks recomputed, vocabulary 32128, ranks 512 (1b) and 1024. 800 MiB of a GPU that torch does not count "
             "are not in these."
         )
-    if options.quick:
-        print(text)
-    else:
-        publish("Memory of each method", "python benchmarks/memory.py", text)
+    publish("Memory of each method", "python benchmarks/memory.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -107,10 +107,7 @@ def main() -> None:
         "sketch grows with the step, the rest does not: at the paper's 131072 tokens a step the same merge is "
         f"{sketched:.3f} + {fixed:.3f} = **{sketched + fixed:.3f} steps** (computed from the line above)."
     )
-    if options.quick:
-        print(text)
-    else:
-        publish("What a merge costs", "python benchmarks/merge.py", text)
+    publish("What a merge costs", "python benchmarks/merge.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -108,10 +108,7 @@ def main() -> None:
         f"thread, {SEQUENCES} sequences of {SEQ_LEN} tokens; rank {fixed_rank} where the hidden size varies, hidden "
         f"size {fixed_width} where the rank does. `merge`: with all it adds to its step. State: parameters and moments."
     )
-    if options.quick:
-        print(text)
-    else:
-        publish("How cost grows", "python benchmarks/scaling.py", text)
+    publish("How cost grows", "python benchmarks/scaling.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -122,10 +122,7 @@ def main() -> None:
         "base. `buffers between steps`: DeepSpeed's reduction bucket and, under stage 3, its gradient shard; for all, "
         "the last chunk of drawn weights."
     )
-    if options.quick:
-        print(text)
-    else:
-        publish("Strategies: ddp, fsdp and ZeRO", "python benchmarks/strategies.py", text)
+    publish("Strategies: ddp, fsdp and ZeRO", "python benchmarks/strategies.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":

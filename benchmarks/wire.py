@@ -69,10 +69,7 @@ def main() -> None:
         "reduces B's gradient. B has r / 512 of W's values here, so r = 128 alone is a quarter of what full-rank "
         "training gathers and reduces: the ratio falls with r / hidden."
     )
-    if options.quick:
-        print(text)
-    else:
-        publish("Bytes on the wire", "python benchmarks/wire.py", text)
+    publish("Bytes on the wire", "python benchmarks/wire.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":
