@@ -74,14 +74,14 @@ GROUPS = {
 }
 
 
-def trainer_of(method: str, dtype: str, options: argparse.Namespace, folder: str) -> Trainer:
-    """A trainer in one process."""
+def trainer_of(method: str, dtype: str, options: argparse.Namespace, folder: str, *more: str) -> Trainer:
+    """A trainer in one process; `more` are further settings."""
     words = [f"--method={method}", f"--model.dtype={dtype}", f"--model.preset={options.preset}"]
     words += [f"--loqt.rank={options.rank}", "--loqt.merge.gap=1", "--data.tokenizer=bytes"]
     words += [f"--data.seq_len={options.seq_len}", "--data.max_eval_sequences=2", "--train.steps=1000"]
     words += [f"--train.global_batch_size={options.sequences}", f"--train.micro_batch_size={options.sequences}"]
     words += ["--optim.lr=1e-3", "--parallel.strategy=single", f"--train.run_dir={Path(folder) / 'run'}"]
-    return make_trainer(parse_run_config([*words, "--train.progress=off"]))
+    return make_trainer(parse_run_config([*words, "--train.progress=off", *more]))
 
 
 def update(trainer: Trainer, step: int) -> None:

@@ -41,7 +41,12 @@ def micro_batches(batch: Batch, *, steps: int, micro_batch_size: int, device: to
             length = batch.input_ids.shape[1]
             input_ids = torch.zeros(1, length, dtype=torch.int64)
             labels = torch.full((1, length), IGNORED, dtype=torch.int64)
-        yield Batch(input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        yield Batch(_send(input_ids, device), _send(labels, device))
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; the host does not wait, for which its memory must be pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

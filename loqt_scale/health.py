@@ -39,8 +39,8 @@ class StepPlace:
             merge = "a merge follows" if self.merging else "no merge follows"
             raise OutOfStepError(
                 f"here it is step {self.step}, after which {merge}, but another rank is elsewhere (its own message "
-                "says where); nothing was applied. Start all ranks with the same code and settings; they go on from "
-                "the last checkpoint"
+                "says where); nothing was saved since. Start all ranks with the same code and settings; they go on "
+                "from the last checkpoint"
             )
 
 

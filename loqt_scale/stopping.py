@@ -1,6 +1,7 @@
-"""Being told to stop: SIGTERM (a scheduler wants the machine back) and SIGINT (Ctrl-C) end a run after its step.
+"""Being told to stop: SIGTERM (a scheduler wants the machine back) and SIGINT (Ctrl-C) end a run soon, but saved.
 
-The first signal only sets a flag, which the loop looks at; a second Ctrl-C is the usual KeyboardInterrupt.
+The first signal only sets a flag, which the next step adds up over the ranks; the run ends a step after that. A second
+Ctrl-C is the usual KeyboardInterrupt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The training loop.
 
-    share of the batch -> forward, backward (micro-steps) -> clip -> AdamW -> merge, on merge steps -> metrics
+    share of the batch -> forward, backward (micro-steps) -> clip -> AdamW -> settle: merge, on merge steps; metrics
 
+A step is settled when its numbers have reached the host, while the next one runs (see `outcome`).
 Whatever talks to other ranks goes through the strategy, whatever knows about subspaces through the MergeCoordinator.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loqt_scale.attention import attend_causally
 from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
 from loqt_scale.build import ModelDesign, build_model
 from loqt_scale.checkpoint import (
@@ -46,6 +48,7 @@ from loqt_scale.optim import (
     set_schedule_position,
     set_update_count,
 )
+from loqt_scale.outcome import HostCopy, PendingStep
 from loqt_scale.report import merge_line
 from loqt_scale.stopping import Stopped, StopRequest
 from loqt_scale.strategies import Strategy
@@ -78,6 +81,7 @@ class Trainer:
         train = config.train
         self.corpus = corpus
         self.built = build_model(design, config.model, strategy)
+        attend_causally(self.built.model, config.data.seq_len)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = create_optimizer(
             self.built.model,
@@ -98,6 +102,8 @@ class Trainer:
         self.merges = self._create_merges() if config.method == "loqt" else None
         self.rates = RateMeter()
         self.done = 0  # steps
+        self.pending: PendingStep | None = None
+        self.stop, self.stopping = StopRequest(), False  # asked of this rank, agreed by all
         self.updates = 0  # steps that were not skipped
         self.tokens = 0
         self.eval_before: float | None = None
@@ -126,24 +132,23 @@ class Trainer:
         train, every = self.config.train, self.config.checkpoint.every
         if self.eval_before is None:
             self.eval_before = self.evaluate(0)
-        with StopRequest() as stop, self.saver:
+        with self.stop, self.saver:
             while self.done < train.steps:
-                logged = self.step(self.done)
-                self.done += 1
+                self.step(self.done)
                 if train.eval_every and self.done % train.eval_every == 0 and self.done < train.steps:
                     self.evaluate(self.done)
-                # ranks agree on steps at which they wait for one another anyway
-                stopping = logged and self.strategy.any(stop.number is not None)
+                stopping = self.stopping
                 if stopping or self.done == train.steps or (every and self.done % every == 0):
                     self.save()
                 if stopping and self.done < train.steps:
                     self.progress.line(f"stopped after step {self.done}; the same command goes on from there")
-                    raise Stopped(stop.number or signal.SIGTERM)
+                    raise Stopped(self.stop.number or signal.SIGTERM)
         return self.eval_before, self.evaluate(train.steps)
 
     def save(self) -> None:
         """Saves a checkpoint, or begins to. Every rank."""
         assert self.eval_before is not None
+        self.settle()
         manifest = Manifest(
             format=FORMAT,
             step=self.done,
@@ -187,9 +192,8 @@ class Trainer:
             self.merges.require(self.done)
         self.progress.line(f"resumed after step {self.done} from {path} (saved by {manifest.world_size} ranks)")
 
-    def step(self, step: int) -> bool:
-        """One optimizer step, and the merge after it if there is one; whether it was logged. Every rank."""
-        train = self.config.train
+    def step(self, step: int) -> None:
+        """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""
         counter = self._wire_counter(step)
         with ExitStack() as stack:
             if counter is not None:
@@ -197,31 +201,51 @@ class Trainer:
             if self.merges is not None:
                 self.merges.prepare(step, backward_passes=self.micro_steps)
             merging = self.merges is not None and self.merges.is_merge_step(step)
-            loss = self.accumulate(step, merging)
-            logged = (step + 1) % train.log_every == 0 or merging
-            rates = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            sums = self.accumulate(step, merging)
+            metrics = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             norm = self.update()
-        values = {"train/loss": float(loss), "train/grad_norm": float(norm)}
-        warning = self.health.judge(step + 1, *values.values())
+        numbers = HostCopy(torch.cat([sums, norm.reshape(1).to(sums)]))
+        self.settle()  # the step before: its numbers are there by now
+        self.done, self.tokens = step + 1, self.tokens + self.tokens_per_step
+        metrics |= {"train/tokens": self.tokens, **self._wire_values("wire/step", counter)}
+        self.pending = PendingStep(StepPlace(step, merging), numbers, metrics)
+        if merging:  # it must be known whether there is something to merge
+            self.settle()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.rates.tick(self.tokens_per_step)
+
+    def settle(self) -> None:
+        """Waits for the last step's numbers, if it has not been settled yet: judges, merges, reports. Every rank.
+
+        Raises:
+            OutOfStepError: Another rank was at another step, or disagrees on whether it ends in a merge.
+            NonFiniteLossError: The step was one too many in a row that could not be applied.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        loss, marks, stops, norm = pending.numbers.values()
+        step, merging = pending.place.step, pending.place.merging
+        pending.place.check(marks, self.strategy.world_size)
+        self.stopping = self.stopping or stops > 0
+        values = {"train/loss": loss, "train/grad_norm": norm} | pending.metrics
+        warning = self.health.judge(step + 1, loss, norm)
         if warning is None:
             self.updates += 1
-            values |= self.merge(step, counter)
+            values |= self.merge(step) if merging else {}
         else:
             self.progress.line(f"WARNING: {warning}")
             if merging and self.merges is not None:
                 self.merges.postpone(step)
-        values = values | rates | self._wire_values("wire/step", counter) if logged or warning else {}
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.rates.tick(self.tokens_per_step)
-        self._report(step, values)
-        return logged
+        logged = (step + 1) % self.config.train.log_every == 0 or merging or warning is not None
+        self._report(step, values if logged else {})
 
     def accumulate(self, step: int, merging: bool = False) -> Tensor:
-        """Forward and backward over this rank's share; returns the mean loss per token over all ranks (a tensor).
+        """Forward and backward over this rank's share. Every rank.
 
-        Raises:
-            OutOfStepError: Another rank is at another step, or disagrees on whether it ends in a merge. Every rank.
+        Returns:
+            (3,) float32, sums over ranks: mean loss per token, marks (see `StepPlace`), ranks that are told to stop.
         """
         train, strategy = self.config.train, self.strategy
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
@@ -238,10 +262,8 @@ class Trainer:
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
                 strategy.backward(self.model, loss)
             total += loss.detach()
-        place = StepPlace(step, merging)
-        total, marks = strategy.sum(torch.stack([total, total.new_tensor(place.mark)]))
-        place.check(float(marks), strategy.world_size)
-        return total
+        mark, stop_asked = StepPlace(step, merging).mark, self.stop.number is not None
+        return strategy.sum(torch.stack([total, *(total.new_full((), float(one)) for one in (mark, stop_asked))]))
 
     @property
     def micro_steps(self) -> int:
@@ -252,6 +274,7 @@ class Trainer:
     def update(self) -> Tensor:
         """Applies the step's gradients, unless the backward pass has; returns their global norm. Every rank."""
         if self.per_layer is not None:
+            self.optimizer.step()  # finds nothing left to do; learning-rate schedules insist on it
             return self.strategy.sum(self.per_layer.take_squares()).sqrt()
         max_norm = self.config.optim.clip_norm
         return self.strategy.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
@@ -261,24 +284,23 @@ class Trainer:
         """Tokens of a global batch that are predicted (packed sequences have no gaps)."""
         return self.config.train.global_batch_size * self.config.data.seq_len
 
-    def merge(self, step: int, counter: WireCounter | None) -> dict[str, float]:
-        """Merges if the step is a merge step; returns its metrics. Every rank."""
-        if self.merges is None:
-            return {}
-        merge_counter = None if counter is None else WireCounter(self.strategy.world_size)
+    def merge(self, step: int) -> dict[str, float]:
+        """Merges after a merge step; returns the merge's metrics. Every rank."""
+        assert self.merges is not None
+        counter = self._wire_counter(step)
         with ExitStack() as stack:
-            if merge_counter is not None:
-                stack.enter_context(merge_counter)
+            if counter is not None:
+                stack.enter_context(counter)
             report = self.merges.finish(step)
-        if report is None:
-            return {}
+        assert report is not None
         self.progress.line(merge_line(report))
         means = {f"merge/{key}": value for key, value in report.means().items()}
-        return means | {"merge/seconds": report.seconds} | self._wire_values("wire/merge", merge_counter)
+        return means | {"merge/seconds": report.seconds} | self._wire_values("wire/merge", counter)
 
     def evaluate(self, step: int) -> float:
         """Held-out loss in nats after `step` optimizer steps. Every rank."""
         train = self.config.train
+        self.settle()
         with self.rates.paused():
             held_out = self.corpus.eval
             loss = evaluate(self.model, held_out, strategy=self.strategy, micro_batch_size=train.micro_batch_size)
@@ -289,14 +311,12 @@ class Trainer:
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         done = step + 1
-        self.tokens += self.tokens_per_step
         rate = self.rates.tokens_per_second
         self.progress.update(done, loss=values.get("train/loss"), tokens_per_second=rate)
         if not values:
             return
         values["train/perplexity"] = perplexity(values["train/loss"])
         values |= {
-            "train/tokens": self.tokens,
             "train/skipped_steps": self.health.skipped,
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.rates.seconds_per_step,

@@ -7,6 +7,7 @@ from loqt_scale.optim.create import (
     low_rank_parameters,
     set_schedule_position,
 )
+from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.moments import ensure_adam_state, open_moments, set_update_count
 from loqt_scale.optim.per_layer import UpdateInBackward
 from loqt_scale.optim.streamed import Moment, StreamedAdamW
@@ -23,4 +24,5 @@ __all__ = [
     "open_moments",
     "set_schedule_position",
     "set_update_count",
+    "step_if_finite",
 ]

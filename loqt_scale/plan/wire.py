@@ -37,14 +37,14 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
         return Traffic(0, 0)
     trained = [p for p in shapes.parameters if p.trains]
     if strategy == "ddp":
-        reduced = sum(p.nbytes() for p in trained) + 2 * FLOAT
+        reduced = sum(p.nbytes() for p in trained) + 3 * FLOAT
         return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
     compute, gathered = DTYPES[config.model.dtype], 0
     for index, unit in shapes.units.items():
         times = passes * (2 if config.parallel.reshard_after_forward and index >= 0 else 1)
         gathered += times * sum(p.gathered_bytes(ranks, compute) for p in unit)
     scattered = sum(p.values(ranks) * ranks * FLOAT for p in trained)
-    norms = FLOAT * (2 + len(trained))  # the loss with its mark; a gradient norm a parameter
+    norms = FLOAT * (3 + 1)  # the loss with its two companions; the gradient's norm
     payload = gathered + scattered + norms
     return Traffic(payload, (gathered + scattered + 2 * norms) * (ranks - 1) // ranks)
 

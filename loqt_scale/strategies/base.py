@@ -3,13 +3,13 @@
 A strategy answers four questions and nothing else in the package asks them:
 
 1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?
-   shard, wrap, stored_rows, local
+   shard, allocate, wrap, stored_rows, local
 2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
    micro_step, autocast, backward, update
 4. *talk*: sums, broadcasts, barriers.
-   sum, reduce_to, broadcast, any, barrier
+   sum, reduce_to, broadcast, barrier
 
 Gradients are *summed* over ranks and micro-batches, never averaged: the trainer divides the loss by the step's token
 count, so that unequal shares weigh by tokens. The chosen strategy is made once (`strategies.create`); nobody tests for
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.optim import ensure_adam_state, open_moments
+from loqt_scale.optim import ensure_adam_state, open_moments, step_if_finite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,6 +90,10 @@ class Strategy:
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """Decides the placement of a meta-device model's parameters, before they are allocated."""
         return model
+
+    def allocate(self, model: nn.Module) -> None:
+        """Gives the parameters that are on the meta device storage without values. Local."""
+        model.to_empty(device=self.device)
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """The module to call in a step, once the parameters have their values. Every rank.
@@ -226,18 +230,21 @@ class Strategy:
             max_norm: Greatest norm; 0 does not clip. A norm that is not finite: nothing is applied.
         """
         norm = self.clip(parameters, max_norm)
-        if bool(torch.isfinite(norm)):
-            optimizer.step()
+        step_if_finite(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         return norm
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scales gradients to a global norm of at most `max_norm` (0: not at all); returns the old norm. Every rank."""
         kept = [p for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None])
+        norm = self.norm(torch.nn.utils.get_total_norm([self.local(p.grad) for p in kept if p.grad is not None]))
         if max_norm > 0.0:
             torch.nn.utils.clip_grads_with_norm_(kept, max_norm, norm)
         return norm
+
+    def norm(self, stored: Tensor) -> Tensor:
+        """Norm of all gradients from that of the rows that this rank stores. Every rank."""
+        return stored
 
     # ---- talk --------------------------------------------------------------------------------------------------------
 
@@ -250,10 +257,6 @@ class Strategy:
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrites a tensor by `owner`'s, in place. Every rank."""
-
-    def any(self, condition: bool) -> bool:
-        """Whether `condition` holds on any rank. Every rank."""
-        return condition
 
     def barrier(self) -> None:
         """Waits for all ranks. Every rank."""

@@ -10,7 +10,7 @@ what it stores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -97,7 +97,6 @@ class FSDPStrategy(DistributedStrategy):
         """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""
         return nullcontext()
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Norm over all shards. Every rank."""
-        norm = super().clip(parameters, max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def norm(self, stored: Tensor) -> Tensor:
+        """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""
+        return self.sum(stored.square()).sqrt()

@@ -128,12 +128,6 @@ class DistributedStrategy(Strategy):
         """See `Strategy.broadcast`. Every rank. One broadcast."""
         dist.broadcast(tensor, src=owner)
 
-    def any(self, condition: bool) -> bool:
-        """See `Strategy.any`. Every rank. One all-reduce of one number."""
-        flag = torch.tensor(float(condition), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
     def barrier(self) -> None:
         """See `Strategy.barrier`. Every rank."""
         dist.barrier()

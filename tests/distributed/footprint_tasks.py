@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loqt_scale import weights
 from loqt_scale.batching import micro_steps
@@ -287,3 +289,33 @@ def traffic(**settings: Any) -> dict[str, Any]:
         for name, p in trainer.built.model.named_parameters()
     ]
     return result
+
+
+# ---- what makes the host wait ----------------------------------------------------------------------------------------
+
+
+def numbers_read_by_the_host(**settings: Any) -> list[str]:
+    """Where normal steps and the settling of their forerunners read a tensor's value into Python. Every rank."""
+    trainer = make_trainer(small_config(settings))
+    try:
+        for step in range(3):
+            trainer.step(step)
+        with HostReads() as reads:
+            for step in range(3, 6):
+                trainer.step(step)
+        return reads.places
+    finally:
+        trainer.strategy.close()
+
+
+class HostReads(TorchDispatchMode):
+    """Notes who calls `.item()`, `float(tensor)`, `bool(tensor)` and the like: on a GPU each waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.places.append("".join(traceback.format_stack(limit=8)))
+        return operator(*args, **(kwargs or {}))

@@ -303,3 +303,10 @@ def test_a_merge_of_unaligned_rows_is_low_rank_too(run: Run) -> None:
     limit = low_rank_merge_bytes(3, shapes, RANK, ROUNDS)
     assert 0.5 * limit < total <= limit, f"{total} bytes, predicted at most {limit}"
     assert max(size for _, size, _ in result["merge"]) < FLOAT * hidden * hidden / 2
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
+def test_a_step_does_not_make_the_host_wait(run: Run, world_size: int, strategy: str) -> None:
+    """Nothing reads a tensor's value before it has left for the host: on a GPU that would wait for all work before."""
+    reads = run("numbers_read_by_the_host", world_size, strategy, **{"loqt.merge.gap": 50})
+    assert reads == [[]] * world_size, reads[0][0]

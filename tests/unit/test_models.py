@@ -36,6 +36,7 @@ GROUPED = {**LLAMA_LIKE, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA_LIKE,
     "mistral": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 8},
     "qwen2": {**GROUPED, "tie_word_embeddings": True},
     "gemma2": {**GROUPED, "head_dim": 8},
     "gemma3_text": {**GROUPED, "head_dim": 8},

@@ -1,0 +1,74 @@
+"""What torch.compile gains: steps of compiled and of plain blocks, LoQT's and full-rank training's, in turns.
+
+python benchmarks/compile.py           # LLaMA 60M shape, float32 and bfloat16
+python benchmarks/compile.py --quick   # a small shape, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from itertools import product
+
+import torch
+from common import publish, table
+from step_time import METHODS, RANKS, merge_of, seconds, trainer_of, update
+
+VARIANTS = tuple(product(METHODS, (False, True)))
+
+
+def compare(dtype: str, options: argparse.Namespace, folder: str) -> list[object]:
+    """The row of one compute dtype."""
+    trainers = {
+        (method, compiled): trainer_of(method, dtype, options, folder, f"--model.compile={str(compiled).lower()}")
+        for method, compiled in VARIANTS
+    }
+    for (method, _), trainer in trainers.items():
+        if method == "loqt":
+            merge_of(trainer, 0)()  # before it P and B are zero
+        for step in (1, 2):
+            update(trainer, step)  # compiles
+    times: dict[tuple[str, bool], list[float]] = {variant: [] for variant in VARIANTS}
+    for repeat in range(options.repeats):
+        for variant in VARIANTS if repeat % 2 == 0 else VARIANTS[::-1]:
+            times[variant].append(seconds(lambda v=variant, s=3 + repeat: update(trainers[v], s)))  # type: ignore[misc]
+
+    def ratio(above: tuple[str, bool], below: tuple[str, bool]) -> str:
+        ratios = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
+        return f"**{statistics.median(ratios):.3f}** ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+
+    gains = [ratio((method, True), (method, False)) for method in METHODS]
+    return [options.preset, dtype, *gains, *(ratio(("loqt", c), ("full", c)) for c in (False, True))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=8, help="sequences a step, in one micro-batch")
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of the four variants")
+    parser.add_argument("--preset", default="llama_60m", choices=RANKS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset, options.sequences, options.seq_len, options.repeats = "llama_micro", 2, 64, 3
+    options.rank = RANKS[options.preset]
+    torch.set_num_threads(options.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in options.dtypes:
+            rows.append(compare(dtype, options, folder))
+            print(rows[-1], flush=True)
+    header = ["model", "dtype", "loqt: compiled / plain", "full: compiled / plain"]
+    header += ["loqt / full, plain", "loqt / full, compiled"]
+    text = (
+        f"{table(header, rows)}\n\nStep times; medians of {options.repeats} alternating rounds (from ... to), "
+        f"{options.sequences} sequences of {options.seq_len} tokens, {options.threads} thread(s)."
+    )
+    publish("torch.compile", f"python benchmarks/compile.py --preset {options.preset}", text, keep=not options.quick)
+
+
+if __name__ == "__main__":
+    main()
