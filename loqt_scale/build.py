@@ -116,7 +116,7 @@ def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
         for block in blocks:
             block.compile()
     model = strategy.shard(model, blocks)
-    allocate(model, strategy.device)
+    allocate(model, strategy)
     return model
 
 
@@ -126,21 +126,21 @@ def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
     return pretrained_weights(resolve_weights_folder(config.model), model)
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, strategy: Strategy) -> None:
     """Gives a meta-device model storage: this rank's empty rows to its parameters, true values to its buffers. Local.
 
-    `to_empty` alone would give each holder of a tied parameter storage of its own.
+    `Strategy.allocate` alone would give each holder of a tied parameter storage of its own.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((module, name))
     if any(parameter.is_meta for parameter in model.parameters()):  # else the strategy has allocated them already
-        model.to_empty(device=device)
+        strategy.allocate(model)
     for (first, first_name), *others in holders.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
-    init_buffers(model, device)
+    init_buffers(model, strategy.device)
 
 
 @torch.no_grad()

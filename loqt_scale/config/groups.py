@@ -151,6 +151,9 @@ class OptimConfig:
         )
 
 
+Offload = Literal["none", "base", "optimizer", "all"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the run is spread over ranks.
@@ -160,6 +163,8 @@ class ParallelConfig:
             fsdp (FSDP2: everything sharded), zero (DeepSpeed).
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
+        offload: single: what waits in host memory while it is not used: none, base = packed W and P, optimizer = what
+            trains with its states (the host then updates it), all.
         zero_stage: zero: 1 = optimizer states are sharded, 2 = gradients too, 3 = everything. Default: zero_config's,
             or 3.
         zero_config: zero: DeepSpeed JSON file with settings beyond ours; "auto" values are filled from ours. Default:
@@ -172,6 +177,7 @@ class ParallelConfig:
 
     strategy: Strategy = "auto"
     reshard_after_forward: bool = True
+    offload: Offload = "none"
     zero_stage: Literal[1, 2, 3] | None = None
     zero_config: str | None = None
     zero_offload: Literal["none", "optimizer", "parameters"] | None = None
@@ -180,6 +186,12 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; write 1 or more")
+        instead = "parallel.zero_offload" if self.strategy == "zero" else "parallel.strategy: zero and its zero_offload"
+        require(
+            self.offload == "none" or self.strategy in ("auto", "single"),
+            f"parallel.offload is '{self.offload}', which is for one device, but parallel.strategy is "
+            f"'{self.strategy}'; write {instead}, or parallel.offload: none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

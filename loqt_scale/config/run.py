@@ -74,6 +74,15 @@ class RunConfig:
             "parallel.strategy: fsdp, or optim.per_layer: false",
         )
         require(
+            not (self.optim.per_layer and self.parallel.offload in ("optimizer", "all")),
+            "optim.per_layer is true, but gradients are on their way to host memory then; write parallel.offload: "
+            "base, or optim.per_layer: false",
+        )
+        require(
+            not (self.method == "full" and self.parallel.offload == "base"),
+            "parallel.offload is base, but full-rank training has no frozen base; write parallel.offload: optimizer",
+        )
+        require(
             not (self.optim.states == "int8" and self.method == "loqt" and self.loqt.rank % 32),
             f"optim.states is int8, whose blocks are parts of a row, but loqt.rank is {self.loqt.rank}; write a "
             "multiple of 32, or optim.states: float32",

@@ -11,6 +11,7 @@ from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
+from loqt_scale.strategies.offload import OffloadStrategy
 from loqt_scale.strategies.process_group import launched_world_size
 from loqt_scale.strategies.zero import ZeroStrategy
 from loqt_scale.strategies.zero_config import check_zero_config
@@ -73,6 +74,14 @@ def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
     parallel, compute_dtype = config.parallel, DTYPES[config.model.dtype]
     name = resolve_strategy(parallel)
     check_zero_config(config, world_size=launched_world_size())
+    if parallel.offload != "none":
+        if name != "single":
+            raise ValueError(
+                f"parallel.offload is '{parallel.offload}', which is for one device, but the launcher started "
+                f"{launched_world_size()} ranks; write parallel.strategy: zero and its zero_offload, or "
+                "parallel.offload: none"
+            )
+        return OffloadStrategy(device, compute_dtype, parallel.offload)
     if name == "single":
         return Strategy(device, compute_dtype)
     if name == "ddp":
