@@ -31,5 +31,6 @@ def evaluate(model: nn.Module, held_out: Batch, *, strategy: Strategy, micro_bat
         with strategy.autocast():
             logits = model(input_ids=batch.input_ids, use_cache=False).logits
         total += summed_loss(logits, batch.labels)
+    strategy.after_forward_only(model)
     model.train(was_training)
     return float(strategy.sum(total)) / counted_tokens(held_out.labels)

@@ -7,7 +7,7 @@ A strategy answers four questions and nothing else in the package asks them:
 2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
-   micro_step, autocast, backward, update
+   micro_step, after_forward_only, autocast, backward, update
 4. *talk*: sums, broadcasts, barriers.
    sum, reduce_to, broadcast, barrier
 
@@ -202,6 +202,9 @@ class Strategy:
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass; gradients are summed over ranks in the `last` one of a step."""
         return nullcontext()
+
+    def after_forward_only(self, model: nn.Module) -> None:
+        """Undoes what a forward pass leaves for a backward pass that does not come. Local."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of the forward pass."""

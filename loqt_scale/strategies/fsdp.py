@@ -97,6 +97,11 @@ class FSDPStrategy(DistributedStrategy):
         """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""
         return nullcontext()
 
+    def after_forward_only(self, model: nn.Module) -> None:
+        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
+        assert isinstance(model, FSDPModule)
+        model.reshard()
+
     def norm(self, stored: Tensor) -> Tensor:
         """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""
         return self.sum(stored.square()).sqrt()

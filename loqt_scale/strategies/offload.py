@@ -104,6 +104,11 @@ class OffloadStrategy(Strategy):
                 for moment, edited in zip(moments, (first, second), strict=True):
                     self.local(moment).copy_(edited)
 
+    def after_forward_only(self, model: nn.Module) -> None:
+        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
+        assert isinstance(model, FSDPModule)
+        model.reshard()
+
     def norm(self, stored: Tensor) -> Tensor:
         """On the device, where the loss is."""
         return stored.to(self.device)

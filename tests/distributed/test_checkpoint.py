@@ -39,7 +39,7 @@ class SavedRuns:
         """Losses of the unbroken run, which saves after step AT."""
         key = f"{world_size}-{strategy}"
         if key not in self._known:
-            settings = {"checkpoint.every": AT, "checkpoint.keep_last": 9}
+            settings = {"checkpoint.every": AT, "checkpoint.keep_last": 9, "train.eval_every": AT}
             self._known[key] = self.run(world_size, strategy, self.folder(world_size, strategy), **settings)
         return self._known[key]
 
@@ -64,6 +64,7 @@ def saved(
     ("world_size", "strategy"),
     [
         (1, "single"),
+        (1, "single-all"),
         pytest.param(2, "ddp", marks=pytest.mark.long),
         (2, "fsdp"),
         pytest.param(3, "fsdp", marks=pytest.mark.long),

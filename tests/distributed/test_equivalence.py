@@ -46,9 +46,10 @@ def runs(
 
 
 def strategy_settings(strategy: str) -> dict[str, Any]:
-    """`zero-2` is strategy zero at stage 2."""
-    name, _, stage = strategy.partition("-")
-    return {"parallel.strategy": name} | ({"parallel.zero_stage": int(stage)} if stage else {})
+    """`zero-2` is strategy zero at stage 2, `single-base` one device with the base in host memory."""
+    name, _, more = strategy.partition("-")
+    key = "parallel.offload" if name == "single" else "parallel.zero_stage"
+    return {"parallel.strategy": name} | ({key: more} if more else {})
 
 
 def assert_same_losses(losses: list[float], reference: list[float], *, exact: bool = False) -> None:
@@ -73,6 +74,19 @@ SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), *((2, stage) for sta
 @pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
 def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strategy: str) -> None:
     assert_same_losses(runs.losses(world_size, strategy), runs.losses(1, "single"))
+
+
+@pytest.mark.parametrize("what", ["base", "optimizer", "all"])
+def test_offloading_changes_no_bit(runs: Runs, what: str) -> None:
+    assert runs.losses(1, f"single-{what}") == runs.losses(1, "single")
+    frugal = {"optim.states": "int8", "loqt.rank": 32, "model.trained_dtype": "bfloat16", "model.dtype": "bfloat16"}
+    frugal |= {"train.micro_batch_size": 4, "model.activation_checkpointing": True}
+    assert runs.losses(1, f"single-{what}", **frugal) == runs.losses(1, "single", **frugal)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
+def test_compiled_blocks_too(runs: Runs, strategy: str) -> None:
+    assert_same_losses(runs.losses(2, strategy, **{"model.compile": True}), runs.losses(1, "single"))
 
 
 ACCUMULATED = [(1, "single"), (2, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO)]
