@@ -1,6 +1,6 @@
 """What torch.compile gains: steps of compiled and of plain blocks, LoQT's and full-rank training's, in turns.
 
-python benchmarks/compile.py           # LLaMA 60M shape, float32 and bfloat16
+python benchmarks/compile.py           # LLaMA 60M and 130M shapes, float32 and bfloat16
 python benchmarks/compile.py --quick   # a small shape, to see that it runs
 """
 
@@ -48,17 +48,17 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="sequences a step, in one micro-batch")
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7, help="rounds of the four variants")
-    parser.add_argument("--preset", default="llama_60m", choices=RANKS)
+    parser.add_argument("--presets", nargs="+", default=["llama_60m", "llama_130m"], choices=RANKS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
     options = parser.parse_args()
     if options.quick:
-        options.preset, options.sequences, options.seq_len, options.repeats = "llama_micro", 2, 64, 3
-    options.rank = RANKS[options.preset]
+        options.presets, options.sequences, options.seq_len, options.repeats = ["llama_micro"], 2, 64, 3
     torch.set_num_threads(options.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in options.dtypes:
+        for preset, dtype in product(options.presets, options.dtypes):
+            options.preset, options.rank = preset, RANKS[preset]
             rows.append(compare(dtype, options, folder))
             print(rows[-1], flush=True)
     header = ["model", "dtype", "loqt: compiled / plain", "full: compiled / plain"]
@@ -67,7 +67,7 @@ def main() -> None:
         f"{table(header, rows)}\n\nStep times; medians of {options.repeats} alternating rounds (from ... to), "
         f"{options.sequences} sequences of {options.seq_len} tokens, {options.threads} thread(s)."
     )
-    publish("torch.compile", f"python benchmarks/compile.py --preset {options.preset}", text, keep=not options.quick)
+    publish("torch.compile", "python benchmarks/compile.py", text, keep=not options.quick)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
 
 def recompute_blocks(model: nn.Module) -> None:
     """Has each transformer block recompute its activations in the backward pass instead of storing them."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    name = "activation_checkpointing_enable"  # since transformers 5.13; before it, the other
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
 
 
 def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> nn.Module:

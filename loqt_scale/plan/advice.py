@@ -24,7 +24,17 @@ class Change:
 def changes(config: RunConfig, *, ranks: int) -> Iterator[Change]:
     """Changes that add up, the least painful first; each only where it is one."""
     words: tuple[str, ...] = ()
-    for step in (_checkpointing, _small_states, _bfloat16, _double, _smaller_passes, _per_layer, _smaller_steps, _rank):
+    for step in (
+        _checkpointing,
+        _small_states,
+        _bfloat16,
+        _double,
+        _smaller_passes,
+        _per_layer,
+        _smaller_steps,
+        _offload,
+        _rank,
+    ):
         while (found := step(config, ranks)) is not None:
             config, said = found
             words = _said(words, said)
@@ -103,6 +113,12 @@ def _per_layer(config: RunConfig, ranks: int) -> Found:
 def _smaller_steps(config: RunConfig, ranks: int) -> Found:
     size = config.train.micro_batch_size
     return None if size == 1 or not config.optim.per_layer else _one_pass(config, size // 2, ranks)
+
+
+def _offload(config: RunConfig, ranks: int) -> Found:
+    if ranks > 1 or config.method != "loqt" or config.parallel.offload != "none":
+        return None
+    return replace(config, parallel=replace(config.parallel, offload="base")), ("--parallel.offload=base",)
 
 
 def _passes_of(config: RunConfig, size: int, ranks: int) -> tuple[RunConfig, tuple[str, ...]]:

@@ -6,7 +6,7 @@ parameter follows its layout (`functional.quantization`), of its moments the opt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loqt_scale.batching import micro_steps
@@ -17,8 +17,8 @@ from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.functional.projection import sketch_width
 from loqt_scale.optim.streamed import CHUNK_VALUES as STREAMED_VALUES
 from loqt_scale.plan.activations import PassMemory
-from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape
-from loqt_scale.strategies import DTYPES
+from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
+from loqt_scale.strategies import DTYPES, is_offloaded
 
 FLOAT = 4  # bytes
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
@@ -37,6 +37,7 @@ class RankMemory:
         gathered: Blocks of other ranks' parameters while they are used (fsdp), and buckets (ddp).
         merge_passing: As `passing`, in a step that a merge follows.
         merge_scratch: What the merge itself adds to the state, after the backward pass.
+        host: What waits in host memory (`parallel.offload`): parameters, their moments and gradients.
     """
 
     state: dict[str, int]
@@ -45,6 +46,7 @@ class RankMemory:
     gathered: int
     merge_passing: int
     merge_scratch: int
+    host: int = 0
 
     @property
     def held(self) -> int:
@@ -79,21 +81,27 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         strategy: single, ddp or fsdp.
         ranks: N.
     """
-    cut = ranks if strategy == "fsdp" else 1
-    state = {kind: sum(p.nbytes(cut) for p in shapes.parameters if p.kind == kind) for kind in STATE_KINDS}
-    trained = [p for p in shapes.parameters if p.trains]
-    state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in trained)
-    gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in trained)
+    cut, offload = ranks if strategy == "fsdp" else 1, config.parallel.offload
+    away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
+    state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
+    state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
+    gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
+    host = sum(p.nbytes() + (moment_bytes(p, config, 1) + p.nbytes() if p.trains else 0) for p in away)
     merges = config.method == "loqt"
     one_pass = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size) == 1
     gathered = 0
-    if strategy == "single":
+    if away:
+        gathered = gathered_bytes(config, away, ranks)
+        updated_here = any(p.trains for p in here)
+        passing = passes.gradients_pile_up if one_pass and updated_here else passes.gradients_freed + gradients
+        merge_passing = passes.merge_freed + gradients if merges else 0
+    elif strategy == "single":
         # from the second pass on, the gradients of the first are there all the time
         passing = passes.gradients_pile_up if one_pass else passes.gradients_freed + gradients
         merge_passing = passes.merge_freed + gradients if merges else 0
     else:
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
-        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes, ranks)
+        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, ranks)
         beside = 0 if strategy == "ddp" and one_pass else gradients
         passing = passes.gradients_freed + beside
         merge_passing = passes.merge_kept + beside if merges else 0
@@ -101,7 +109,7 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         passing = passes.gradients_freed + update_scratch(config, shapes, cut)
         merge_passing += update_scratch(config, shapes, cut) if merges else 0
     scratch = merge_scratch(config, shapes, ranks) if shapes.layers else 0
-    return RankMemory(state, gradients, passing, gathered, merge_passing, scratch)
+    return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
 
 def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> int:
@@ -117,19 +125,20 @@ def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
     return UPDATE_BYTES * min(largest, STREAMED_VALUES)
 
 
-def gathered_bytes(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
-    """fsdp: the root's parameters, the block in use, the one that is fetched ahead, and gradients on their way."""
-    compute = DTYPES[config.model.dtype]
+def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], ranks: int) -> int:
+    """What FSDP2 fetches: the root's, the block's in use, the one's after it; and gradients on their way."""
+    compute = DTYPES[config.model.dtype] if ranks > 1 else None
 
     def gathered(unit: Iterable[ParameterShape]) -> int:
         return sum(p.gathered_bytes(ranks, compute) for p in unit)
 
-    units = shapes.units
+    units = by_unit(parameters)
     blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
     root = gathered(units.get(-1, []))
-    resident = 2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks) + max(blocks)
+    largest = max(blocks, default=0)
+    resident = largest + (largest if config.parallel.reshard_after_forward or ranks == 1 else sum(blocks))
     reduced = [sum(p.values(ranks) * ranks * FLOAT for p in unit if p.trains) for unit in units.values()]
-    return root + resident + max(reduced)
+    return root + resident + max(reduced, default=0)
 
 
 def merge_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:

@@ -109,6 +109,7 @@ def _memory_table(memory: RankMemory) -> str:
     rows = [(kind, size) for kind, size in memory.state.items() if size]
     rows += [("gradients", memory.gradients), ("activations, temporaries", activations)]
     rows += [("gathered, in buckets", memory.gathered), ("scratch of a merge", memory.merge_scratch)]
+    rows += [("(in host memory)", memory.host)]
     rows += [("peak of a step", memory.step_peak), ("peak of a merge step", memory.merge_peak)]
     lines = [f"  {name:<26}{_size(size):>12}" for name, size in rows if size]
     return "\n".join([f"  {'bytes on a rank':<26}", *lines])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,9 @@ class ParameterShape:
         """Bytes of that share."""
         return self.values(ranks) * self.dtype.itemsize
 
-    def gathered_bytes(self, ranks: int, compute: torch.dtype) -> int:
-        """Bytes of the whole as FSDP2 gathers it: shards padded to equal rows, floats in the compute dtype."""
-        itemsize = compute.itemsize if self.dtype.is_floating_point else self.dtype.itemsize
+    def gathered_bytes(self, ranks: int, compute: torch.dtype | None) -> int:
+        """Bytes of the whole as FSDP2 gathers it: shards padded to equal rows, floats in the compute dtype if given."""
+        itemsize = (compute if compute is not None and self.dtype.is_floating_point else self.dtype).itemsize
         return self.values(ranks) * ranks * itemsize
 
 
@@ -78,10 +79,15 @@ class ModelShapes:
     @property
     def units(self) -> dict[int, list[ParameterShape]]:
         """Parameters by FSDP2's unit."""
-        found: dict[int, list[ParameterShape]] = {}
-        for parameter in self.parameters:
-            found.setdefault(parameter.unit, []).append(parameter)
-        return found
+        return by_unit(self.parameters)
+
+
+def by_unit(parameters: Iterable[ParameterShape]) -> dict[int, list[ParameterShape]]:
+    """Parameters by FSDP2's unit."""
+    found: dict[int, list[ParameterShape]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.unit, []).append(parameter)
+    return found
 
 
 def model_shapes(design: ModelDesign) -> ModelShapes:

@@ -27,9 +27,9 @@ from loqt_scale.optim import open_moments
 from loqt_scale.strategies.base import Strategy
 
 
-def is_offloaded(parameter: nn.Parameter, what: Offload) -> bool:
+def is_offloaded(trains: bool, what: Offload) -> bool:
     """Whether a parameter waits in host memory: `base` means what does not train, `optimizer` what does."""
-    return what == "all" or what == ("optimizer" if parameter.requires_grad else "base")
+    return what == "all" or what == ("optimizer" if trains else "base")
 
 
 class OffloadStrategy(Strategy):
@@ -61,7 +61,7 @@ class OffloadStrategy(Strategy):
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """Gives what is offloaded, block by block, into FSDP2's hands, on the meta device: nothing is allocated."""
-        stays = {parameter for parameter in model.parameters() if not is_offloaded(parameter, self._what)}
+        stays = {parameter for parameter in model.parameters() if not is_offloaded(parameter.requires_grad, self._what)}
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         for module in (*blocks, model):
             # the root's are needed until the backward pass begins, and again at once
