@@ -103,7 +103,7 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
 
 def recompute_blocks(model: nn.Module) -> None:
     """Has each transformer block recompute its activations in the backward pass instead of storing them."""
-    name = "activation_checkpointing_enable"  # since transformers 5.13; before it, the other
+    name = "activation_checkpointing_enable"  # of newer versions of transformers; the other one warns there
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
 

@@ -15,8 +15,8 @@ The round with the smallest error is kept, and round 0 (B = 0) competes too, so 
 
 Everything works on a *shard*, the rows of W that one rank holds, and streams over it in chunks of rows, so that scratch
 memory is a chunk and not a second and third copy of W. On side `input` B's rows are W's rows: B is local. On side
-`output` B is a sum over shards, so the caller passes `sum_over_shards`: besides the scalar error, the only thing that
-ever leaves a shard. With the identity the shard is the whole matrix.
+`output` B is a sum over shards, so the caller passes `sum_over_shards`: besides scalars, the only thing that ever
+leaves a shard, and in one sum with them, one a round. With the identity the shard is the whole matrix.
 """
 
 from __future__ import annotations
@@ -76,11 +76,17 @@ def add_low_rank(
 
 
 def _quantize_round(
-    weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, pinv: Tensor, factor: Tensor | None, side: str, scale: float
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """One round on this shard: (codes, scales, this shard's part of the new B, ||R||^2 of this shard)."""
-    rows, columns = weight_NI.shape
-    new_factor = weight_NI.new_zeros((rows if side == "input" else columns, basis.shape[1]))
+    weight_NI: Tensor,
+    layout: MatrixLayout,
+    basis: Tensor,
+    pinv: Tensor,
+    factor: Tensor | None,
+    side: str,
+    scale: float,
+    new_factor: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One round on this shard: (codes, scales, ||R||^2 of this shard); adds its part of the new B to `new_factor`."""
+    rows = weight_NI.shape[0]
     packed: list[tuple[Tensor, Tensor | None]] = []
     squares = weight_NI.new_zeros(())
     for start, stop in row_chunks(rows, layout):
@@ -99,7 +105,8 @@ def _quantize_round(
         packed.append(pack(weight_NI, layout))
     codes = torch.cat([c for c, _ in packed])
     scales = torch.cat([s for _, s in packed if s is not None]) if packed[0][1] is not None else None
-    return codes, scales, new_factor.div_(scale), squares
+    new_factor.div_(scale)
+    return codes, scales, squares
 
 
 def compensate(
@@ -126,28 +133,43 @@ def compensate(
         sum_over_shards: Adds a tensor up over the shards, giving the same result on all.
     """
     pinv = basis @ gram_inverse(gram_RR)  # P^+T: (I, r), or this shard's rows of it
-    zero = weight_NI.new_zeros((weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1]))
+    shape = (weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1])
     # not square().sum(): that would be a second dense shard
-    norm = sum_over_shards(torch.linalg.vector_norm(weight_NI).square()).clamp_min(1e-30)
+    own_norm = torch.linalg.vector_norm(weight_NI).square()
     best: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
-    before = norm.new_zeros(())
+    before = own_norm.new_zeros(())
     factor: Tensor | None = None
     for index in range(max(rounds, 1)):
-        codes, scales, new_factor, squares = _quantize_round(weight_NI, layout, basis, pinv, factor, side, scale)
-        squares = sum_over_shards(squares)
+        # B and two scalars lie side by side: what shards have to add up is one tensor
+        buffer = weight_NI.new_zeros(shape[0] * shape[1] + 2)
+        new_factor = buffer[:-2].view(shape)
+        codes, scales, own_squares = _quantize_round(weight_NI, layout, basis, pinv, factor, side, scale, new_factor)
+        if side == "input":
+            taken = _taken(new_factor, gram_RR, scale)
+            squares, norm, taken = sum_over_shards(torch.stack([own_squares, own_norm, taken]))
+        else:
+            torch.stack([own_squares, own_norm], out=buffer[-2:])
+            buffer = sum_over_shards(buffer)
+            new_factor = buffer[:-2].view(shape)
+            (squares, norm), taken = buffer[-2:], _taken(new_factor, gram_RR, scale)
+        norm = norm.clamp_min(1e-30)
         if index == 0:
             before = squares / norm
-            best = (codes, scales, zero, before)
+            best = (codes, scales, torch.zeros_like(new_factor), before)
         if rounds == 0 or layout.kind.exact:  # W is stored exactly: nothing to make up for
             break
-        factor = new_factor if side == "input" else sum_over_shards(new_factor)
-        taken = scale**2 * ((factor.T @ factor) * gram_RR).sum()
-        error = (squares - (sum_over_shards(taken) if side == "input" else taken)).clamp_min(0.0) / norm
+        factor = new_factor
+        error = (squares - taken).clamp_min(0.0) / norm
         assert best is not None
         if bool(error < best[3]):
             best = (codes, scales, factor, error)
     assert best is not None
     return Compensated(codes=best[0], scales=best[1], factor=best[2], error=best[3].sqrt(), error_before=before.sqrt())
+
+
+def _taken(factor: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
+    """||s L(B)||^2 = s^2 tr(B^T B P^T P), of these rows of B."""
+    return scale**2 * ((factor.T @ factor) * gram_RR).sum()
 
 
 def gram_inverse(gram_RR: Tensor) -> Tensor:

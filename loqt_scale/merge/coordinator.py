@@ -119,12 +119,12 @@ class MergeCoordinator:
         started = time.perf_counter()
         first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
-        for wave in self._waves:
-            mine = self._search.find(wave, step)
+        for wave, following in zip(self._waves, [*self._waves[1:], []], strict=True):
+            mine = self._search.find(wave, step, following)
             for owner, name in enumerate(wave):
                 with self._strategy.editing(self._layers[name].merged_parameters()):
                     diagnostics[name] = self._merge_layer(name, owner, mine, first=first)
-        values = {name: [float(v) for v in tensor.cpu()] for name, tensor in diagnostics.items()}
+        values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
             step=step, index=self._index_of_step[step], seconds=time.perf_counter() - started, layers=layers
@@ -133,25 +133,23 @@ class MergeCoordinator:
     def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
         """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
         layout, strategy = layer.spec.projection, self._strategy
-        energy = torch.zeros((), device=strategy.device)
         if strategy.rank == owner:
             assert mine is not None
-            codes, scales = mine.codes, mine.scales
-            energy.copy_(mine.energy)
+            row = mine.to_bytes()
         else:
-            codes = torch.empty(layout.codes_shape, dtype=torch.uint8, device=strategy.device)
-            shape = layout.scales_shape
-            scales = None if shape is None else torch.empty(shape, dtype=torch.uint8, device=strategy.device)
-        for tensor in (codes, scales, energy):
-            if tensor is not None:
-                strategy.broadcast(tensor, owner)
-        strategy.store(layer.projection.codes, codes)
-        if layer.projection.scales is not None and scales is not None:
-            strategy.store(layer.projection.scales, scales)
-        return unpack(codes, scales, layout, torch.float32), energy
+            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=strategy.device)
+        strategy.broadcast(row, owner)
+        found = FoundBasis.from_bytes(row, layout)
+        strategy.store(layer.projection.codes, found.codes)
+        if layer.projection.scales is not None and found.scales is not None:
+            strategy.store(layer.projection.scales, found.scales)
+        return unpack(found.codes, found.scales, layout, torch.float32), found.energy
 
     def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None, *, first: bool) -> Tensor:
-        """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank."""
+        """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank.
+
+        In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
+        """
         layer, strategy = self._layers[name], self._strategy
         spec = layer.spec
         rows = spec.base.rows_of_groups(*strategy.rows(spec.base.groups))
@@ -171,17 +169,15 @@ class MergeCoordinator:
             rounds=self._config.merge.compensation_rounds,
             sum_over_shards=strategy.sum,
         )
-        sums = strategy.sum(
-            update_survival(
-                weight,
-                spec.base,
-                result,
-                new_basis=local_new,
-                old_basis=local_old,
-                old_factor=old_factor,
-                side=spec.side,
-                scale=spec.scale,
-            )
+        sums = update_survival(
+            weight,
+            spec.base,
+            result,
+            new_basis=local_new,
+            old_basis=local_old,
+            old_factor=old_factor,
+            side=spec.side,
+            scale=spec.scale,
         )
         self._store(layer, result)
         # an old basis of zeros means that there was none: nothing to carry over, nothing to compare with
@@ -189,14 +185,21 @@ class MergeCoordinator:
         self._carry_state(layer, basis_rotation(old_basis, new_basis) if known else None)
         nan = energy.new_full((), float("nan"))
         overlap = subspace_overlap(old_basis, new_basis) if known else nan
-        survival = torch.where(sums[1] > 0, 1.0 + sums[0] / sums[1], nan)
-        return torch.stack([result.error_before, result.error, energy, overlap, survival])
+        return torch.stack([result.error_before, result.error, energy, overlap, *sums])
+
+    def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
+        """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
+        table = torch.stack(list(diagnostics.values()))
+        change, square = self._strategy.sum(table[:, -2:].contiguous()).unbind(1)
+        survival = torch.where(square > 0, 1.0 + change / square, float("nan"))
+        rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
+        return dict(zip(diagnostics, rows, strict=True))
 
     def _gather_basis(self, layer: LoQTLinear) -> Tensor:
         """The layer's P on every rank, float32. Every rank."""
-        codes = self._strategy.gather(layer.projection.codes)
-        scales = None if layer.projection.scales is None else self._strategy.gather(layer.projection.scales)
-        return unpack(codes, scales, layer.spec.projection, torch.float32)
+        packed = [layer.projection.codes, layer.projection.scales]
+        codes, *scales = self._strategy.gather_together([part for part in packed if part is not None])
+        return unpack(codes, scales[0] if scales else None, layer.spec.projection, torch.float32)
 
     def _factor_for_rows(self, layer: LoQTLinear, rows: tuple[int, int]) -> Tensor:
         """B as this rank's rows of W need it: those rows (input side) or all (output side), a copy. Every rank."""

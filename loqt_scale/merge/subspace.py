@@ -6,7 +6,7 @@ each layer is factorised inside the last backward pass, as soon as its sketch is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from loqt_scale.functional.projection import (
     svd_basis,
     test_matrix,
 )
-from loqt_scale.functional.quantization import pack
+from loqt_scale.functional.quantization import MatrixLayout, pack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import GradientProbe, LoQTLinear
 from loqt_scale.strategies import Strategy
@@ -35,6 +35,23 @@ class FoundBasis:
     codes: Tensor
     scales: Tensor | None
     energy: Tensor
+
+    def to_bytes(self) -> Tensor:
+        """All of it as one row of bytes, to be sent."""
+        tensors = (self.energy.float().reshape(1), self.codes, self.scales)
+        return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
+
+    @staticmethod
+    def count_bytes(layout: MatrixLayout) -> int:
+        """Length of that row."""
+        return 4 + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
+
+    @classmethod
+    def from_bytes(cls, row: Tensor, layout: MatrixLayout) -> FoundBasis:
+        """What was sent. Copies: inside the row, scales need not lie where float32 may."""
+        end = 4 + layout.codes_shape[0] * layout.codes_shape[1]
+        scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
+        return cls(row[4:end].view(layout.codes_shape).clone(), scales, row[:4].view(torch.float32).squeeze(0))
 
 
 def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
@@ -76,6 +93,7 @@ class SubspaceSearch:
     def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, strategy: Strategy, seed: int) -> None:
         self._layers, self._config, self._strategy, self._seed = layers, config, strategy, seed
         self._found: dict[str, FoundBasis] = {}  # in the backward pass of this step
+        self._on_the_way: dict[str, tuple[Tensor, Callable[[], object]]] = {}
 
     def attach(self, step: int, backward_passes: int | None) -> None:
         """Gives every layer a probe. Local.
@@ -113,17 +131,30 @@ class SubspaceSearch:
 
         leaf.register_post_accumulate_grad_hook(collected)
 
-    def find(self, wave: list[str], step: int) -> FoundBasis | None:
-        """The new P of the layer of this wave that this rank owns, if there is one. Every rank."""
+    def find(self, wave: list[str], step: int, following: list[str]) -> FoundBasis | None:
+        """The new P of the layer of this wave that this rank owns, if there is one. Every rank.
+
+        Args:
+            wave: Layers, each at the index of its owner.
+            step: The step.
+            following: The wave after it: what its layers have collected travels while this one is factorised.
+        """
         if wave[0] in self._found:  # one rank, and the backward pass has found it
             self._layers[wave[0]].probe = None
             return self._found.pop(wave[0])
-        collected = [self._collect(name, owner) for owner, name in enumerate(wave)]
+        collected = []
+        for owner, name in enumerate(wave):
+            begun = self._on_the_way.pop(name) if name in self._on_the_way else self._collect(name, owner)
+            gradient, wait = begun
+            wait()
+            collected.append(gradient)
+        if following and following[0] not in self._found:
+            self._on_the_way = {name: self._collect(name, owner) for owner, name in enumerate(following)}
         rank = self._strategy.rank
         return self._factorise(wave[rank], collected[rank], step) if rank < len(wave) else None
 
-    def _collect(self, name: str, owner: int) -> Tensor:
-        """Detaches a layer's probe and sums what it collected into its owner's copy. Every rank."""
+    def _collect(self, name: str, owner: int) -> tuple[Tensor, Callable[[], object]]:
+        """Detaches a layer's probe and begins to sum what it collected into its owner's copy. Every rank."""
         layer = self._layers[name]
         probe, layer.probe = layer.probe, None
         if probe is None or probe.leaf.grad is None:
@@ -132,8 +163,7 @@ class SubspaceSearch:
                 "passes of every step, and finish(step) after its optimizer step"
             )
         gradient = probe.leaf.grad
-        self._strategy.reduce_to(gradient, owner)
-        return gradient
+        return gradient, self._strategy.reduce_to(gradient, owner)
 
     def _factorise(self, name: str, collected: Tensor, step: int) -> FoundBasis:
         """P of a layer this rank owns. Local."""

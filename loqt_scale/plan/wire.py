@@ -65,7 +65,7 @@ def _layer_merge(config: RunConfig, spec: LowRankSpec, ranks: int) -> tuple[int,
     rank = layout.cols
     factor = FLOAT * (base.rows + base.cols - layout.rows + ranks * base.group_rows) * rank
     sketch = sketch_bytes(config, base.rows, base.cols, layout.rows, rank)
-    once, reduced = sketch + 2 * packed, FLOAT * (3 + 2 * rounds)
+    once, reduced = sketch + 2 * packed + FLOAT, FLOAT * (2 + 3 * rounds)  # energy; survival, three numbers a round
     if spec.side == "output":
         return once + factor, reduced + rounds * factor
     aligned = base.rows % ranks == 0 and base.group_rows == 1

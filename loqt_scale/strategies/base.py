@@ -148,6 +148,10 @@ class Strategy:
         """The whole parameter on every rank; for low-rank tensors only. Every rank."""
         return parameter.detach()
 
+    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """`gather` of packed parameters with the same number of rows, in one collective if any. Every rank."""
+        return [self.gather(parameter) for parameter in parameters]
+
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Concatenates what each rank holds: rank i holds rows ranges[i] of the result. Every rank."""
         return piece
@@ -255,8 +259,13 @@ class Strategy:
         """Sum over ranks, in place where it can; the result is the same on all. Every rank."""
         return tensor
 
-    def reduce_to(self, tensor: Tensor, owner: int) -> None:
-        """Sums a tensor over ranks into `owner`'s copy, in place; the others' copies become meaningless. Every rank."""
+    def reduce_to(self, tensor: Tensor, owner: int) -> Callable[[], object]:
+        """Begins to sum a tensor over ranks into `owner`'s copy, in place; the others' become meaningless. Every rank.
+
+        Returns:
+            Waits for it; until then nobody may touch the tensor.
+        """
+        return lambda: None
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrites a tensor by `owner`'s, in place. Every rank."""

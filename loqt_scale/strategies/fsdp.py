@@ -87,6 +87,14 @@ class FSDPStrategy(DistributedStrategy):
         ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
         return self.gather_pieces(self.local(parameter.detach()), ranges)
 
+    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One all-gather: rows side by side."""
+        widths = [parameter.shape[1] for parameter in parameters]
+        ranges = [self.rows(parameters[0].shape[0], rank) for rank in range(self.world_size)]
+        rows = torch.cat([self.local(parameter.detach()) for parameter in parameters], dim=1)
+        parts = self.gather_pieces(rows, ranges).split(widths, dim=1)
+        return [part.contiguous() for part in parts]  # packed bytes are read in order
+
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Reduce-scatters gradients in the last micro-step only."""
         assert isinstance(model, FSDPModule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -120,9 +120,12 @@ class DistributedStrategy(Strategy):
         dist.all_reduce(tensor)
         return tensor
 
-    def reduce_to(self, tensor: Tensor, owner: int) -> None:
+    def reduce_to(self, tensor: Tensor, owner: int) -> Callable[[], object]:
         """See `Strategy.reduce_to`. Every rank. One reduce."""
-        dist.reduce(tensor, dst=owner)
+        work = dist.reduce(tensor, dst=owner, async_op=True)
+        assert work is not None
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """See `Strategy.broadcast`. Every rank. One broadcast."""

@@ -210,8 +210,8 @@ def predicted_step(result: dict[str, Any], world_size: int, *, reshard: bool, ga
         gathers = result["micro_steps"] * (2 if reshard and index else 1)  # the root stays gathered until backward
         messages["all_gather", sum(padded_bytes(p, world_size, gathered_float) for p in unit)] += gathers
         messages["reduce_scatter", sum(padded_bytes(p, world_size) for p in unit if p["trains"])] += 1
-    messages["all_reduce", 2 * FLOAT] += 1  # the loss, and where the rank believes to be
-    messages["all_reduce", FLOAT * sum(p["trains"] for p in parameters)] += 1  # one gradient norm a parameter
+    messages["all_reduce", 3 * FLOAT] += 1  # the loss, where the rank believes to be, whether it was told to stop
+    messages["all_reduce", FLOAT] += 1  # the gradient's norm
     return messages
 
 
@@ -257,7 +257,7 @@ def test_ddp_sums_the_gradients_of_what_trains(run: Run) -> None:
     result = run("traffic", 2, "ddp", **{"model.overrides": overrides})[0]
     trained = sum(padded_bytes(p, 1) for p in result["parameters"] if p["trains"])
     reduced = sum(size for kind, size, _ in result["step"] if kind == "all_reduce")
-    assert reduced == trained + 2 * FLOAT  # and the loss, and where the rank believes to be
+    assert reduced == trained + 3 * FLOAT  # and the loss, where the rank believes to be, whether it was told to stop
     assert_all_seen(result["step"], result["step_backend"])
 
 
@@ -274,7 +274,7 @@ def low_rank_merge_bytes(world_size: int, shapes: list[tuple[int, int]], rank: i
         exchanges = 1 + rounds if side == "output" else 2
         aligned = side == "input" and rows % world_size == 0 and cols % layout.block_size == 0
         sketch = FLOAT * p_rows * sketch_width(rank, rows, cols, oversampling=SubspaceConfig().oversampling)
-        scalars = FLOAT * (1 + 1 + 2 * rounds + 2)  # energy, ||W||, two a round, survival
+        scalars = FLOAT * (1 + 3 * rounds + 2)  # energy, three a round, survival
         total += sketch + 2 * packed + (0 if aligned else exchanges * factor) + scalars
     return total
 
