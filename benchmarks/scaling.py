@@ -2,7 +2,8 @@
 
 A model of two blocks; the exponent is the slope of a line through (log size, log cost). Beside it the exponent that
 counting predicts, for the range that was measured: FLOPs of a step (torch's own counter), and bytes of state from the
-planner's shapes. Ranks: what one rank holds, from the planner (time on many ranks needs as many devices).
+planner's shapes. Ranks (fsdp over gloo, the global batch stays): what one rank holds, from the planner, and the CPU
+seconds of one rank, all its threads, since there may be fewer cores than ranks: waiting for others does not count.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --quick       # small shapes, to see that it runs
@@ -14,6 +15,8 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from math import log
 from pathlib import Path
 
@@ -27,7 +30,8 @@ from step_time import count_flops, merge_of, seconds, update
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.plan import plan_run
 from loqt_scale.trainer import Trainer
-from tests.distributed.footprint_tasks import make_trainer
+from tests.distributed.footprint_tasks import make_trainer, update_without_merge
+from tests.distributed.pool import RankPool
 
 SEQ_LEN, SEQUENCES, BYTES = 128, 4, 320
 
@@ -58,6 +62,52 @@ def measure(words: list[str]) -> tuple[float, float, int]:
     for index in (1, 2, 3):
         merges.append(seconds(lambda i=index: merge_of(trainer, i)()) - step)
     return step, statistics.median(merges), count_flops(trainer)
+
+
+def rank_costs(words: list[str]) -> tuple[float, float, int]:
+    """(CPU seconds of a step, of a merge with all it adds to its step, FLOPs of a step) of this rank. Every rank."""
+
+    def cpu_seconds(work: Callable[[], object]) -> float:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+
+    def merge_step(index: int) -> None:
+        assert trainer.merges is not None
+        step = trainer.merges.steps[index]
+        update_without_merge(trainer, step)
+        trainer.merges.finish(step)
+
+    trainer = make_trainer(parse_run_config(words))
+    try:
+        merge_step(0)
+        update(trainer, 1)
+        step = statistics.median(cpu_seconds(lambda: update(trainer, 2)) for _ in range(5))
+        merges = [cpu_seconds(lambda i=i: merge_step(i)) - step for i in (1, 2, 3)]  # type: ignore[misc]
+        return step, statistics.median(merges), count_flops(trainer)
+    finally:
+        trainer.strategy.close()
+
+
+def against_ranks(words: list[str], counts: list[int]) -> tuple[list[list[object]], list[list[str]]]:
+    """(rows of costs, rows of exponents) of one rank out of so many."""
+    pool, rows = RankPool(), []
+    series: list[list[float]] = [[], [], [], []]
+    for count in counts:
+        costs = pool.run(count, "scaling:rank_costs", timeout=1200, words=words)
+        step, merge, flops = (max(column) for column in zip(*costs, strict=True))
+        held = held_bytes(words, count)
+        for values, value in zip(series, (step, merge, held, flops), strict=True):
+            values.append(value)
+        rows.append(["ranks", count, f"{step:.3f}", f"{merge:.3f}", f"{held / 2**20:.1f}"])
+        print(rows[-1], flush=True)
+    pool.close()
+    slopes = [f"{exponent(counts, values):.2f}" for values in series]
+    return rows, [
+        ["CPU time of a rank's step, ranks", slopes[0], f"{slopes[3]} (FLOPs: every rank folds all of W)"],
+        ["CPU time of a rank's merge, ranks", slopes[1], "-1 (rows and layers are shared out)"],
+        ["state of a rank, ranks (planner)", slopes[2], "-1"],
+    ]
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -99,9 +149,8 @@ def main() -> None:
             predicted = "2 at most (W; B and embedding: 1)" if name == "hidden size" else "1 at most (B, P; W: 0)"
             fits.append([f"state, {name}", f"{slopes[2]:.2f}", predicted])
         words = words_of(fixed_width, fixed_rank, folder)
-        counts = [1, 2, 4]
-        shares = [held_bytes(words, count) for count in counts]
-    fits.append(["state of a rank, ranks (planner)", f"{exponent(counts, [float(s) for s in shares]):.2f}", "-1"])
+        more = against_ranks(words, [1, 2] if options.quick else [1, 2, 4])
+    rows, fits = rows + more[0], fits + more[1]
     text = (
         f"{table(['against', 'size', 'step, s', 'merge, s', 'state, MiB'], rows)}\n\n"
         f"{table(['cost against', 'fitted exponent', 'predicted'], fits)}\n\nLLaMA blocks, two of them, float32, one "

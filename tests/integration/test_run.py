@@ -108,6 +108,9 @@ def test_a_loss_that_explodes_stops_the_run_before_the_update(
         ({"parallel.strategy": "fsdp"}, "torchrun --standalone"),
         ({"parallel.strategy": "ddp"}, "torchrun --standalone"),
         ({"train.device": "cuda"}, "torch sees no CUDA device"),
+        ({"parallel.strategy": "fsdp", "parallel.offload": "all"}, "strategy: zero and its zero_offload"),
+        ({"parallel.offload": "all", "optim.per_layer": True, "optim.clip_norm": 0}, "write parallel.offload: base"),
+        ({"parallel.offload": "base", "method": "full"}, "write parallel.offload: optimizer"),
         ({"model.preset": "llama_60b"}, "llama_60m"),
         ({"optim.warmup_steps": 8}, "write a shorter warm-up"),
         (
