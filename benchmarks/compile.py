@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 from common import publish, table
-from step_time import METHODS, RANKS, merge_of, seconds, trainer_of, update
+from step_time import METHODS, RANKS, in_turns, merge_of, trainer_of, update
 
 VARIANTS = tuple(product(METHODS, (False, True)))
 
@@ -29,10 +29,7 @@ def compare(dtype: str, options: argparse.Namespace, folder: str) -> list[object
             merge_of(trainer, 0)()  # before it P and B are zero
         for step in (1, 2):
             update(trainer, step)  # compiles
-    times: dict[tuple[str, bool], list[float]] = {variant: [] for variant in VARIANTS}
-    for repeat in range(options.repeats):
-        for variant in VARIANTS if repeat % 2 == 0 else VARIANTS[::-1]:
-            times[variant].append(seconds(lambda v=variant, s=3 + repeat: update(trainers[v], s)))  # type: ignore[misc]
+    times = in_turns(VARIANTS, options.repeats, lambda variant, turn: update(trainers[variant], 3 + turn))
 
     def ratio(above: tuple[str, bool], below: tuple[str, bool]) -> str:
         ratios = sorted(a / b for a, b in zip(times[above], times[below], strict=True))

@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 from common import ROOT, publish, table
 
@@ -33,6 +34,7 @@ from loqt_scale.config_io import parse_run_config
 from loqt_scale.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
+Variant = TypeVar("Variant", bound=Hashable)
 METHODS = ("loqt", "full")
 RANKS = {"llama_micro": 32, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256}
 # operator -> group; looked up by the first fragment that its name contains
@@ -97,6 +99,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def in_turns(
+    variants: Sequence[Variant], repeats: int, work: Callable[[Variant, int], object]
+) -> dict[Variant, list[float]]:
+    """Wall times of `work(variant, turn)` for all variants in turns, A B B A: what else the machine does hits all."""
+    times: dict[Variant, list[float]] = {variant: [] for variant in variants}
+    for turn in range(repeats):
+        for variant in variants if turn % 2 == 0 else variants[::-1]:
+            times[variant].append(seconds(lambda v=variant, t=turn: work(v, t)))  # type: ignore[misc]
+    return times
+
+
 def count_flops(trainer: Trainer) -> int:
     """FLOPs of a normal step's matrix products and attention, as torch counts them (it knows no in-place addmm)."""
     in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
@@ -147,10 +160,7 @@ def compare(dtype: str, options: argparse.Namespace, folder: str) -> tuple[list[
     merge_of(trainers["loqt"], 0)()  # before it P and B are zero
     for trainer in trainers.values():
         update(trainer, 1)  # warm-up
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for repeat in range(options.repeats):
-        for method in METHODS if repeat % 2 == 0 else METHODS[::-1]:
-            times[method].append(seconds(lambda m=method, s=2 + repeat: update(trainers[m], s)))  # type: ignore[misc]
+    times = in_turns(METHODS, options.repeats, lambda method, turn: update(trainers[method], 2 + turn))
     ratios = sorted(loqt / full for loqt, full in zip(times["loqt"], times["full"], strict=True))
     loqt, full = (statistics.median(times[method]) for method in METHODS)
     merges = [seconds(merge_of(trainers["loqt"], 1 + index)) for index in range(options.merges)]
