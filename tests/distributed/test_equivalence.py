@@ -84,7 +84,8 @@ def test_offloading_changes_no_bit(runs: Runs, what: str) -> None:
     assert runs.losses(1, f"single-{what}", **frugal) == runs.losses(1, "single", **frugal)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "fsdp"])
+@pytest.mark.long  # compiling takes half a minute
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_blocks_too(runs: Runs, strategy: str) -> None:
     assert_same_losses(runs.losses(2, strategy, **{"model.compile": True}), runs.losses(1, "single"))
 
