@@ -64,7 +64,8 @@ def main() -> None:
         f"{table(header, rows)}\n\nStep times; medians of {options.repeats} alternating rounds (from ... to), "
         f"{options.sequences} sequences of {options.seq_len} tokens, {options.threads} thread(s)."
     )
-    publish("torch.compile", f"python benchmarks/compile.py --presets {' '.join(options.presets)}", text, keep=not options.quick)
+    command = f"python benchmarks/compile.py --presets {' '.join(options.presets)}"
+    publish("torch.compile", command, text, keep=not options.quick)
 
 
 if __name__ == "__main__":
