@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 from common import publish, table
-from step_time import METHODS, RANKS, in_turns, merge_of, trainer_of, update
+from step_time import METHODS, RANKS, in_turns, merge_of, step_parser, trainer_of, update
 
 VARIANTS = tuple(product(METHODS, (False, True)))
 
@@ -40,15 +40,7 @@ def compare(dtype: str, options: argparse.Namespace, folder: str) -> list[object
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sequences", type=int, default=8, help="sequences a step, in one micro-batch")
-    parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of the four variants")
-    parser.add_argument("--presets", nargs="+", default=["llama_60m", "llama_130m"], choices=RANKS)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
-    options = parser.parse_args()
+    options = step_parser(__doc__, repeats=7).parse_args()
     if options.quick:
         options.presets, options.sequences, options.seq_len, options.repeats = ["llama_micro"], 2, 64, 3
     torch.set_num_threads(options.threads)

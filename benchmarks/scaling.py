@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from math import log
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def rank_costs(words: list[str]) -> tuple[float, float, int]:
         merge_step(0)
         update(trainer, 1)
         step = statistics.median(cpu_seconds(lambda: update(trainer, 2)) for _ in range(5))
-        merges = [cpu_seconds(lambda i=i: merge_step(i)) - step for i in (1, 2, 3)]  # type: ignore[misc]
+        merges = [cpu_seconds(partial(merge_step, index)) - step for index in (1, 2, 3)]
         return step, statistics.median(merges), count_flops(trainer)
     finally:
         trainer.strategy.close()

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TypeVar
@@ -106,7 +107,7 @@ def in_turns(
     times: dict[Variant, list[float]] = {variant: [] for variant in variants}
     for turn in range(repeats):
         for variant in variants if turn % 2 == 0 else variants[::-1]:
-            times[variant].append(seconds(lambda v=variant, t=turn: work(v, t)))  # type: ignore[misc]
+            times[variant].append(seconds(partial(work, variant, turn)))
     return times
 
 
@@ -176,17 +177,23 @@ def compare(dtype: str, options: argparse.Namespace, folder: str) -> tuple[list[
     return row, f"{options.preset}, {dtype}:\n\n{share_table(columns)}"
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """A parser of the settings that every benchmark of steps has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sequences", type=int, default=8, help="sequences a step, in one micro-batch")
     parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=9, help="pairs of steps")
-    parser.add_argument("--merges", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=8, help="rows of the tables of shares")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds of all variants")
     parser.add_argument("--presets", nargs="+", default=["llama_60m", "llama_130m"], choices=RANKS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
+    return parser
+
+
+def parse_options() -> argparse.Namespace:
+    parser = step_parser(__doc__, repeats=9)
+    parser.add_argument("--merges", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=8, help="rows of the tables of shares")
     options = parser.parse_args()
     if options.quick:
         options.presets, options.sequences, options.seq_len = ["llama_micro"], 2, 64

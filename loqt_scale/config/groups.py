@@ -186,11 +186,16 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; write 1 or more")
-        instead = "parallel.zero_offload" if self.strategy == "zero" else "parallel.strategy: zero and its zero_offload"
+        if self.strategy != "auto":
+            self.check_offload(self.strategy)
+
+    def check_offload(self, strategy: str) -> None:
+        """Raises ConfigError unless the strategy, which `auto` has been settled to, can offload as asked."""
+        instead = "parallel.zero_offload" if strategy == "zero" else "parallel.strategy: zero and its zero_offload"
         require(
-            self.offload == "none" or self.strategy in ("auto", "single"),
-            f"parallel.offload is '{self.offload}', which is for one device, but parallel.strategy is "
-            f"'{self.strategy}'; write {instead}, or parallel.offload: none",
+            self.offload == "none" or strategy == "single",
+            f"parallel.offload is '{self.offload}', which is for one device, but the strategy is '{strategy}'; "
+            f"write {instead}, or parallel.offload: none",
         )
 
 

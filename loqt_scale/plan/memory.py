@@ -89,15 +89,11 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     host = sum(p.nbytes() + (moment_bytes(p, config, 1) + p.nbytes() if p.trains else 0) for p in away)
     merges = config.method == "loqt"
     one_pass = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size) == 1
-    gathered = 0
-    if away:
+    if strategy == "single":
         gathered = gathered_bytes(config, away, ranks)
-        updated_here = any(p.trains for p in here)
-        passing = passes.gradients_pile_up if one_pass and updated_here else passes.gradients_freed + gradients
-        merge_passing = passes.merge_freed + gradients if merges else 0
-    elif strategy == "single":
-        # from the second pass on, the gradients of the first are there all the time
-        passing = passes.gradients_pile_up if one_pass else passes.gradients_freed + gradients
+        # from the second pass on, the gradients of the first are there all the time, unless they wait in host memory
+        piles_up = one_pass and any(p.trains for p in here)
+        passing = passes.gradients_pile_up if piles_up else passes.gradients_freed + gradients
         merge_passing = passes.merge_freed + gradients if merges else 0
     else:
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it

@@ -68,7 +68,9 @@ def _strategy(config: RunConfig, ranks: int) -> str:
             "holds what stage 3 shards"
         )
     if name == "auto":
-        return "fsdp" if ranks > 1 else "single"
+        name = "fsdp" if ranks > 1 else "single"
+        config.parallel.check_offload(name)
+        return name
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
     return name

@@ -74,13 +74,8 @@ def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
     parallel, compute_dtype = config.parallel, DTYPES[config.model.dtype]
     name = resolve_strategy(parallel)
     check_zero_config(config, world_size=launched_world_size())
+    parallel.check_offload(name)
     if parallel.offload != "none":
-        if name != "single":
-            raise ValueError(
-                f"parallel.offload is '{parallel.offload}', which is for one device, but the launcher started "
-                f"{launched_world_size()} ranks; write parallel.strategy: zero and its zero_offload, or "
-                "parallel.offload: none"
-            )
         return OffloadStrategy(device, compute_dtype, parallel.offload)
     if name == "single":
         return Strategy(device, compute_dtype)

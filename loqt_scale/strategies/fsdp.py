@@ -21,10 +21,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loqt_scale.strategies.base import shard_range
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 from loqt_scale.strategies.process_group import DistributedStrategy
 
 
-class FSDPStrategy(DistributedStrategy):
+class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
     """See the module's docstring.
 
     Args:
@@ -70,10 +71,6 @@ class FSDPStrategy(DistributedStrategy):
         assert isinstance(parameter, DTensor) and parameter.to_local().shape[0] == stop - start
         return start, stop
 
-    def local(self, tensor: Tensor) -> Tensor:
-        """The shard behind a DTensor."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
     def read(self, parameter: Tensor) -> Tensor:
         """The stored shard is the work share."""
         return self.local(parameter)
@@ -104,11 +101,6 @@ class FSDPStrategy(DistributedStrategy):
     def autocast(self) -> AbstractContextManager[object]:
         """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""
         return nullcontext()
-
-    def after_forward_only(self, model: nn.Module) -> None:
-        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
-        assert isinstance(model, FSDPModule)
-        model.reshard()
 
     def norm(self, stored: Tensor) -> Tensor:
         """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Offload
 from loqt_scale.optim import open_moments
-from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 
 
 def is_offloaded(trains: bool, what: Offload) -> bool:
@@ -32,7 +32,7 @@ def is_offloaded(trains: bool, what: Offload) -> bool:
     return what == "all" or what == ("optimizer" if trains else "base")
 
 
-class OffloadStrategy(Strategy):
+class OffloadStrategy(FSDPModelStrategy):
     """See the module's docstring.
 
     Args:
@@ -81,10 +81,6 @@ class OffloadStrategy(Strategy):
             if not isinstance(parameter, DTensor):
                 parameter.data = torch.empty_like(parameter.data, device=self.device)
 
-    def local(self, tensor: Tensor) -> Tensor:
-        """What is behind a DTensor: all of it, in host memory."""
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
     def read(self, parameter: Tensor) -> Tensor:
         """All of it, on the device."""
         return self.local(parameter.detach()).to(self.device)
@@ -103,11 +99,6 @@ class OffloadStrategy(Strategy):
                 edit(first, second)
                 for moment, edited in zip(moments, (first, second), strict=True):
                     self.local(moment).copy_(edited)
-
-    def after_forward_only(self, model: nn.Module) -> None:
-        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
-        assert isinstance(model, FSDPModule)
-        model.reshard()
 
     def norm(self, stored: Tensor) -> Tensor:
         """On the device, where the loss is."""

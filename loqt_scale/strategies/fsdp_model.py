@@ -1,0 +1,22 @@
+"""What a strategy that lets FSDP2 hold a model's parameters knows of them, on one rank or on many."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from loqt_scale.strategies.base import Strategy
+
+
+class FSDPModelStrategy(Strategy):
+    """Base of the strategies that call `fully_shard`."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this rank stores behind a DTensor."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def after_forward_only(self, model: nn.Module) -> None:
+        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
+        assert isinstance(model, FSDPModule)
+        model.reshard()
