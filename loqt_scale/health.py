@@ -20,27 +20,32 @@ class OutOfStepError(ValueError):
 class StepPlace:
     """Where a rank believes to be. The ranks' marks ride along when the losses are summed: no collective of their own.
 
+    What a merge needs travels inside the backward pass of its step, before that step's losses are summed: so the step
+    before announces it.
+
     Args:
         step: The step, from 0.
         merging: Whether a merge follows it.
+        announcing: Whether a merge follows the next one.
     """
 
     step: int
     merging: bool
+    announcing: bool = False
 
     @property
     def mark(self) -> int:
         """A number below 4096 that other places are unlikely to have; 4096 of them add up exactly in float32."""
-        return stable_seed("place", self.step, self.merging) % 4096
+        return stable_seed("place", self.step, self.merging, self.announcing) % 4096
 
     def check(self, marks: float, world_size: int) -> None:
         """Raises OutOfStepError unless the sum over ranks is what equal marks add up to."""
         if marks != world_size * self.mark:
-            merge = "a merge follows" if self.merging else "no merge follows"
+            here, following = ("a merge" if merge else "no merge" for merge in (self.merging, self.announcing))
             raise OutOfStepError(
-                f"here it is step {self.step}, after which {merge}, but another rank is elsewhere (its own message "
-                "says where); nothing was saved since. Start all ranks with the same code and settings; they go on "
-                "from the last checkpoint"
+                f"here it is step {self.step}, after which {here} follows (after the next: {following}), but another "
+                "rank is elsewhere (its own message says where); nothing was saved since. Start all ranks with the "
+                "same code and settings; they go on from the last checkpoint"
             )
 
 

@@ -105,6 +105,7 @@ class Trainer:
         self.pending: PendingStep | None = None
         self.stop, self.stopping = StopRequest(), False  # asked of this rank, agreed by all
         self.updates = 0  # steps that were not skipped
+        self.counted: set[str] = set()  # whose bytes on the wire
         self.tokens = 0
         self.eval_before: float | None = None
         # what the backward pass has applied cannot be skipped any more: the first such step ends the run
@@ -194,26 +195,33 @@ class Trainer:
 
     def step(self, step: int) -> None:
         """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""
-        counter = self._wire_counter(step)
+        place = self.place(step)
+        if place.merging:
+            self.settle()  # the step before announced this merge, whose collectives begin in the backward pass
+        counter = None if place.merging else self._wire_counter("wire/step")
         with ExitStack() as stack:
             if counter is not None:
                 stack.enter_context(counter)
             if self.merges is not None:
                 self.merges.prepare(step, backward_passes=self.micro_steps)
-            merging = self.merges is not None and self.merges.is_merge_step(step)
-            sums = self.accumulate(step, merging)
+            sums = self.accumulate(step)
             metrics = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             norm = self.update()
         numbers = HostCopy(torch.cat([sums, norm.reshape(1).to(sums)]))
         self.settle()  # the step before: its numbers are there by now
         self.done, self.tokens = step + 1, self.tokens + self.tokens_per_step
         metrics |= {"train/tokens": self.tokens, **self._wire_values("wire/step", counter)}
-        self.pending = PendingStep(StepPlace(step, merging), numbers, metrics)
-        if merging:  # it must be known whether there is something to merge
+        self.pending = PendingStep(place, numbers, metrics)
+        if place.merging:  # it must be known whether there is something to merge
             self.settle()
         if self.scheduler is not None:
             self.scheduler.step()
         self.rates.tick(self.tokens_per_step)
+
+    def place(self, step: int) -> StepPlace:
+        """Where this rank believes to be when it takes a step."""
+        here, following = (self.merges is not None and self.merges.is_merge_step(s) for s in (step, step + 1))
+        return StepPlace(step, merging=here, announcing=following)
 
     def settle(self) -> None:
         """Waits for the last step's numbers, if it has not been settled yet: judges, merges, reports. Every rank.
@@ -241,7 +249,7 @@ class Trainer:
         logged = (step + 1) % self.config.train.log_every == 0 or merging or warning is not None
         self._report(step, values if logged else {})
 
-    def accumulate(self, step: int, merging: bool = False) -> Tensor:
+    def accumulate(self, step: int) -> Tensor:
         """Forward and backward over this rank's share. Every rank.
 
         Returns:
@@ -262,7 +270,7 @@ class Trainer:
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
                 strategy.backward(self.model, loss)
             total += loss.detach()
-        mark, stop_asked = StepPlace(step, merging).mark, self.stop.number is not None
+        mark, stop_asked = self.place(step).mark, self.stop.number is not None
         return strategy.sum(torch.stack([total, *(total.new_full((), float(one)) for one in (mark, stop_asked))]))
 
     @property
@@ -287,7 +295,7 @@ class Trainer:
     def merge(self, step: int) -> dict[str, float]:
         """Merges after a merge step; returns the merge's metrics. Every rank."""
         assert self.merges is not None
-        counter = self._wire_counter(step)
+        counter = self._wire_counter("wire/merge")
         with ExitStack() as stack:
             if counter is not None:
                 stack.enter_context(counter)
@@ -295,7 +303,11 @@ class Trainer:
         assert report is not None
         self.progress.line(merge_line(report))
         means = {f"merge/{key}": value for key, value in report.means().items()}
-        return means | {"merge/seconds": report.seconds} | self._wire_values("wire/merge", counter)
+        return (
+            means
+            | {"merge/seconds": report.seconds}
+            | self._wire_values("wire/merge", counter, earlier=report.sketch_bytes)
+        )
 
     def evaluate(self, step: int) -> float:
         """Held-out loss in nats after `step` optimizer steps. Every rank."""
@@ -324,12 +336,16 @@ class Trainer:
         }
         self.writer.log(done, values)
 
-    def _wire_counter(self, step: int) -> WireCounter | None:
-        """Counts the bytes of the first merge step and of the step after it, if asked to."""
-        wanted = self.config.train.wire_counter == "once" and step in (0, 1)
-        return WireCounter(self.strategy.world_size) if wanted else None
+    def _wire_counter(self, name: str) -> WireCounter | None:
+        """Counts the bytes of the first merge and of the first step without one, if asked to."""
+        if self.config.train.wire_counter != "once" or name in self.counted:
+            return None
+        self.counted.add(name)
+        return WireCounter(self.strategy.world_size)
 
-    def _wire_values(self, name: str, counter: WireCounter | None) -> dict[str, float]:
+    def _wire_values(self, name: str, counter: WireCounter | None, *, earlier: int = 0) -> dict[str, float]:
+        """Bytes that were counted, and reduced `earlier`, outside the counter."""
         if counter is None:
             return {}
-        return {f"{name}_payload_bytes": counter.payload_bytes(), f"{name}_sent_bytes": counter.sent_bytes()}
+        sent = counter.sent_bytes() + earlier * (self.strategy.world_size - 1) // self.strategy.world_size
+        return {f"{name}_payload_bytes": counter.payload_bytes() + earlier, f"{name}_sent_bytes": sent}

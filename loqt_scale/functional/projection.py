@@ -45,18 +45,18 @@ def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -
 
 
 def sketch_basis(sketch_FL: Tensor, rank: int) -> Tensor:
-    """P from a sketch Z of one gradient.
+    """P from a sketch Z of one gradient, or of several at once.
 
     Args:
-        sketch_FL: Z, float32, its last `VALIDATION_COLUMNS` columns unused here.
+        sketch_FL: Z, float32, its last `VALIDATION_COLUMNS` columns unused here; (..., F, l).
         rank: r, at most l.
 
     Returns:
-        (F, r) orthonormal columns, float32.
+        (..., F, r) orthonormal columns, float32.
     """
-    used = _normalized(sketch_FL[:, :-VALIDATION_COLUMNS].float())
-    width = min(*used.shape, rank + SEARCH_COLUMNS)
-    return leading_vectors(used, rank, start_FK=used[:, :width], iterations=SKETCH_ITERATIONS)
+    used = _normalized(sketch_FL[..., :-VALIDATION_COLUMNS].float())
+    width = min(*used.shape[-2:], rank + SEARCH_COLUMNS)
+    return leading_vectors(used, rank, start_FK=used[..., :width], iterations=SKETCH_ITERATIONS)
 
 
 def leading_vectors(matrix_FC: Tensor, rank: int, *, start_FK: Tensor, iterations: int) -> Tensor:
@@ -67,30 +67,31 @@ def leading_vectors(matrix_FC: Tensor, rank: int, *, start_FK: Tensor, iteration
     values are 1e-5 of the largest survive a rounding of the input (LAPACK's float32 SVD loses them).
 
     Args:
-        matrix_FC: The matrix.
+        matrix_FC: The matrix, or several: (..., F, C).
         rank: r, at most K.
         start_FK: Where the iteration starts: K columns that span about the wanted space.
         iterations: Passes over the matrix and back.
 
     Returns:
-        (F, r) orthonormal columns, float32, in the order of their singular values.
+        (..., F, r) orthonormal columns, float32, in the order of their singular values.
     """
     q_FK, _ = torch.linalg.qr(start_FK)
     for _ in range(iterations):
-        q_FK, _ = torch.linalg.qr(matrix_FC @ (matrix_FC.T @ q_FK))
-    images = (matrix_FC.T @ q_FK).double()
-    _, vectors = torch.linalg.eigh(images.T @ images)  # ascending
-    return _signed(q_FK @ vectors.flip(1)[:, :rank].to(q_FK.dtype))
+        q_FK, _ = torch.linalg.qr(matrix_FC @ (matrix_FC.mT @ q_FK))
+    images = (matrix_FC.mT @ q_FK).double()
+    _, vectors = torch.linalg.eigh(images.mT @ images)  # ascending
+    return _signed(q_FK @ vectors.flip(-1)[..., :rank].to(q_FK.dtype))
 
 
 def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
-    """Estimates `captured_energy` from the validation columns, which P has not seen: scalar in [0, 1].
+    """Estimates `captured_energy` from the validation columns, which P has not seen: in [0, 1], one of each matrix.
 
     A Gaussian sketch keeps squared norms in expectation: E||A Omega||_F^2 = l ||A||_F^2, with A = G^T and P^T G^T
     alike.
     """
-    unseen = _normalized(sketch_FL[:, -VALIDATION_COLUMNS:].float())
-    return (basis_FR.float().T @ unseen).square().sum() / unseen.square().sum().clamp_min(1e-30)
+    unseen = _normalized(sketch_FL[..., -VALIDATION_COLUMNS:].float())
+    kept, whole = (values.square().sum((-2, -1)) for values in (basis_FR.float().mT @ unseen, unseen))
+    return kept / whole.clamp_min(1e-30)
 
 
 def svd_basis(gradient_OI: Tensor, rank: int, side: str) -> Tensor:
@@ -116,7 +117,7 @@ def _signed(basis_FR: Tensor) -> Tensor:
     A singular vector's sign is arbitrary, and NF4 is not symmetric about zero: without a rule, rounding errors of 1e-7
     in a gradient could flip a column and with it the whole quantized P.
     """
-    largest = basis_FR.gather(0, basis_FR.abs().argmax(0, keepdim=True))
+    largest = basis_FR.gather(-2, basis_FR.abs().argmax(-2, keepdim=True))
     return (basis_FR * torch.where(largest < 0, -1.0, 1.0)).contiguous()
 
 
@@ -134,4 +135,4 @@ def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:
 
 def _normalized(matrix: Tensor) -> Tensor:
     """Scaled to a largest entry of 1: gradients of 1e-6 would otherwise meet absolute tolerances inside LAPACK."""
-    return matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -1,7 +1,7 @@
 """The merge: factors folded into the quantized base, a fresh subspace, one layer at a time, every rank."""
 
 from loqt_scale.merge.coordinator import InitialWeights, MergeCoordinator
+from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
-from loqt_scale.merge.subspace import attach_probes
 
-__all__ = ["MERGE_DIAGNOSTICS", "InitialWeights", "MergeCoordinator", "MergeReport", "attach_probes"]
+__all__ = ["MERGE_DIAGNOSTICS", "InitialWeights", "MergeCoordinator", "MergeReport", "attach_probes", "probe_shape"]

@@ -1,11 +1,13 @@
 """The merge: every rank takes part, one layer at a time, low-rank tensors on the wire.
 
-On a merge step u the trainer calls `prepare(u)` before the forward pass (probes start to collect each layer's weight
-gradient, sketched or dense) and `finish(u)` after the optimizer step. `finish` walks over the layers in waves of one
-layer per rank, dealt out by cost:
+On a merge step u the trainer calls `prepare(u)` before the forward pass and `finish(u)` after the optimizer step.
 
-    reduce     each layer's sketch (F x l) to its owner
-    factorise  the owners find their P, at the same time
+    collect    probes gather each layer's weight gradient, sketched (F x l) or dense, in the backward passes, from which
+               it is summed into its owner's copy; layers are dealt out over the ranks
+    factorise  the owners find their P, at the same time, still inside the last backward pass (`subspace`)
+
+and in `finish`, layer by layer,
+
     broadcast  P, packed as the layer will hold it, to all
     merge      each rank folds, re-quantizes and compensates its own rows of W (functional.compensation);
                nobody ever holds a whole W
@@ -32,8 +34,9 @@ from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
 from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
-from loqt_scale.merge.subspace import FoundBasis, SubspaceSearch
+from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.strategies import Strategy
 
 
@@ -78,8 +81,8 @@ class MergeCoordinator:
         last = int(merge.last_step_fraction * (total_steps - 1))
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._index_of_step = {step: index for index, step in enumerate(steps)}
-        self._waves = _deal(self._layers, self._strategy.world_size)
         self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
+        self._reported_bytes = 0
 
     @property
     def steps(self) -> list[int]:
@@ -96,17 +99,19 @@ class MergeCoordinator:
         self._index_of_step.setdefault(step, max(0, index - 1))
 
     def postpone(self, step: int) -> None:
-        """Moves the merge of a step that was skipped to the next step, and drops what was collected for it. Local."""
+        """Moves the merge of a step that was skipped to the next step, and drops what was collected. Every rank."""
         index = self._index_of_step.pop(step)
         self._index_of_step.setdefault(step + 1, index)
         self._search.drop()
 
     def prepare(self, step: int, *, backward_passes: int | None = None) -> None:
-        """Before the forward passes of a step: attaches probes if the step ends in a merge. Local.
+        """Before the forward passes of a step: attaches probes if the step ends in a merge.
 
         Args:
             step: The step.
-            backward_passes: How many will follow. If given, and with one rank, a layer is factorised in the last.
+            backward_passes: How many will follow. If given, each sends what it has collected to the layers' owners,
+                which factorise it in the last one: every rank, and all must agree that this is a merge step. If not,
+                this is done in `finish`, and until then every rank holds what all layers have collected.
         """
         if self.is_merge_step(step):
             self._search.attach(step, backward_passes)
@@ -119,15 +124,20 @@ class MergeCoordinator:
         started = time.perf_counter()
         first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
-        for wave, following in zip(self._waves, [*self._waves[1:], []], strict=True):
-            mine = self._search.find(wave, step, following)
-            for owner, name in enumerate(wave):
-                with self._strategy.editing(self._layers[name].merged_parameters()):
-                    diagnostics[name] = self._merge_layer(name, owner, mine, first=first)
+        sketch_bytes = self._search.sent_bytes - self._reported_bytes
+        self._search.finish()
+        self._reported_bytes = self._search.sent_bytes
+        for name, owner in self._search.owners.items():
+            with self._strategy.editing(self._layers[name].merged_parameters()):
+                diagnostics[name] = self._merge_layer(name, owner, self._search.take(name), first=first)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
-            step=step, index=self._index_of_step[step], seconds=time.perf_counter() - started, layers=layers
+            step=step,
+            index=self._index_of_step[step],
+            seconds=time.perf_counter() - started,
+            sketch_bytes=sketch_bytes,
+            layers=layers,
         )
 
     def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
@@ -254,14 +264,3 @@ def _aligned(spec: LowRankSpec, strategy: Strategy) -> bool:
         strategy.rows(spec.base.rows, rank) == spec.base.rows_of_groups(*strategy.rows(spec.base.groups, rank))
         for rank in range(strategy.world_size)
     )
-
-
-def _deal(layers: dict[str, LoQTLinear], world_size: int) -> list[list[str]]:
-    """Waves of one layer per rank, layers of like cost in the same wave so that owners finish together."""
-
-    def cost(name: str) -> int:
-        projection = layers[name].spec.projection
-        return projection.rows * projection.cols**2
-
-    order = sorted(layers, key=cost, reverse=True)
-    return [order[start : start + world_size] for start in range(0, len(order), world_size)]

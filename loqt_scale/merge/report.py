@@ -15,6 +15,7 @@ class MergeReport:
         step: The merge step.
         index: How many merges came before it.
         seconds: Wall time of `finish` on this rank.
+        sketch_bytes: Payload of what was reduced to the layers' owners before `finish`, in the backward passes.
         layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
             kept by P,
             `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the last two
@@ -24,6 +25,7 @@ class MergeReport:
     step: int
     index: int
     seconds: float
+    sketch_bytes: int
     layers: dict[str, dict[str, float]]
 
     def means(self) -> dict[str, float]:

@@ -1,83 +1,34 @@
 """Finding each layer's new P: probes collect its gradient in the backward passes, its owner factorises what they hold.
 
-With several ranks a layer's sketch is summed into its owner's copy after the step. With one there is nothing to sum:
-each layer is factorised inside the last backward pass, as soon as its sketch is complete, so sketches never pile up.
+If the number of backward passes is known, gradients leave for their owners inside the passes, and are factorised inside
+the last one, wave by wave (`collection`): sketches never pile up. If not, everything happens in `finish`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
-from loqt_scale.functional.projection import (
-    captured_energy,
-    randomized_basis,
-    sketch_basis,
-    sketch_width,
-    sketched_energy,
-    svd_basis,
-    test_matrix,
-)
-from loqt_scale.functional.quantization import MatrixLayout, pack
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.layers import GradientProbe, LoQTLinear
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.merge.basis import FoundBasis, find_bases
+from loqt_scale.merge.collection import CALL_PREPARE, GradientCollection
+from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.strategies import Strategy
 
-
-@dataclass(frozen=True)
-class FoundBasis:
-    """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps."""
-
-    codes: Tensor
-    scales: Tensor | None
-    energy: Tensor
-
-    def to_bytes(self) -> Tensor:
-        """All of it as one row of bytes, to be sent."""
-        tensors = (self.energy.float().reshape(1), self.codes, self.scales)
-        return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
-
-    @staticmethod
-    def count_bytes(layout: MatrixLayout) -> int:
-        """Length of that row."""
-        return 4 + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
-
-    @classmethod
-    def from_bytes(cls, row: Tensor, layout: MatrixLayout) -> FoundBasis:
-        """What was sent. Copies: inside the row, scales need not lie where float32 may."""
-        end = 4 + layout.codes_shape[0] * layout.codes_shape[1]
-        scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
-        return cls(row[4:end].view(layout.codes_shape).clone(), scales, row[:4].view(torch.float32).squeeze(0))
+# Values of sketches that are factorised in one batch. On the CPU batches pay for small matrices only (a half of the
+# time at 48 x 16, nine tenths at 256 x 64, nothing at 512 x 256); a GPU is left idle by matrices of any usual size.
+BATCH_VALUES = {"cpu": 2**16}
+DEVICE_BATCH_VALUES = 2**22
+AIR_BYTES = 2**24  # of sketches on their way: enough to hide the way of the small ones
 
 
-def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
-    """Gives every layer a probe for its gradient: a sketch of it, or under the exact methods the dense one. Local.
-
-    Layers of one width share a test matrix: a sketch needs its Omega to be independent of its own gradient only.
-
-    Args:
-        layers: By name.
-        config: How P is found.
-        seed: Of the test matrices.
-        device: Where the model computes.
-    """
-    omegas: dict[tuple[int, int], Tensor] = {}
-    for layer in layers.values():
-        spec, omega = layer.spec, None
-        shape = (spec.base.rows, spec.base.cols)
-        if config.method == "sketch":
-            width = sketch_width(layer.rank, *shape, config.oversampling)
-            features = spec.base.rows + spec.base.cols - spec.projection.rows
-            if (features, width) not in omegas:
-                own = stable_seed(seed, features, width)
-                omegas[features, width] = test_matrix(features, width, seed=own, device=device)
-            omega = omegas[features, width]
-            shape = (spec.projection.rows, width)
-        layer.probe = GradientProbe.collecting(shape, omega, device)
+def batch_size(largest_values: int, device_type: str) -> int:
+    """Sketches of at most so many values that are factorised together."""
+    return max(1, BATCH_VALUES.get(device_type, DEVICE_BATCH_VALUES) // largest_values)
 
 
 class SubspaceSearch:
@@ -86,107 +37,84 @@ class SubspaceSearch:
     Args:
         layers: All LoQT layers by name.
         config: How P is found.
-        strategy: How the model is spread.
+        strategy: How the model is spread. Every rank: a group of ranks may be made.
         seed: Of the sketches.
     """
 
     def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, strategy: Strategy, seed: int) -> None:
         self._layers, self._config, self._strategy, self._seed = layers, config, strategy, seed
-        self._found: dict[str, FoundBasis] = {}  # in the backward pass of this step
-        self._on_the_way: dict[str, tuple[Tensor, Callable[[], object]]] = {}
+        self._reducer = strategy.open_reducer()
+        largest = max(rows * columns for rows, columns in (probe_shape(layer, config) for layer in layers.values()))
+        together = batch_size(largest, strategy.device.type) if config.method == "sketch" else 1
+        self._wave = strategy.world_size * together
+        self._owners = deal(layers, strategy.world_size)
+        self._step = 0
+        self._collection: GradientCollection | None = None
+        self._found: dict[str, FoundBasis] = {}
+
+    @property
+    def owners(self) -> Mapping[str, int]:
+        """Rank that finds each layer's P, in the order in which layers should be merged."""
+        return self._owners
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload of all that has been reduced to owners, since the beginning."""
+        return self._reducer.payload_bytes
 
     def attach(self, step: int, backward_passes: int | None) -> None:
-        """Gives every layer a probe. Local.
+        """Gives every layer a probe. Local, but with `backward_passes` these will talk: every rank.
 
         Args:
             step: The step.
-            backward_passes: How many will follow. If given, and with one rank, a layer is factorised in the last.
+            backward_passes: How many will follow. If given, layers are factorised in the last.
         """
         seed = stable_seed("sketch", self._seed, step)
         attach_probes(self._layers, self._config, seed=seed, device=self._strategy.device)
-        if backward_passes is not None and self._strategy.world_size == 1:
-            for name, layer in self._layers.items():
-                assert layer.probe is not None
-                self._when_collected(name, layer.probe.leaf, backward_passes, step)
+        self._step = step
+        self._found.clear()
+        self._collection = GradientCollection(
+            self._layers,
+            self._owners,
+            wave=self._wave,
+            reducer=self._reducer,
+            passes=backward_passes,
+            budget=AIR_BYTES if self._strategy.world_size > 1 else 0,
+            factorise=self._factorise,
+        )
+
+    def finish(self) -> None:
+        """Afterwards every owner has found its layers' P. Every rank.
+
+        Raises:
+            RuntimeError: `attach` was not called, or a layer has seen no backward pass since.
+        """
+        if self._collection is None:
+            raise RuntimeError(f"no gradients were collected for this merge; {CALL_PREPARE}")
+        self._collection.finish()
+        self._collection = None
 
     def drop(self) -> None:
-        """Forgets what this step has collected. Local."""
+        """Forgets what this step has collected. Every rank."""
+        if self._collection is not None:
+            self._collection.drop()
+        self._collection = None
         self._found.clear()
-        for layer in self._layers.values():
-            layer.probe = None
 
-    def _when_collected(self, name: str, leaf: Tensor, passes: int, step: int) -> None:
-        """Has the last of so many backward passes turn what the leaf has collected into P, and free it. Local."""
-        left = passes
+    def take(self, name: str) -> FoundBasis | None:
+        """A layer's new P on its owner, None elsewhere. Local."""
+        return self._found.pop(name, None)
 
-        @torch.no_grad()
-        def collected(leaf: Tensor) -> None:
-            nonlocal left
-            left -= 1
-            assert leaf.grad is not None
-            # what is not finite stays where it is: the step will be skipped, and this dropped
-            if left == 0 and bool(leaf.grad.isfinite().all()):
-                self._found[name] = self._factorise(name, leaf.grad, step)
-                leaf.grad = None
+    @torch.no_grad()
+    def _factorise(self, collected: dict[str, Tensor]) -> None:
+        seed = stable_seed(self._seed, self._step)
+        self._found |= find_bases(self._layers, collected, self._config, seed=seed)
 
-        leaf.register_post_accumulate_grad_hook(collected)
 
-    def find(self, wave: list[str], step: int, following: list[str]) -> FoundBasis | None:
-        """The new P of the layer of this wave that this rank owns, if there is one. Every rank.
+def deal(names: Mapping[str, LoQTLinear], world_size: int) -> dict[str, int]:
+    """Owner of each layer, last layer first, as backward passes complete them.
 
-        Args:
-            wave: Layers, each at the index of its owner.
-            step: The step.
-            following: The wave after it: what its layers have collected travels while this one is factorised.
-        """
-        if wave[0] in self._found:  # one rank, and the backward pass has found it
-            self._layers[wave[0]].probe = None
-            return self._found.pop(wave[0])
-        collected = []
-        for owner, name in enumerate(wave):
-            begun = self._on_the_way.pop(name) if name in self._on_the_way else self._collect(name, owner)
-            gradient, wait = begun
-            wait()
-            collected.append(gradient)
-        if following and following[0] not in self._found:
-            self._on_the_way = {name: self._collect(name, owner) for owner, name in enumerate(following)}
-        rank = self._strategy.rank
-        return self._factorise(wave[rank], collected[rank], step) if rank < len(wave) else None
-
-    def _collect(self, name: str, owner: int) -> tuple[Tensor, Callable[[], object]]:
-        """Detaches a layer's probe and begins to sum what it collected into its owner's copy. Every rank."""
-        layer = self._layers[name]
-        probe, layer.probe = layer.probe, None
-        if probe is None or probe.leaf.grad is None:
-            raise RuntimeError(
-                f"{name} saw no backward pass since MergeCoordinator.prepare; call prepare(step) before the forward "
-                "passes of every step, and finish(step) after its optimizer step"
-            )
-        gradient = probe.leaf.grad
-        return gradient, self._strategy.reduce_to(gradient, owner)
-
-    def _factorise(self, name: str, collected: Tensor, step: int) -> FoundBasis:
-        """P of a layer this rank owns. Local."""
-        layer = self._layers[name]
-        basis, energy = self._basis(name, collected, step)
-        codes, scales = pack(basis, layer.spec.projection)
-        return FoundBasis(codes, scales, energy)
-
-    def _basis(self, name: str, collected: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(P (F, r) float32, share of gradient energy it keeps). Local."""
-        layer, subspace = self._layers[name], self._config
-        if subspace.method == "sketch":
-            basis = sketch_basis(collected, layer.rank)
-            return basis, sketched_energy(collected, basis)
-        if subspace.method == "svd":
-            basis = svd_basis(collected, layer.rank, layer.side)
-        else:
-            basis = randomized_basis(
-                collected,
-                layer.rank,
-                layer.side,
-                oversampling=subspace.oversampling,
-                power_iterations=subspace.power_iterations,
-                seed=stable_seed("randomized", self._seed, step, name),
-            )
-        return basis, captured_energy(collected, basis, layer.side)
+    Every `world_size` layers each rank gets one, and each time another one: layers repeat from block to block, and
+    whoever got the small ones once should not get them always.
+    """
+    return {name: (index + index // world_size) % world_size for index, name in enumerate(reversed(list(names)))}

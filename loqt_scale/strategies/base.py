@@ -9,7 +9,7 @@ A strategy answers four questions and nothing else in the package asks them:
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
    micro_step, after_forward_only, autocast, backward, update
 4. *talk*: sums, broadcasts, barriers.
-   sum, reduce_to, broadcast, barrier
+   sum, open_reducer, broadcast, barrier
 
 Gradients are *summed* over ranks and micro-batches, never averaged: the trainer divides the loss by the step's token
 count, so that unequal shares weigh by tokens. The chosen strategy is made once (`strategies.create`); nobody tests for
@@ -52,6 +52,29 @@ class Channel:
     def gather_objects(self, mine: Any) -> list[Any]:
         """What each rank holds, by rank, on every rank. Every rank."""
         return [mine]
+
+
+class Reducer:
+    """Sums tensors over ranks into one rank's copy, apart from the strategy's own collectives. One process's.
+
+    It may be used inside the backward pass, between the collectives that a strategy makes there; all ranks must call
+    it in the same order.
+
+    Args:
+        rank: This rank.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.payload_bytes = 0  # of all tensors so far
+
+    def begin(self, tensor: Tensor, owner: int) -> Callable[[], object]:
+        """Begins to sum a tensor over ranks into `owner`'s copy, in place; the others' become meaningless. Every rank.
+
+        Returns:
+            Waits for it; until then nobody may touch the tensor.
+        """
+        return lambda: None
 
 
 class Strategy:
@@ -259,13 +282,9 @@ class Strategy:
         """Sum over ranks, in place where it can; the result is the same on all. Every rank."""
         return tensor
 
-    def reduce_to(self, tensor: Tensor, owner: int) -> Callable[[], object]:
-        """Begins to sum a tensor over ranks into `owner`'s copy, in place; the others' become meaningless. Every rank.
-
-        Returns:
-            Waits for it; until then nobody may touch the tensor.
-        """
-        return lambda: None
+    def open_reducer(self) -> Reducer:
+        """A way to sum tensors into one rank's copy beside all else, the same at every call. Every rank, the first."""
+        return Reducer()
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrites a tensor by `owner`'s, in place. Every rank."""

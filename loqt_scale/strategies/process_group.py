@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
-from loqt_scale.strategies.base import Channel, Strategy
+from loqt_scale.strategies.base import Channel, Reducer, Strategy
 from loqt_scale.strategies.rendezvous import fresh_store
 
 
@@ -50,6 +50,27 @@ class GroupChannel(Channel):
         return gather_objects(mine, self.group)
 
 
+class GroupReducer(Reducer):
+    """A group of its own: what is sent in it keeps its order whatever other collectives do in between.
+
+    Args:
+        rank: This rank.
+        group: The process group.
+    """
+
+    def __init__(self, rank: int, group: Any) -> None:
+        super().__init__(rank)
+        self._group = group
+
+    def begin(self, tensor: Tensor, owner: int) -> Callable[[], object]:
+        """See `Reducer.begin`. Every rank. One reduce."""
+        work = dist.reduce(tensor, dst=owner, group=self._group, async_op=True)
+        assert work is not None
+        self.payload_bytes += tensor.nbytes
+        wait: Callable[[], object] = work.wait
+        return wait
+
+
 def gather_objects(mine: Any, group: Any = None) -> list[Any]:
     """What each rank of a group (default: of all) holds, by rank, on every rank. Every rank of it."""
     found: list[Any] = [None] * dist.get_world_size(group)
@@ -75,6 +96,7 @@ class DistributedStrategy(Strategy):
         self._timeout = timedelta(seconds=timeout_seconds)
         self._host_mesh: DeviceMesh | None = None
         self._channel: Channel | None = None
+        self._reducer: Reducer | None = None
 
     def write(self, parameter: Tensor, piece: Tensor) -> None:
         """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
@@ -120,12 +142,11 @@ class DistributedStrategy(Strategy):
         dist.all_reduce(tensor)
         return tensor
 
-    def reduce_to(self, tensor: Tensor, owner: int) -> Callable[[], object]:
-        """See `Strategy.reduce_to`. Every rank. One reduce."""
-        work = dist.reduce(tensor, dst=owner, async_op=True)
-        assert work is not None
-        wait: Callable[[], object] = work.wait
-        return wait
+    def open_reducer(self) -> Reducer:
+        """See `Strategy.open_reducer`. Every rank, the first time."""
+        if self._reducer is None:
+            self._reducer = GroupReducer(self.rank, dist.new_group(timeout=self._timeout))
+        return self._reducer
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """See `Strategy.broadcast`. Every rank. One broadcast."""

@@ -52,8 +52,17 @@ def evaluate_checkpoint(path: str) -> float:
     return evaluate_saved(path, [])
 
 
-def disagreeing_run(about: str, **settings: Any) -> None:
-    """A run on whose step 6 rank 1 is a step ahead, or skips the merge that rank 0 is about to begin."""
+def disagreeing_run(about: str, **settings: Any) -> str:
+    """A run on whose step 6 rank 1 is a step ahead, or skips the merge that rank 0 is about to begin; what ended it."""
+    try:
+        run_into_disagreement(about, **settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def run_into_disagreement(about: str, **settings: Any) -> None:
+    """The run itself."""
     import os
 
     from loqt_scale.merge import MergeCoordinator
@@ -63,7 +72,7 @@ def disagreeing_run(about: str, **settings: Any) -> None:
         train_run(**settings)
     elif about == "step":
         accumulate = Trainer.accumulate
-        Trainer.accumulate = lambda self, step, merging: accumulate(self, step + (step == 6), merging)
+        Trainer.accumulate = lambda self, step: accumulate(self, step + (step == 6))
         try:
             train_run(**settings)
         finally:

@@ -1,0 +1,99 @@
+"""A layer's new P: found from what its probe has collected, packed as the layer will hold it, and sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.projection import captured_energy, randomized_basis, sketch_basis, sketched_energy, svd_basis
+from loqt_scale.functional.quantization import MatrixLayout, pack
+from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.layers import LoQTLinear
+
+
+@dataclass(frozen=True)
+class FoundBasis:
+    """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps."""
+
+    codes: Tensor
+    scales: Tensor | None
+    energy: Tensor
+
+    def to_bytes(self) -> Tensor:
+        """All of it as one row of bytes, to be sent."""
+        tensors = (self.energy.float().reshape(1), self.codes, self.scales)
+        return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
+
+    @staticmethod
+    def count_bytes(layout: MatrixLayout) -> int:
+        """Length of that row."""
+        return 4 + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
+
+    @classmethod
+    def from_bytes(cls, row: Tensor, layout: MatrixLayout) -> FoundBasis:
+        """What was sent. Copies: inside the row, scales need not lie where float32 may."""
+        end = 4 + layout.codes_shape[0] * layout.codes_shape[1]
+        scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
+        return cls(row[4:end].view(layout.codes_shape).clone(), scales, row[:4].view(torch.float32).squeeze(0))
+
+
+def find_bases(
+    layers: Mapping[str, LoQTLinear], collected: Mapping[str, Tensor], config: SubspaceConfig, *, seed: int
+) -> dict[str, FoundBasis]:
+    """P of several layers, those with sketches of one shape and rank in one batch. Local.
+
+    What is not finite counts as zero, so that LAPACK gets through: the step's norm tells the trainer that the step is
+    to be skipped, and this dropped. Should it not, an energy that is not a number shows it.
+
+    Args:
+        layers: All layers by name.
+        collected: What the probes of some of them have collected, float32; the buffers are consumed.
+        config: How P is found.
+        seed: Of the run and step, for `randomized`.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, gradient in collected.items():
+        alike.setdefault((*gradient.shape, layers[name].rank), []).append(name)
+    found: dict[str, FoundBasis] = {}
+    for names in alike.values():
+        finite = [collected[name].isfinite().all() for name in names]
+        gradients = [collected[name].nan_to_num_(0.0, 0.0, 0.0) for name in names]
+        if config.method == "sketch":
+            bases, energies = _from_sketches(gradients, layers[names[0]].rank)
+        else:
+            pairs = [
+                _from_dense(layers[name], gradient, config, stable_seed("randomized", seed, name))
+                for name, gradient in zip(names, gradients, strict=True)
+            ]
+            bases, energies = [basis for basis, _ in pairs], [energy for _, energy in pairs]
+        for name, basis, energy, good in zip(names, bases, energies, finite, strict=True):
+            energy = torch.where(good, energy, float("nan"))
+            found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy)
+    return found
+
+
+def _from_sketches(sketches: list[Tensor], rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(P, kept energy) of sketches of one shape."""
+    stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
+    bases = sketch_basis(stacked, rank)
+    return list(bases), list(sketched_energy(stacked, bases))
+
+
+def _from_dense(layer: LoQTLinear, gradient: Tensor, config: SubspaceConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """(P (F, r) float32, share of gradient energy it keeps) by the methods that need the whole gradient."""
+    if config.method == "svd":
+        basis = svd_basis(gradient, layer.rank, layer.side)
+    else:
+        basis = randomized_basis(
+            gradient,
+            layer.rank,
+            layer.side,
+            oversampling=config.oversampling,
+            power_iterations=config.power_iterations,
+            seed=seed,
+        )
+    return basis, captured_energy(gradient, basis, layer.side)

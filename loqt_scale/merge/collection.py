@@ -1,0 +1,160 @@
+"""One merge's gradients (or their sketches), on their way from the backward passes to the ranks that factorise them.
+
+With one rank what a probe has collected is complete after the last backward pass. With several, every rank sends every
+layer's part to the layer's owner after each pass, while the backward pass goes on, and forgets it: a rank keeps the
+sums of the layers it owns, 1/N of all, and what is in the air.
+
+Ranks must send the same things in the same order, whatever their backward passes do. So the order is fixed, last layer
+first, and repeats once a pass; what arrives early waits for its turn, and what has not come by the end of the step is
+sent as zeros.
+
+    arrive -> (its turn) -> send -> (at most `budget` bytes in the air) -> land -> sum of the owner -> complete
+
+In the last pass the layers are cut into *waves*, equally many of each owner. When a wave has been sent, the one before
+it has landed, and all owners factorise their layers of it at the same time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.strategies import Reducer
+
+Collected = dict[str, Tensor]
+CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
+
+
+class GradientCollection:
+    """See the module's docstring.
+
+    Args:
+        layers: All LoQT layers by name, each with a probe.
+        owners: Rank that factorises each layer, in the order in which layers are sent.
+        wave: Layers of a wave.
+        reducer: Sums tensors into their owners' copies.
+        passes: Backward passes of the step; None: unknown, everything is sent by `finish`.
+        budget: Most bytes in the air before the next is sent.
+        factorise: Called with the complete sums of this rank's layers of a wave, by name.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LoQTLinear],
+        owners: Mapping[str, int],
+        *,
+        wave: int,
+        reducer: Reducer,
+        passes: int | None,
+        budget: int,
+        factorise: Callable[[Collected], None],
+    ) -> None:
+        self._layers, self._owners, self._order = layers, owners, list(owners)
+        self._wave, self._reducer, self._budget, self._factorise = wave, reducer, budget, factorise
+        self._hooked = passes is not None
+        self._total = (passes or 1) * len(self._order)
+        self._sent, self._in_the_air = 0, 0
+        self._seen: set[str] = set()
+        self._early: Collected = {}
+        self._flights: deque[tuple[int, Tensor, Callable[[], object]]] = deque()
+        self._sums: Collected = {}
+        self._complete: Collected = {}
+        self._leaves: Collected = {}
+        for name, layer in layers.items():
+            assert layer.probe is not None
+            self._leaves[name] = layer.probe.leaf
+            if self._hooked:
+                layer.probe.leaf.register_post_accumulate_grad_hook(partial(self._arrive, name))
+
+    @torch.no_grad()
+    def _arrive(self, name: str, leaf: Tensor) -> None:
+        """A backward pass has completed a layer's gradient. Every rank, in whatever order."""
+        self._take(name)
+        while self._sent < self._total and self._next in self._early:
+            self._send(self._early.pop(self._next))
+
+    def finish(self) -> None:
+        """Sends what has not been sent, lands everything, has it factorised, and takes the probes off. Every rank.
+
+        Raises:
+            RuntimeError: A layer has seen no backward pass.
+        """
+        for name in self._order:
+            self._take(name)
+        unseen = next((name for name in self._order if name not in self._seen), None)
+        if unseen is not None:
+            raise RuntimeError(f"{unseen} saw no backward pass since MergeCoordinator.prepare; {CALL_PREPARE}")
+        self._send_rest()
+        self._land(self._total)
+        self._hand_over()
+        self._detach()
+
+    def drop(self) -> None:
+        """Forgets everything, but leaves no other rank waiting. Every rank, if the number of passes is known."""
+        if self._hooked:
+            self._factorise = lambda complete: None
+            self._send_rest()
+            self._land(self._total)
+        self._detach()
+
+    @property
+    def _next(self) -> str:
+        return self._order[self._sent % len(self._order)]
+
+    def _take(self, name: str) -> None:
+        """Moves what a layer's probe holds into the queue. Local."""
+        leaf = self._leaves[name]
+        if leaf.grad is not None:
+            self._seen.add(name)
+            self._early[name] = self._early[name].add_(leaf.grad) if name in self._early else leaf.grad
+            leaf.grad = None
+
+    def _send_rest(self) -> None:
+        while self._sent < self._total:
+            leaf = self._leaves[self._next]
+            gradient = self._early.pop(self._next, None)
+            self._send(leaf.new_zeros(leaf.shape) if gradient is None else gradient)
+
+    def _send(self, gradient: Tensor) -> None:
+        """The next turn: begins to sum a layer's part into its owner's copy. Every rank."""
+        index = self._sent
+        wait = self._reducer.begin(gradient, self._owners[self._next])
+        self._flights.append((index, gradient, wait))
+        self._sent, self._in_the_air = index + 1, self._in_the_air + gradient.nbytes
+        while self._in_the_air > self._budget:
+            self._land_one()
+        position = index - (self._total - len(self._order))  # in the last pass
+        if position >= 0 and (position + 1) % self._wave == 0:
+            # with one rank there is no air: the wave itself has landed
+            self._land(index + 1 - self._wave)
+            self._hand_over()
+
+    def _land(self, stop: int) -> None:
+        """Waits for everything that was sent before turn `stop`. Local."""
+        while self._flights and self._flights[0][0] < stop:
+            self._land_one()
+
+    def _land_one(self) -> None:
+        index, gradient, wait = self._flights.popleft()
+        wait()
+        self._in_the_air -= gradient.nbytes
+        name = self._order[index % len(self._order)]
+        if self._owners[name] != self._reducer.rank:
+            return
+        total = self._sums.pop(name).add_(gradient) if name in self._sums else gradient
+        last = index >= self._total - len(self._order)
+        (self._complete if last else self._sums)[name] = total
+
+    def _hand_over(self) -> None:
+        complete, self._complete = self._complete, {}
+        if complete:
+            self._factorise(complete)
+
+    def _detach(self) -> None:
+        for layer in self._layers.values():
+            layer.probe = None

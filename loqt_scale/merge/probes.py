@@ -1,0 +1,44 @@
+"""Probes: what collects each layer's weight gradient in the backward passes before a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.projection import sketch_width, test_matrix
+from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.layers import GradientProbe, LoQTLinear
+
+
+def probe_shape(layer: LoQTLinear, config: SubspaceConfig) -> tuple[int, int]:
+    """Shape of what a layer's probe collects: a sketch (F, l), or under the exact methods the dense gradient (O, I)."""
+    base, projection = layer.spec.base, layer.spec.projection
+    if config.method != "sketch":
+        return base.rows, base.cols
+    return projection.rows, sketch_width(layer.rank, base.rows, base.cols, config.oversampling)
+
+
+def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
+    """Gives every layer a probe for its gradient: a sketch of it, or under the exact methods the dense one. Local.
+
+    Layers of one width share a test matrix: a sketch needs its Omega to be independent of its own gradient only.
+
+    Args:
+        layers: By name.
+        config: How P is found.
+        seed: Of the test matrices.
+        device: Where the model computes.
+    """
+    omegas: dict[tuple[int, int], Tensor] = {}
+    for layer in layers.values():
+        shape, omega = probe_shape(layer, config), None
+        if config.method == "sketch":
+            features = layer.spec.base.rows + layer.spec.base.cols - shape[0]
+            key = features, shape[1]
+            if key not in omegas:
+                omegas[key] = test_matrix(*key, seed=stable_seed(seed, *key), device=device)
+            omega = omegas[key]
+        layer.probe = GradientProbe.collecting(shape, omega, device)
