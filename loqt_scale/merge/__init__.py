@@ -3,5 +3,14 @@
 from loqt_scale.merge.coordinator import InitialWeights, MergeCoordinator
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
+from loqt_scale.merge.subspace import AIR_BYTES
 
-__all__ = ["MERGE_DIAGNOSTICS", "InitialWeights", "MergeCoordinator", "MergeReport", "attach_probes", "probe_shape"]
+__all__ = [
+    "AIR_BYTES",
+    "MERGE_DIAGNOSTICS",
+    "InitialWeights",
+    "MergeCoordinator",
+    "MergeReport",
+    "attach_probes",
+    "probe_shape",
+]

@@ -63,7 +63,7 @@ class GradientCollection:
         self._early: Collected = {}
         self._flights: deque[tuple[int, Tensor, Callable[[], object]]] = deque()
         self._sums: Collected = {}
-        self._complete: Collected = {}
+        self._handed_over = 0  # layers of the order
         self._leaves: Collected = {}
         for name, layer in layers.items():
             assert layer.probe is not None
@@ -91,7 +91,7 @@ class GradientCollection:
             raise RuntimeError(f"{unseen} saw no backward pass since MergeCoordinator.prepare; {CALL_PREPARE}")
         self._send_rest()
         self._land(self._total)
-        self._hand_over()
+        self._hand_over(len(self._order))
         self._detach()
 
     def drop(self) -> None:
@@ -128,11 +128,11 @@ class GradientCollection:
         self._sent, self._in_the_air = index + 1, self._in_the_air + gradient.nbytes
         while self._in_the_air > self._budget:
             self._land_one()
-        position = index - (self._total - len(self._order))  # in the last pass
-        if position >= 0 and (position + 1) % self._wave == 0:
-            # with one rank there is no air: the wave itself has landed
+        sent_in_last_pass = index + 1 - (self._total - len(self._order))
+        if sent_in_last_pass > 0 and sent_in_last_pass % self._wave == 0:
+            # the wave that has just been sent may stay in the air; without air (one rank) it has landed
             self._land(index + 1 - self._wave)
-            self._hand_over()
+            self._hand_over(sent_in_last_pass - self._wave if self._flights else sent_in_last_pass)
 
     def _land(self, stop: int) -> None:
         """Waits for everything that was sent before turn `stop`. Local."""
@@ -147,13 +147,16 @@ class GradientCollection:
         if self._owners[name] != self._reducer.rank:
             return
         total = self._sums.pop(name).add_(gradient) if name in self._sums else gradient
-        last = index >= self._total - len(self._order)
-        (self._complete if last else self._sums)[name] = total
+        self._sums[name] = total
 
-    def _hand_over(self) -> None:
-        complete, self._complete = self._complete, {}
-        if complete:
-            self._factorise(complete)
+    def _hand_over(self, stop: int) -> None:
+        """Has this rank's layers of the waves up to place `stop` of the order factorised, wave by wave. Local."""
+        for start in range(self._handed_over, stop, self._wave):
+            wave = self._order[start : min(start + self._wave, stop)]
+            complete = {name: self._sums.pop(name) for name in wave if name in self._sums}
+            if complete:
+                self._factorise(complete)
+        self._handed_over = max(self._handed_over, stop)
 
     def _detach(self) -> None:
         for layer in self._layers.values():

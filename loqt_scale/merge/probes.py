@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import sketch_width, test_matrix
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import GradientProbe, LoQTLinear
 
 
-def probe_shape(layer: LoQTLinear, config: SubspaceConfig) -> tuple[int, int]:
+def probe_shape(spec: LowRankSpec, config: SubspaceConfig) -> tuple[int, int]:
     """Shape of what a layer's probe collects: a sketch (F, l), or under the exact methods the dense gradient (O, I)."""
-    base, projection = layer.spec.base, layer.spec.projection
+    base, projection = spec.base, spec.projection
     if config.method != "sketch":
         return base.rows, base.cols
-    return projection.rows, sketch_width(layer.rank, base.rows, base.cols, config.oversampling)
+    return projection.rows, sketch_width(projection.cols, base.rows, base.cols, config.oversampling)
 
 
 def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
@@ -34,7 +35,7 @@ def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, s
     """
     omegas: dict[tuple[int, int], Tensor] = {}
     for layer in layers.values():
-        shape, omega = probe_shape(layer, config), None
+        shape, omega = probe_shape(layer.spec, config), None
         if config.method == "sketch":
             features = layer.spec.base.rows + layer.spec.base.cols - shape[0]
             key = features, shape[1]

@@ -6,12 +6,14 @@ the last one, wave by wave (`collection`): sketches never pile up. If not, every
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge.basis import FoundBasis, find_bases
@@ -26,9 +28,11 @@ DEVICE_BATCH_VALUES = 2**22
 AIR_BYTES = 2**24  # of sketches on their way: enough to hide the way of the small ones
 
 
-def batch_size(largest_values: int, device_type: str) -> int:
-    """Sketches of at most so many values that are factorised together."""
-    return max(1, BATCH_VALUES.get(device_type, DEVICE_BATCH_VALUES) // largest_values)
+def wave_size(specs: Iterable[LowRankSpec], config: SubspaceConfig, *, world_size: int, device_type: str) -> int:
+    """Layers of a wave: one a rank, or as many a rank as it factorises in one batch."""
+    largest = max((math.prod(probe_shape(spec, config)) for spec in specs), default=1)
+    batch = BATCH_VALUES.get(device_type, DEVICE_BATCH_VALUES) if config.method == "sketch" else 0
+    return world_size * max(1, batch // largest)
 
 
 class SubspaceSearch:
@@ -44,9 +48,9 @@ class SubspaceSearch:
     def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, strategy: Strategy, seed: int) -> None:
         self._layers, self._config, self._strategy, self._seed = layers, config, strategy, seed
         self._reducer = strategy.open_reducer()
-        largest = max(rows * columns for rows, columns in (probe_shape(layer, config) for layer in layers.values()))
-        together = batch_size(largest, strategy.device.type) if config.method == "sketch" else 1
-        self._wave = strategy.world_size * together
+        specs = (layer.spec for layer in layers.values())
+        world_size, device_type = strategy.world_size, strategy.device.type
+        self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
         self._owners = deal(layers, strategy.world_size)
         self._step = 0
         self._collection: GradientCollection | None = None

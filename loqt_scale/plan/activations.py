@@ -88,11 +88,6 @@ class PassMemory:
         """As `gradients_freed`, before a merge; sketches are freed as soon as they are complete, too."""
         return self._peak(free=True, probes=True)
 
-    @property
-    def merge_kept(self) -> int:
-        """As `gradients_freed`, before a merge; all sketches stay."""
-        return self._peak(free=True, probes=True, free_sketches=False)
-
     def _peak(self, **how: bool) -> int:
         config = self._config
         size = min(config.train.micro_batch_size, config.train.global_batch_size)
@@ -121,9 +116,7 @@ def _measure(config: RunConfig, vocab_size: int, **how: bool) -> int:
     return peaks[1] + (depth - DEPTHS[1]) * (peaks[1] - peaks[0]) // (DEPTHS[1] - DEPTHS[0])
 
 
-def take_pass(
-    config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False, free_sketches: bool = True
-) -> int:
+def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False) -> int:
     """Takes one forward and backward pass of a meta model on fake tensors; returns its highest moment in bytes."""
     if config.model.activation_checkpointing:
         recompute_blocks(model)
@@ -137,7 +130,7 @@ def take_pass(
             if probes:
                 layers = dict(loqt_layers(model))
                 attach_probes(layers, config.loqt.subspace, seed=0, device=torch.device("cpu"))
-                for layer in layers.values() if free_sketches else ():
+                for layer in layers.values():
                     assert layer.probe is not None
                     layer.probe.leaf.register_post_accumulate_grad_hook(_free)
             tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)

@@ -6,6 +6,7 @@ parameter follows its layout (`functional.quantization`), of its moments the opt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
-from loqt_scale.functional.projection import sketch_width
+from loqt_scale.merge import AIR_BYTES, probe_shape
 from loqt_scale.optim.streamed import CHUNK_VALUES as STREAMED_VALUES
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
@@ -88,7 +89,8 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
     host = sum(p.nbytes() + (moment_bytes(p, config, 1) + p.nbytes() if p.trains else 0) for p in away)
     merges = config.method == "loqt"
-    one_pass = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size) == 1
+    passes_of_step = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    one_pass = passes_of_step == 1
     if strategy == "single":
         gathered = gathered_bytes(config, away, ranks)
         # from the second pass on, the gradients of the first are there all the time, unless they wait in host memory
@@ -100,11 +102,12 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, ranks)
         beside = 0 if strategy == "ddp" and one_pass else gradients
         passing = passes.gradients_freed + beside
-        merge_passing = passes.merge_kept + beside if merges else 0
+        merge_passing = passes.merge_freed + beside if merges else 0
     if config.optim.per_layer:
         passing = passes.gradients_freed + update_scratch(config, shapes, cut)
         merge_passing += update_scratch(config, shapes, cut) if merges else 0
-    scratch = merge_scratch(config, shapes, ranks) if shapes.layers else 0
+    merge_passing += collected_bytes(config, shapes, ranks, passes_of_step) if merges else 0
+    scratch = merge_scratch(shapes, ranks) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
 
@@ -137,10 +140,9 @@ def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], rank
     return root + resident + max(reduced, default=0)
 
 
-def merge_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
-    """The largest layer's dense float32 shard, packed and low-rank copies, chunks; with several ranks all sketches."""
+def merge_scratch(shapes: ModelShapes, ranks: int) -> int:
+    """The largest layer's dense float32 shard, packed and low-rank copies, chunks."""
     most = 0
-    sketches = 0
     for spec in shapes.layers:
         rows = spec.base.rows_of_groups(0, -(-spec.base.groups // ranks))[1]
         shard = rows * spec.base.cols * FLOAT
@@ -151,12 +153,17 @@ def merge_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
         chunk = FLOAT * CHUNK_BUFFERS * min(rows * spec.base.cols, CHUNK_VALUES)
         chunk += QUANTIZER_BYTES * min(rows * spec.base.cols, TABLE_VALUES)
         most = max(most, shard + 3 * packed + 4 * low_rank + chunk)
-        sketches += sketch_bytes(config, spec.base.rows, spec.base.cols, spec.projection.rows, rank)
-    return most + (sketches if ranks > 1 else 0)
+    return most
 
 
-def sketch_bytes(config: RunConfig, rows: int, cols: int, features: int, rank: int) -> int:
-    """What one layer collects before a merge: a sketch, or under the exact methods the dense gradient."""
-    if config.loqt.subspace.method != "sketch":
-        return rows * cols * FLOAT
-    return features * sketch_width(rank, rows, cols, config.loqt.subspace.oversampling) * FLOAT
+def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: int) -> int:
+    """What was collected for a merge and is there when the last backward pass begins, whose activations are the peak.
+
+    Of one pass nothing: its sketches come, a few at a time (`merge.collection`), while activations go. Of several, the
+    sums of all layers that a rank owns, and what is in the air.
+    """
+    if passes == 1:
+        return 0
+    sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
+    air = min(sum(sizes), AIR_BYTES + max(sizes, default=0)) if ranks > 1 else 0
+    return -(-sum(sizes) // ranks) + air

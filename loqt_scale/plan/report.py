@@ -57,7 +57,7 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int) -> Plan:
 def _traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple[Traffic, Traffic]:
     passes = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
     step = step_traffic(config, shapes, strategy=_strategy(config, ranks), ranks=ranks, passes=passes)
-    return step, merge_traffic(config, shapes, ranks=ranks)
+    return step, merge_traffic(config, shapes, ranks=ranks, passes=passes)
 
 
 def _strategy(config: RunConfig, ranks: int) -> str:

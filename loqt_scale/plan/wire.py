@@ -6,11 +6,13 @@ all-reduce.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
-from loqt_scale.plan.memory import FLOAT, sketch_bytes
+from loqt_scale.merge import probe_shape
+from loqt_scale.plan.memory import FLOAT
 from loqt_scale.plan.shapes import ModelShapes
 from loqt_scale.strategies import DTYPES
 
@@ -49,23 +51,23 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
     return Traffic(payload, (gathered + scattered + 2 * norms) * (ranks - 1) // ranks)
 
 
-def merge_traffic(config: RunConfig, shapes: ModelShapes, *, ranks: int) -> Traffic:
-    """A merge under fsdp: an upper bound that is met up to padding."""
+def merge_traffic(config: RunConfig, shapes: ModelShapes, *, ranks: int, passes: int) -> Traffic:
+    """A merge under fsdp, with the sketches of its step's passes: an upper bound that is met up to padding."""
     if ranks == 1:
         return Traffic(0, 0)
-    layers = [_layer_merge(config, spec, ranks) for spec in shapes.layers]
+    layers = [_layer_merge(config, spec, ranks, passes) for spec in shapes.layers]
     once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
     return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
 
 
-def _layer_merge(config: RunConfig, spec: LowRankSpec, ranks: int) -> tuple[int, int]:
+def _layer_merge(config: RunConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int]:
     """(payload of gathers, broadcasts and reduces, payload of all-reduces) of one layer."""
     base, layout, rounds = spec.base, spec.projection, config.loqt.merge.compensation_rounds
     packed = (layout.groups + ranks) * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
     rank = layout.cols
     factor = FLOAT * (base.rows + base.cols - layout.rows + ranks * base.group_rows) * rank
-    sketch = sketch_bytes(config, base.rows, base.cols, layout.rows, rank)
-    once, reduced = sketch + 2 * packed + FLOAT, FLOAT * (2 + 3 * rounds)  # energy; survival, three numbers a round
+    sketches = passes * FLOAT * math.prod(probe_shape(spec, config.loqt.subspace))
+    once, reduced = sketches + 2 * packed + FLOAT, FLOAT * (2 + 3 * rounds)  # energy; survival, three numbers a round
     if spec.side == "output":
         return once + factor, reduced + rounds * factor
     aligned = base.rows % ranks == 0 and base.group_rows == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loqt_scale import weights
-from loqt_scale.batching import micro_steps
 from loqt_scale.build import build_model, design_model
 from loqt_scale.config import RunConfig
 from loqt_scale.data import build_corpus
@@ -62,7 +62,7 @@ def parameter_kind(name: str) -> str:
 def update_without_merge(trainer: Trainer, step: int) -> None:
     """The step up to its merge, which the caller runs under its own instruments. Every rank."""
     if trainer.merges is not None:
-        trainer.merges.prepare(step)
+        trainer.merges.prepare(step, backward_passes=trainer.micro_steps)
     trainer.accumulate(step)
     trainer.update()
 
@@ -227,18 +227,18 @@ def peak_bytes(**settings: Any) -> dict[str, int]:
 
 
 def measured_peaks(config: RunConfig) -> dict[str, int]:
-    """`peak_bytes` of a run."""
+    """`peak_bytes` of a run; the lower of two measurements, since gloo's thread now and then still holds a message."""
     before = live_tensor_bytes()
     trainer = make_trainer(config)
     trainer.step(0)
     peaks = {}
-    merge_step = trainer.merges.steps[1] if trainer.merges is not None else None
-    for name, step in (("step", 1), ("merge", merge_step)):
-        if step is not None:
+    merge_steps = trainer.merges.steps[1:3] if trainer.merges is not None else []
+    for name, steps in (("step", [1, 2]), ("merge", merge_steps)):
+        for step in steps:
             alive = live_tensor_bytes() - before
             with allocations() as made:
                 trainer.step(step)
-            peaks[name] = alive + made.kept + made.passing
+            peaks[name] = min(peaks.get(name, sys.maxsize), alive + made.kept + made.passing)
     return peaks
 
 
@@ -257,27 +257,26 @@ def backend_collectives(profiler: profile) -> Counter[str]:
     return Counter(name.removeprefix("gloo:") for name in names)
 
 
-def _micro_steps(trainer: Trainer) -> int:
-    train = trainer.config.train
-    return micro_steps(train.global_batch_size, trainer.strategy.world_size, train.micro_batch_size)
-
-
 def traffic(**settings: Any) -> dict[str, Any]:
     """Collectives of a normal `step` and of a `merge`, and gloo's own count of them. Every rank."""
     trainer = make_trainer(small_config(settings))
     world_size = trainer.strategy.world_size
     trainer.step(0)  # the first optimizer step and FSDP2's first pass do a little more
-    result: dict[str, Any] = {"micro_steps": _micro_steps(trainer)}
+    result: dict[str, Any] = {"micro_steps": trainer.micro_steps}
     with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
         trainer.step(1)
     result |= {"step": _sent(counter), "step_backend": backend_collectives(profiler), "step_sent": counter.sent_bytes()}
     if trainer.merges is not None:
         step = trainer.merges.steps[1]
-        update_without_merge(trainer, step)
+        with profile(activities=[ProfilerActivity.CPU]) as early_profiler, WireCounter(world_size) as early:
+            update_without_merge(trainer, step)
         with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
-            trainer.merges.finish(step)
-        result |= {"merge": _sent(counter), "merge_backend": backend_collectives(profiler)}
-        result["merge_sent"] = counter.sent_bytes()
+            report = trainer.merges.finish(step)
+        early.messages = [message for message in early.messages if message.kind == "reduce"]  # else as any step
+        assert report is not None and report.sketch_bytes == early.payload_bytes()
+        reduces = backend_collectives(early_profiler)["reduce"]
+        result |= {"merge": _sent(early) + _sent(counter), "merge_sent": early.sent_bytes() + counter.sent_bytes()}
+        result["merge_backend"] = backend_collectives(profiler) + Counter(reduce=reduces)
     result["parameters"] = [
         {
             "name": name,

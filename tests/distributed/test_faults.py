@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.pool import RankFailed, RankPool
+from tests.distributed.pool import RankPool
 from tests.distributed.test_launchers import OURS, ROOT, executable, losses
 
 KILLED = str(ROOT / "tests" / "distributed" / "killed.py")
@@ -216,7 +216,11 @@ def test_ranks_that_disagree_stop_before_the_merge(
     """Settings and checkpoint are compared at the start (test_checkpoint.py); this is what happens on the way."""
     common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir), "train.run_dir": str(tmp_path / "run")}
     merges = {"loqt.merge.gap": 6, "loqt.merge.schedule": "constant", "train.steps": 9, "optim.warmup_steps": 1}
-    settings = {**common, **merges, "parallel.timeout_seconds": 5}  # a rank of the pool does not end, and goes on silent
+    settings = {
+        **common,
+        **merges,
+        "parallel.timeout_seconds": 5,
+    }  # a rank of the pool does not end, and goes on silent
     ended = ranks.run(2, "tests.distributed.tasks:disagreeing_run", about=about, **settings)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     if about == "step":  # both find out when the losses of step 6 are summed

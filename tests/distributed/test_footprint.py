@@ -261,7 +261,9 @@ def test_ddp_sums_the_gradients_of_what_trains(run: Run) -> None:
     assert_all_seen(result["step"], result["step_backend"])
 
 
-def low_rank_merge_bytes(world_size: int, shapes: list[tuple[int, int]], rank: int, rounds: int) -> int:
+def low_rank_merge_bytes(
+    world_size: int, shapes: list[tuple[int, int]], rank: int, rounds: int, micro_steps: int
+) -> int:
     """Most bytes of payload that the merge of layers (O, I) may need, from low-rank shapes only."""
     total = 0
     for rows, cols in shapes:
@@ -275,7 +277,7 @@ def low_rank_merge_bytes(world_size: int, shapes: list[tuple[int, int]], rank: i
         aligned = side == "input" and rows % world_size == 0 and cols % layout.block_size == 0
         sketch = FLOAT * p_rows * sketch_width(rank, rows, cols, oversampling=SubspaceConfig().oversampling)
         scalars = FLOAT * (1 + 3 * rounds + 2)  # energy, three a round, survival
-        total += sketch + 2 * packed + (0 if aligned else exchanges * factor) + scalars
+        total += micro_steps * sketch + 2 * packed + (0 if aligned else exchanges * factor) + scalars
     return total
 
 
@@ -285,7 +287,7 @@ def test_a_merge_sends_low_rank_tensors(fsdp_traffic: Callable[[int], dict[str, 
     messages = result["merge"]
     assert_all_seen(messages, result["merge_backend"])
     total = sum(size for _, size, _ in messages)
-    limit = low_rank_merge_bytes(world_size, SHAPES * BLOCKS, RANK, ROUNDS)
+    limit = low_rank_merge_bytes(world_size, SHAPES * BLOCKS, RANK, ROUNDS, result["micro_steps"])
     dense = FLOAT * BLOCKS * sum(DENSE_VALUES)
     assert 0.5 * limit < total <= limit < dense / 4, f"{total} bytes, predicted at most {limit}, dense {dense}"
     largest = max(size for _, size, _ in messages)
@@ -300,7 +302,7 @@ def test_a_merge_of_unaligned_rows_is_low_rank_too(run: Run) -> None:
     result = run("traffic", 3, "fsdp", **{"model.overrides": overrides})[0]
     shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     total = sum(size for _, size, _ in result["merge"])
-    limit = low_rank_merge_bytes(3, shapes, RANK, ROUNDS)
+    limit = low_rank_merge_bytes(3, shapes, RANK, ROUNDS, result["micro_steps"])
     assert 0.5 * limit < total <= limit, f"{total} bytes, predicted at most {limit}"
     assert max(size for _, size, _ in result["merge"]) < FLOAT * hidden * hidden / 2
 

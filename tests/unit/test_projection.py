@@ -109,3 +109,20 @@ def test_overlap() -> None:
     torch.testing.assert_close(P.subspace_overlap(basis, rotated), torch.tensor(1.0))
     other = torch.linalg.qr(torch.cat([basis, torch.randn(30, 6)], 1))[0][:, 6:]
     assert P.subspace_overlap(basis, other) < 1e-5
+
+
+@pytest.mark.parametrize(("count", "rows", "rank"), [(5, 48, 8), (2, 100, 16)])
+def test_sketches_in_a_batch_give_the_bits_of_each_alone(count: int, rows: int, rank: int) -> None:
+    """One of them a thousand times larger, one of rank 3 and one of zeros: none may disturb the others."""
+    generator = torch.Generator().manual_seed(0)
+    sketches = torch.randn(count, rows, 2 * rank + P.VALIDATION_COLUMNS, generator=generator)
+    sketches[0] *= 1000.0
+    sketches[-1] = 0.0
+    if count > 3:
+        sketches[1] = sketches[1, :, :3] @ sketches[1, :3]
+    bases = P.sketch_basis(sketches, rank)
+    energies = P.sketched_energy(sketches, bases)
+    for sketch, basis, energy in zip(sketches, bases, energies, strict=True):
+        alone = P.sketch_basis(sketch, rank)
+        assert torch.equal(basis, alone)
+        torch.testing.assert_close(energy, P.sketched_energy(sketch, alone))

@@ -1,0 +1,138 @@
+"""What the rank processes collect for a merge, beside what a naive all-reduce of whole gradients gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from loqt_scale.config import LoQTConfig, SubspaceConfig
+from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers
+from loqt_scale.merge.collection import GradientCollection
+from loqt_scale.merge.probes import attach_probes
+from loqt_scale.merge.subspace import deal
+from loqt_scale.strategies.process_group import DistributedStrategy
+
+WIDTH, DEPTH = 16, 7
+SKETCHED = SubspaceConfig(method="sketch")
+
+
+class Residual(nn.Module):
+    """A stack of linears of which a pass may use some, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH))
+
+    def forward(self, x: Tensor, used: Sequence[int]) -> Tensor:
+        for index in used:
+            x = x + torch.tanh(self.layers[index](x))
+        return x
+
+
+def _layers() -> tuple[Residual, dict[str, LoQTLinear]]:
+    torch.manual_seed(0)
+    model = Residual()
+    convert_to_loqt(model, LoQTConfig(rank=4, subspace=SKETCHED))
+    return model, dict(loqt_layers(model))
+
+
+def _passes(model: Residual, rank: int, order: Sequence[Sequence[int]]) -> None:
+    """One backward pass for each list of layers, on this rank's own data."""
+    for index, used in enumerate(order):
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(100 * index + rank))
+        model(x, used).square().sum().backward()
+
+
+def collect(*, orders: list[list[list[int]]], known: bool, wave: int, budget: int) -> dict[str, Any]:
+    """Twice over: the sums that this rank's owner role got, against the naive ones; and what was in memory at most.
+
+    Args:
+        orders: For each rank, for each pass, the layers that it uses, in that order.
+        known: Whether the number of passes is told beforehand.
+        wave: Layers of a wave, in units of the world size.
+        budget: Bytes in the air.
+    """
+    strategy = DistributedStrategy(torch.device("cpu"), torch.float32)
+    mine = orders[strategy.rank]
+    errors, waves, most = [], [], 0
+    for turn in range(2):
+        model, layers = _layers()
+        attach_probes(layers, SKETCHED, seed=turn, device=strategy.device)
+        _passes(model, strategy.rank, mine)
+        naive = {}
+        for name, layer in layers.items():
+            assert layer.probe is not None
+            grad = layer.probe.leaf.grad
+            naive[name] = torch.zeros(layer.probe.leaf.shape) if grad is None else grad.clone()
+            dist.all_reduce(naive[name])
+
+        attach_probes(layers, SKETCHED, seed=turn, device=strategy.device)
+        owners, got = deal(layers, strategy.world_size), {}
+
+        def keep(collected: dict[str, Tensor], got: dict[str, Tensor] = got) -> None:
+            waves.append(len(collected))
+            got.update(collected)
+
+        collection = GradientCollection(
+            layers,
+            owners,
+            wave=wave * strategy.world_size,
+            reducer=strategy.open_reducer(),
+            passes=len(mine) if known else None,
+            budget=budget,
+            factorise=keep,
+        )
+        _passes(model, strategy.rank, mine)
+        early = len(got)
+        held = [*collection._early.values(), *collection._sums.values(), *(flight[1] for flight in collection._flights)]
+        held += [
+            layer.probe.leaf.grad for layer in layers.values() if layer.probe and layer.probe.leaf.grad is not None
+        ]
+        most = max(most, sum(tensor.nbytes for tensor in held) // next(iter(naive.values())).nbytes)
+        collection.finish()
+        assert set(got) == {name for name, owner in owners.items() if owner == strategy.rank}
+        assert all(layer.probe is None for layer in layers.values())
+        errors += [float((got[name] - naive[name]).abs().max() / naive[name].abs().max()) for name in got]
+    strategy.close()
+    return {"error": max(errors), "early": early, "held": most, "waves": waves}
+
+
+def drop_then_collect(*, passes: int) -> float:
+    """A collection that is dropped after uneven use leaves no message behind that the next could take for its own."""
+    strategy = DistributedStrategy(torch.device("cpu"), torch.float32)
+    model, layers = _layers()
+    owners, got = deal(layers, strategy.world_size), {}
+    for turn in range(2):
+        attach_probes(layers, SKETCHED, seed=0, device=strategy.device)
+        collection = GradientCollection(
+            layers,
+            owners,
+            wave=strategy.world_size,
+            reducer=strategy.open_reducer(),
+            passes=passes,
+            budget=0,
+            factorise=got.update,
+        )
+        used = list(range(DEPTH)) if turn or strategy.rank else [0, 1]
+        _passes(model, strategy.rank, [used] * passes)
+        if turn == 0:
+            collection.drop()
+            got.clear()
+        else:
+            collection.finish()
+    attach_probes(layers, SKETCHED, seed=0, device=strategy.device)
+    _passes(model, strategy.rank, [list(range(DEPTH))] * passes)
+    error = 0.0
+    for name, layer in layers.items():
+        assert layer.probe is not None and layer.probe.leaf.grad is not None
+        dist.all_reduce(layer.probe.leaf.grad)
+        if name in got:
+            error = max(
+                error, float((got[name] - layer.probe.leaf.grad).abs().max() / layer.probe.leaf.grad.abs().max())
+            )
+    strategy.close()
+    return error
