@@ -25,7 +25,7 @@ from loqt_scale.merge import attach_probes
 from loqt_scale.models import decoder_blocks
 from loqt_scale.strategies import DTYPES
 
-DEPTHS = (4, 8)  # blocks of the two models that stand for a deep one
+DEPTHS = (2, 4)  # blocks of the two models that stand for a deep one
 
 
 class PeakMeter(TorchDispatchMode):

@@ -99,7 +99,7 @@ def test_two_shallow_models_stand_for_a_deep_one(recompute: bool, monkeypatch: p
     overrides = {**WIDE["model.overrides"], "num_hidden_layers": 11}
     config = small_config({**WIDE, "model.overrides": overrides, "model.activation_checkpointing": recompute})
     peaks = []
-    for depths in ((4, 8), (11, 12)):
+    for depths in ((2, 4), (11, 12)):
         monkeypatch.setattr(activations, "DEPTHS", depths)
         monkeypatch.setattr(activations, "_KNOWN", {})
         memory = activations.PassMemory(config, vocab_size=BYTES)
@@ -110,6 +110,7 @@ def test_two_shallow_models_stand_for_a_deep_one(recompute: bool, monkeypatch: p
 def test_the_advice_makes_it_fit_and_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     """Run the words of the advice through the command line: it fits, with the peak that was promised."""
     words = ["--config", str(Path(__file__).parents[2] / "configs" / "llama_60m.yaml"), "--vocab-size", "32128"]
+    words += ["--model.overrides", '{"num_hidden_layers": 2}']
     assert main(["plan", *words, "--gpus", "1", "--gpu-memory=1200MiB"]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said and "it fits (" in said
