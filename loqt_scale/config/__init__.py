@@ -12,6 +12,7 @@ and saved as `config.yaml` in the run folder. Three rules keep it readable:
 from loqt_scale.config.groups import (
     CheckpointConfig,
     DataConfig,
+    Kept,
     ModelConfig,
     Offload,
     OptimConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "GapSchedule",
+    "Kept",
     "LoQTConfig",
     "LowRankCompute",
     "MergeConfig",

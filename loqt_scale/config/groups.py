@@ -151,6 +151,7 @@ class OptimConfig:
         )
 
 
+Kept = Literal["nothing", "gradients", "trained"]
 Offload = Literal["none", "base", "optimizer", "all"]
 
 
@@ -163,6 +164,9 @@ class ParallelConfig:
             fsdp (FSDP2: everything sharded), zero (DeepSpeed).
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
+        kept_between_passes: fsdp: what stays whole on a rank between the micro-batches of a step. nothing = gradients
+            are summed over ranks after each (least memory); gradients = they stay whole until the last; trained =
+            and B, embeddings and head are gathered once a step, not in every pass (fewest bytes on the wire).
         offload: single: what waits in host memory while it is not used: none, base = packed W and P, optimizer = what
             trains with its states (the host then updates it), all.
         zero_stage: zero: 1 = optimizer states are sharded, 2 = gradients too, 3 = everything. Default: zero_config's,
@@ -177,6 +181,7 @@ class ParallelConfig:
 
     strategy: Strategy = "auto"
     reshard_after_forward: bool = True
+    kept_between_passes: Kept = "gradients"
     offload: Offload = "none"
     zero_stage: Literal[1, 2, 3] | None = None
     zero_config: str | None = None

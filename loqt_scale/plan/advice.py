@@ -30,6 +30,7 @@ def changes(config: RunConfig, *, ranks: int) -> Iterator[Change]:
         _bfloat16,
         _double,
         _smaller_passes,
+        _nothing_kept,
         _per_layer,
         _smaller_steps,
         _offload,
@@ -99,6 +100,15 @@ def _smaller_passes(config: RunConfig, ranks: int) -> Found:
     """The same step in more passes."""
     size = min(config.train.micro_batch_size, -(-config.train.global_batch_size // ranks))
     return None if size == 1 or config.optim.per_layer else _passes_of(config, size // 2, ranks)
+
+
+def _nothing_kept(config: RunConfig, ranks: int) -> Found:
+    """Gradients of several passes, 1/N of them."""
+    parallel = config.parallel
+    if ranks == 1 or parallel.strategy not in ("auto", "fsdp") or parallel.kept_between_passes == "nothing":
+        return None
+    config = replace(config, parallel=replace(parallel, kept_between_passes="nothing"))
+    return config, ("--parallel.kept_between_passes=nothing",)
 
 
 def _per_layer(config: RunConfig, ranks: int) -> Found:

@@ -101,6 +101,8 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
         gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, ranks)
         beside = 0 if strategy == "ddp" and one_pass else gradients
+        if strategy == "fsdp" and not one_pass and config.parallel.kept_between_passes != "nothing":
+            beside = sum(p.values() * FLOAT for p in here if p.trains)  # whole, until the last pass sums them
         passing = passes.gradients_freed + beside
         merge_passing = passes.merge_freed + beside if merges else 0
     if config.optim.per_layer:
@@ -131,13 +133,14 @@ def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], rank
     def gathered(unit: Iterable[ParameterShape]) -> int:
         return sum(p.gathered_bytes(ranks, compute) for p in unit)
 
-    units = by_unit(parameters)
+    kept = [p for p in parameters if p.of_layer and config.parallel.kept_between_passes == "trained" and ranks > 1]
+    units = by_unit(p for p in parameters if p not in kept)
     blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
     root = gathered(units.get(-1, []))
     largest = max(blocks, default=0)
     resident = largest + (largest if config.parallel.reshard_after_forward or ranks == 1 else sum(blocks))
     reduced = [sum(p.values(ranks) * ranks * FLOAT for p in unit if p.trains) for unit in units.values()]
-    return root + resident + max(reduced, default=0)
+    return root + resident + gathered(kept) + max(reduced, default=0)
 
 
 def merge_scratch(shapes: ModelShapes, ranks: int) -> int:

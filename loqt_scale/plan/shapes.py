@@ -36,6 +36,7 @@ class ParameterShape:
         dtype: Of the stored values.
         trains: Whether it has a gradient and moments.
         unit: The block that FSDP2 gathers it with, from 0; -1 is the root (embedding, last norm, head).
+        of_layer: Whether it is B (or the bias) of a LoQT layer, which may be gathered apart from its block.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ParameterShape:
     dtype: torch.dtype
     trains: bool
     unit: int
+    of_layer: bool = False
 
     @property
     def kind(self) -> str:
@@ -97,8 +99,9 @@ def model_shapes(design: ModelDesign) -> ModelShapes:
     def unit(name: str) -> int:
         return next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), -1)
 
+    layers = dict(loqt_layers(design.model))
     parameters = tuple(
-        ParameterShape(name, tuple(p.shape), p.dtype, p.requires_grad, unit(name))
+        ParameterShape(name, tuple(p.shape), p.dtype, p.requires_grad, unit(name), name.rpartition(".")[0] in layers)
         for name, p in design.model.named_parameters()
     )
-    return ModelShapes(parameters, tuple(layer.spec for _, layer in loqt_layers(design.model)))
+    return ModelShapes(parameters, tuple(layer.spec for layer in layers.values()))

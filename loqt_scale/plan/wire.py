@@ -41,11 +41,13 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
     if strategy == "ddp":
         reduced = sum(p.nbytes() for p in trained) + 3 * FLOAT
         return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
-    compute, gathered = DTYPES[config.model.dtype], 0
-    for index, unit in shapes.units.items():
-        times = passes * (2 if config.parallel.reshard_after_forward and index >= 0 else 1)
-        gathered += times * sum(p.gathered_bytes(ranks, compute) for p in unit)
+    compute, gathered, parallel = DTYPES[config.model.dtype], 0, config.parallel
+    for p in shapes.parameters:
+        once = parallel.kept_between_passes == "trained" and (p.of_layer or p.unit < 0)
+        times = 1 if once else passes * (2 if parallel.reshard_after_forward and p.unit >= 0 else 1)
+        gathered += times * p.gathered_bytes(ranks, compute)
     scattered = sum(p.values(ranks) * ranks * FLOAT for p in trained)
+    scattered *= passes if parallel.kept_between_passes == "nothing" else 1
     norms = FLOAT * (3 + 1)  # the loss with its two companions; the gradient's norm
     payload = gathered + scattered + norms
     return Traffic(payload, (gathered + scattered + 2 * norms) * (ranks - 1) // ranks)

@@ -84,5 +84,9 @@ def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
     if name == "zero":
         return ZeroStrategy(device, config)
     return FSDPStrategy(
-        device, compute_dtype, parallel.timeout_seconds, reshard_after_forward=parallel.reshard_after_forward
+        device,
+        compute_dtype,
+        parallel.timeout_seconds,
+        reshard_after_forward=parallel.reshard_after_forward,
+        kept=parallel.kept_between_passes,
     )

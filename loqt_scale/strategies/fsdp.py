@@ -1,17 +1,20 @@
 """FSDP2: every parameter sharded on dim 0, gathered block by block around forward and backward.
 
 Packed bytes are ordinary frozen parameters here: `fully_shard` shards them, gathers them with the block's other
-parameters
-in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of packed
-tensors
-counts whole quantization groups, each shard can be merged by itself; the work share of a rank in a merge is simply
-what it stores.
+parameters in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of
+packed tensors counts whole quantization groups, each shard can be merged by itself; the work share of a rank in a merge
+is simply what it stores.
+
+A step of several micro-batches changes nothing that trains until its end. What it keeps whole in between is a choice of
+memory against bytes on the wire (`parallel.kept_between_passes`): gradients, and B and the root's parameters too. For
+the latter B is a unit of its own, layer by layer, beside its block's packed bytes, which come and go in every pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from loqt_scale.config import Kept
+from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies.base import shard_range
 from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 from loqt_scale.strategies.process_group import DistributedStrategy
@@ -32,6 +37,7 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         device: Where this rank computes.
         compute_dtype: Dtype that floating parameters are gathered in; gradients are reduced in float32.
         reshard_after_forward: Free gathered blocks between forward and backward.
+        kept: What stays whole between the micro-batches of a step.
         timeout_seconds: Limit of a collective.
     """
 
@@ -44,9 +50,11 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         timeout_seconds: int = 600,
         *,
         reshard_after_forward: bool = True,
+        kept: Kept = "gradients",
     ) -> None:
         super().__init__(device, compute_dtype, timeout_seconds)
-        self._reshard_after_forward = reshard_after_forward
+        self._reshard_after_forward, self._kept = reshard_after_forward, kept
+        self._kept_gathered: list[FSDPModule] = []
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
@@ -55,9 +63,17 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
         )
-        for module in (*blocks, model):
-            reshard = self._reshard_after_forward if module is not model else False
-            fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
+        share = partial(fully_shard, mesh=self._mesh, mp_policy=policy)
+        inside = [layer for block in blocks for _, layer in loqt_layers(block)]
+        layers = inside if self._kept == "trained" else []
+        trained = {parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad}
+        for block in blocks:
+            share(block, reshard_after_forward=self._reshard_after_forward, ignored_params=trained)
+        for layer in layers:  # after its block, which would else not look for packed bytes inside it
+            share(layer, reshard_after_forward=False, ignored_params=set(layer.parameters()) - trained)
+        share(model, reshard_after_forward=False)
+        if self._kept == "trained":
+            self._kept_gathered = [module for module in (*layers, model) if isinstance(module, FSDPModule)]
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # sums, not means: the trainer's loss is already divided by the global token count
@@ -93,9 +109,11 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         return [part.contiguous() for part in parts]  # packed bytes are read in order
 
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-        """Reduce-scatters gradients in the last micro-step only."""
+        """Reduce-scatters gradients in the last micro-step, or in each; frees in the last what is kept gathered."""
         assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or self._kept == "nothing")
+        for module in self._kept_gathered:
+            module.set_reshard_after_backward(last, recurse=False)
         return nullcontext()
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ class FSDPModelStrategy(Strategy):
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def after_forward_only(self, model: nn.Module) -> None:
-        """The root stays gathered for the backward pass: its modules would not hold the parameters that train."""
-        assert isinstance(model, FSDPModule)
-        model.reshard()
+        """What stays gathered for the backward pass is freed: modules would not hold the parameters that train."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -101,6 +101,14 @@ def test_accumulation_changes_nothing(runs: Runs, world_size: int, strategy: str
     assert_same_losses(runs.losses(world_size, strategy, **{"train.micro_batch_size": micro}), runs.losses(1, "single"))
 
 
+@pytest.mark.parametrize(("world_size", "kept"), [(2, "nothing"), (3, "trained")])
+def test_what_is_kept_between_passes_changes_nothing(runs: Runs, world_size: int, kept: str) -> None:
+    """Four and three passes; evaluated in between, after which what was gathered must be sharded for merges."""
+    spread = {**UNQUANTIZED, "parallel.kept_between_passes": kept, "train.micro_batch_size": 1, "train.eval_every": 6}
+    losses = runs.losses(world_size, "fsdp", **spread)
+    assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED), exact=True)
+
+
 @pytest.mark.parametrize(
     ("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), *((2, stage) for stage in ZERO)]
 )

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from loqt_scale.build import design_model
 from loqt_scale.cli import main
 from loqt_scale.command_options import PlanOptions
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.config_keys import ConfigError
 from loqt_scale.plan import Plan, activations, parse_size, plan_run, report
 from loqt_scale.plan.advice import changes
+from loqt_scale.plan.shapes import model_shapes
+from loqt_scale.strategies import DTYPES
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import small_config
 from tests.distributed.test_footprint import WIDE, Run, run_on
@@ -68,22 +71,41 @@ def test_state_is_what_a_rank_holds(run: Run, world_size: int, strategy: str, se
     assert plan.memory.gradients == pytest.approx(max(h["gradients"] for h in held), rel=0.03)
 
 
+KEPT = [
+    (2, "fsdp", {"parallel.kept_between_passes": kept, "loqt.rank": 128, "train.micro_batch_size": 1})
+    for kept in ("nothing", "trained")
+]
 AWAY = [(1, "single", {"parallel.offload": what}) for what in ("base", "optimizer", "all")]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy", "settings"), [*CASES, *AWAY], ids=[*IDS, "base", "optimizer", "all"]
+    ("world_size", "strategy", "settings"),
+    [*CASES, *KEPT, *AWAY],
+    ids=[*IDS, "nothing-kept", "trained-kept", "base", "optimizer", "all"],
 )
 def test_peaks_are_the_highest_moments(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
+    """FSDP2 may still hold the block before the one in use, or not: gloo's thread decides. The plan counts it."""
     plan = planned(world_size, strategy, settings)
     peaks = run("peak_bytes", world_size, strategy, **settings)
-    print(plan.memory, plan.memory.step_peak, plan.memory.merge_peak, peaks)
+    block = gathered_block(world_size, settings) if strategy == "fsdp" else 0
+    print(plan.memory, plan.memory.step_peak, plan.memory.merge_peak, peaks, block)
     for name, expected in (("step", plan.memory.step_peak), ("merge", plan.memory.merge_peak)):
         measured = max(result.get(name, 0) for result in peaks)
-        assert expected + plan.memory.host == pytest.approx(measured, rel=0.10), name  # the host's memory is ours too
+        held = expected + plan.memory.host  # the host's memory is ours too
+        assert held in (pytest.approx(measured, rel=0.10), pytest.approx(measured + block, rel=0.10)), name
 
 
-@pytest.mark.parametrize(("world_size", "settings"), [(2, {}), (3, {"parallel.reshard_after_forward": False})])
+def gathered_block(world_size: int, settings: dict[str, Any]) -> int:
+    """Bytes of one block as FSDP2 gathers it."""
+    config = small_config({**WIDE, **settings})
+    shapes = model_shapes(design_model(config, vocab_size=BYTES))
+    return sum(p.gathered_bytes(world_size, DTYPES[config.model.dtype]) for p in shapes.parameters if p.unit == 0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [(2, {}), (3, {"parallel.reshard_after_forward": False}), *((2, settings) for _, _, settings in KEPT)],
+)
 def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, settings: dict[str, Any]) -> None:
     """A step to the byte; a merge, whose rows need not divide, at most and nearly as much."""
     plan, seen = planned(world_size, "fsdp", settings), run("traffic", world_size, "fsdp", **settings)[0]
