@@ -254,7 +254,11 @@ def measured_peaks(config: RunConfig) -> dict[str, int]:
 
 
 def device_peaks(
-    config: RunConfig, device: torch.device, weights: Callable[[WeightSource], WeightSource] = lambda own: own
+    config: RunConfig,
+    device: torch.device,
+    weights: Callable[[WeightSource], WeightSource] = lambda own: own,
+    *,
+    first_merge: bool = False,
 ) -> dict[str, int]:
     """`measured_peaks` on CUDA as its caching allocator counts; and the most that it `reserved` over both steps.
 
@@ -262,17 +266,20 @@ def device_peaks(
         config: The run.
         device: CUDA.
         weights: See `make_trainer`.
+        first_merge: The merge is that of step 0; else a later one, of which there is more to carry over.
     """
     gc.collect()
     warm_up(device)
     before = torch.cuda.memory_allocated(device)
     trainer = make_trainer(config, device, weights)
-    trainer.step(0)
-    trainer.settle()
+    merge_step = trainer.merges.steps[0 if first_merge else 1] if trainer.merges is not None else None
+    if not first_merge or merge_step is None:
+        trainer.step(0)
+        trainer.settle()
     torch.cuda.empty_cache()
     peaks = {"reserved": 0}
-    merge_step = trainer.merges.steps[1] if trainer.merges is not None else None
-    for name, step in (("step", 1), ("merge", merge_step)):
+    order = [("step", 1), ("merge", merge_step)]
+    for name, step in reversed(order) if first_merge else order:
         if step is not None:
             torch.cuda.reset_peak_memory_stats(device)
             trainer.step(step)
