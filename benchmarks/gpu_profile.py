@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from common import table
 from gpu_common import Place, free, largest_pass, resize
-from gpu_speed import words_for
 from step_time import GROUPS, flops_by_operator, merge_of, operator_times, share_table, update
 
 from loqt_scale.layers import loqt_layers
@@ -95,7 +94,7 @@ def profile(place: Place, repeats: int) -> tuple[str, str]:
 
 def profile_of(place: Place, preset: str) -> Profile:
     """Measures a shape."""
-    trainer = place.trainer(preset, "--loqt.merge.gap=100", *words_for(preset))
+    trainer = place.trainer(preset, "--loqt.merge.gap=100")
     merge_of(trainer, 0)()
     sequences = largest_pass(place, [(trainer, trainer.update)])
     resize(trainer, sequences=sequences, passes=1)

@@ -21,7 +21,6 @@ from loqt_scale.trainer import Trainer
 
 GOAL = 1.15  # LoQT's tokens a second over full-rank training's
 GALORE_GAP = 200  # steps between GaLore's SVDs
-RECOMPUTED = ("llama_1b", "llama_7b", "llama_13b")  # as their configurations say
 OFFLOAD = ("none", "base", "optimizer", "all")
 Variant = tuple[str, bool]  # method, compiled
 
@@ -44,11 +43,6 @@ def measure_step(place: Place, trainer: Trainer, step: int, update: Callable[[],
     return StepTime(passes / trainer.micro_steps, place.seconds(update or trainer.update))
 
 
-def words_for(preset: str) -> list[str]:
-    """Activations as the shape's configuration has them."""
-    return [f"--model.activation_checkpointing={str(preset in RECOMPUTED).lower()}"]
-
-
 # ---- throughput --------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +55,7 @@ class Contest:
 
     def __init__(self, place: Place, preset: str) -> None:
         self.place, self.preset = place, preset
-        words = ["--model.compile=true", "--loqt.merge.gap=100", *words_for(preset)]
+        words = ["--model.compile=true", "--loqt.merge.gap=100"]
         self.full, self.loqt = (place.trainer(preset, *words, f"--method={method}") for method in ("full", "loqt"))
         self.trainers = {"full": self.full, "LoQT": self.loqt}
         self.updates: dict[str, Callable[[], object]] = {"full": self.full.update, "LoQT": self.loqt.update}
@@ -155,7 +149,7 @@ def throughput(place: Place, repeats: int) -> tuple[str, str]:
         f"in steps of a few passes ({repeats} rounds, all variants in turns, A B B A), and added up; the pass is the "
         "largest power of two of sequences (up to 128) that fits both methods. `over full`: tokens a second over "
         "those of full-rank training, plain over plain and compiled over compiled, median of the rounds (from ... "
-        "to). FLOPs are the method's own, recomputation included (1b); MFU counts 6 a parameter outside of the "
+        "to). FLOPs are the method's own, activations are kept; MFU counts 6 a parameter outside of the "
         f"embedding. GaLore's SVDs (every {GALORE_GAP} steps) and LoQT's merges (every 100 and more, see below) are "
         f"left out. **Goal: LoQT over full at least {GOAL}.**"
     )
@@ -217,7 +211,7 @@ def merge(place: Place, repeats: int) -> tuple[str, str]:
 
 def merge_row(place: Place, preset: str, repeats: int) -> tuple[list[object], dict[str, float]]:
     """(row of times, seconds by part)."""
-    trainer = place.trainer(preset, "--loqt.merge.gap=2", *words_for(preset))
+    trainer = place.trainer(preset, "--loqt.merge.gap=2")
     merge_of(trainer, 0)()
     sequences = largest_pass(place, [(trainer, trainer.update)])
     resize(trainer, sequences=sequences, passes=1)
@@ -249,9 +243,10 @@ def offload(place: Place, repeats: int) -> tuple[str, str]:
     """Step times of `parallel.offload` none, base, optimizer and all, in turns."""
     preset = place.presets("llama_1b")[0]
     sequences, passes = (2, 2) if place.quick else (16, 2)
+    words = ["--loqt.merge.gap=900", "--model.activation_checkpointing=true"]
     trainers: dict[str, Any] = {}
     for what in OFFLOAD:
-        trainers[what] = place.trainer(preset, f"--parallel.offload={what}", "--loqt.merge.gap=900", *words_for(preset))
+        trainers[what] = place.trainer(preset, f"--parallel.offload={what}", *words)
         resize(trainers[what], sequences=sequences, passes=passes)
         for step in (0, 1):
             measure_step(place, trainers[what], step)
@@ -263,9 +258,9 @@ def offload(place: Place, repeats: int) -> tuple[str, str]:
     header = ["parallel.offload", "pass, ms", "update, ms", "step of 131072 tokens / none's"]
     header += ["planned on the device, GiB", "planned in host memory, GiB"]
     text = (
-        f"{table(header, rows)}\n\n{preset}, {sequences} sequences a pass, {repeats} rounds in turns; medians (from "
-        f"... to). {place.notes()} P and B are zero here: their values change no time. Where the host's cores update, "
-        f"their number counts: torch used {torch.get_num_threads()}."
+        f"{table(header, rows)}\n\n{preset}, {sequences} sequences a pass, blocks recomputed, {repeats} rounds in "
+        f"turns; medians (from ... to). {place.notes()} P and B are zero here: their values change no time. Where the "
+        f"host's cores update, their number counts: torch used {torch.get_num_threads()}."
     )
     return "GPU: offload", text
 
