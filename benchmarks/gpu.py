@@ -12,9 +12,9 @@
     profile     where a step's time goes, the most that a fused kernel could save      2 min
     offload     step times with what waits in host memory                              3 min
 
-(Expected, not measured: no GPU was at hand when this was written. The memory part wants 80 GB of host memory at most,
-offload 30.) Each part runs in a process of its own, so one that fails takes no other down; the exit status then is not
-0. Tables go to RESULTS.md. What they are to be held against: docs/performance.md, "On a GPU".
+(Expected, not measured: no GPU was at hand when this was written.) On a card of less than 80 GB, what does not fit is
+left out or said not to fit. Each part runs in a process of its own, so one that fails takes no other down; the exit
+status then is not 0. Tables go to RESULTS.md. What they are to be held against: docs/performance.md, "On a GPU".
 """
 
 from __future__ import annotations

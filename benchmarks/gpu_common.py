@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from common import ROOT
@@ -18,6 +19,7 @@ from loqt_scale.trainer import Trainer
 from loqt_scale.weights import WeightSource
 from tests.distributed.footprint_tasks import make_trainer
 
+Result = TypeVar("Result")
 RANKS = {  # the papers'; beyond 1b ours
     "llama_micro": 32,
     "llama_130m": 256,
@@ -177,6 +179,18 @@ def largest_pass(place: Place, steps: list[tuple[Trainer, Callable[[], object]]]
     return sequences
 
 
+def for_each(place: Place, presets: list[str], measure: Callable[[str], Result]) -> dict[str, Result]:
+    """What was measured of each shape; one that does not fit on the device is left out, with a line that says so."""
+    found: dict[str, Result] = {}
+    for preset in presets:
+        try:
+            found[preset] = measure(preset)
+        except torch.OutOfMemoryError:
+            print(f"{preset} does not fit on this device: no row for it", flush=True)
+        free(place)
+    return found
+
+
 def free(place: Place) -> None:
     """Gives back what nobody holds any more."""
     gc.collect()
@@ -202,6 +216,7 @@ __all__ = [
     "STEP_TOKENS",
     "DeviceWeights",
     "Place",
+    "for_each",
     "free",
     "gibibytes",
     "gpu_peak",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from common import table
-from gpu_common import Place, free, largest_pass, resize
+from gpu_common import Place, for_each, largest_pass, resize
 from step_time import GROUPS, flops_by_operator, merge_of, operator_times, share_table, update
 
 from loqt_scale.layers import loqt_layers
@@ -65,11 +65,13 @@ class Profile:
 
 def profile(place: Place, repeats: int) -> tuple[str, str]:
     """Shares of a step's kernel time by group of operators, and the most that a fused kernel could save."""
-    found: dict[str, Profile] = {}
-    for preset in place.presets("llama_130m", "llama_350m", "llama_1b"):
-        found[preset] = profile_of(place, preset)
-        print(found[preset].verdict(preset), flush=True)
-        free(place)
+
+    def measure(preset: str) -> Profile:
+        one = profile_of(place, preset)
+        print(one.verdict(preset), flush=True)
+        return one
+
+    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
     columns = {
         preset: [(group, time / one.total) for group, time in one.times.most_common()] for preset, one in found.items()
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from common import table
-from gpu_common import STEP_TOKENS, Place, free, gibibytes, gpu_peak, largest_pass, resize
+from gpu_common import STEP_TOKENS, Place, for_each, gibibytes, gpu_peak, largest_pass, resize
 from merge import PARTS, Clock
 from step_time import count_flops, measured_in_turns, merge_of
 
@@ -135,15 +135,16 @@ def galore_update(trainer: Trainer) -> Callable[[], object]:
 
 def throughput(place: Place, repeats: int) -> tuple[str, str]:
     """Tokens a second at the papers' batch: full-rank AdamW, LoQT and GaLore, plain and compiled, in turns."""
-    rows: list[list[object]] = []
-    for preset in place.presets("llama_130m", "llama_350m", "llama_1b"):
+
+    def measure(preset: str) -> list[list[object]]:
         torch._dynamo.reset()
         contest = Contest(place, preset)
-        sequences, times, flops = contest.run(repeats)
-        rows += throughput_rows(place, contest, sequences, times, flops)
-        print(table(HEADER, rows[-len(contest.variants) :]), flush=True)
-        del contest
-        free(place)
+        rows = throughput_rows(place, contest, *contest.run(repeats))
+        print(table(HEADER, rows), flush=True)
+        return rows
+
+    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
+    rows = [row for rows in found.values() for row in rows]
     text = (
         f"{table(HEADER, rows)}\n\n{place.notes()} A step is {STEP_TOKENS} tokens: passes and update are timed apart "
         f"in steps of a few passes ({repeats} rounds, all variants in turns, A B B A), and added up; the pass is the "
@@ -189,14 +190,14 @@ def throughput_rows(
 
 def merge(place: Place, repeats: int) -> tuple[str, str]:
     """Seconds of a merge over those of a step of the papers' batch; where they go."""
-    rows: list[list[object]] = []
-    shares: dict[str, dict[str, float]] = {}
-    for preset in place.presets("llama_130m", "llama_350m", "llama_1b"):
+
+    def measure(preset: str) -> tuple[list[object], dict[str, float]]:
         row, parts = merge_row(place, preset, max(1, repeats // 2))
-        rows.append(row)
-        shares[preset] = parts
         print(row, flush=True)
-        free(place)
+        return row, parts
+
+    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
+    rows, shares = [row for row, _ in found.values()], {preset: parts for preset, (_, parts) in found.items()}
     names = list(dict.fromkeys(part for parts in shares.values() for part in parts))
     split = [[name, *(f"{parts.get(name, 0.0):.3f}" for parts in shares.values())] for name in names]
     header = ["model", "step, s", "sketch, s", "merge, s", "**sketch and merge, in steps**", "of a run's time"]
