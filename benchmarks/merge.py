@@ -14,7 +14,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,22 +40,41 @@ PARTS: list[tuple[Any, str, str]] = [
 
 
 class Clock:
-    """Own time of named functions."""
+    """Own time of named functions.
 
-    def __init__(self) -> None:
+    Args:
+        wait: Called before each look at the clock: on a GPU, waits for it.
+    """
+
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self.times: Counter[str] = Counter()
+        self._wait = wait
         self._inner: list[float] = []
+
+    @contextmanager
+    def watching(self, parts: list[tuple[Any, str, str]]) -> Iterator[None]:
+        """Times all of these functions inside the block only."""
+        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
+        for part in parts:
+            self.watch(*part)
+        try:
+            yield
+        finally:
+            for owner, name, function in originals:
+                setattr(owner, name, function)
 
     def watch(self, owner: Any, name: str, label: str) -> None:
         """Replaces a function by one that is timed."""
         function: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self._wait()
             started = time.perf_counter()
             self._inner.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
+                self._wait()
                 taken = time.perf_counter() - started
                 self.times[label] += taken - self._inner.pop()
                 if self._inner:

@@ -28,6 +28,7 @@ from common import ROOT, publish, table
 sys.path.insert(0, str(ROOT))
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +37,7 @@ from loqt_scale.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
 Variant = TypeVar("Variant", bound=Hashable)
+Measure = TypeVar("Measure")
 METHODS = ("loqt", "full")
 RANKS = {"llama_micro": 32, "llama_60m": 128, "llama_130m": 256, "llama_350m": 256}
 # operator -> group; looked up by the first fragment that its name contains
@@ -103,20 +105,32 @@ def seconds(work: Callable[[], object]) -> float:
 def in_turns(
     variants: Sequence[Variant], repeats: int, work: Callable[[Variant, int], object]
 ) -> dict[Variant, list[float]]:
-    """Wall times of `work(variant, turn)` for all variants in turns, A B B A: what else the machine does hits all."""
-    times: dict[Variant, list[float]] = {variant: [] for variant in variants}
+    """Wall times of `work(variant, turn)` for all variants in turns."""
+    return measured_in_turns(variants, repeats, lambda variant, turn: seconds(partial(work, variant, turn)))
+
+
+def measured_in_turns(
+    variants: Sequence[Variant], repeats: int, measure: Callable[[Variant, int], Measure]
+) -> dict[Variant, list[Measure]]:
+    """`measure(variant, turn)` of all variants in turns, A B B A: what else the machine does hits all."""
+    found: dict[Variant, list[Measure]] = {variant: [] for variant in variants}
     for turn in range(repeats):
         for variant in variants if turn % 2 == 0 else variants[::-1]:
-            times[variant].append(seconds(partial(work, variant, turn)))
-    return times
+            found[variant].append(measure(variant, turn))
+    return found
 
 
 def count_flops(trainer: Trainer) -> int:
-    """FLOPs of a normal step's matrix products and attention, as torch counts them (it knows no in-place addmm)."""
+    """FLOPs of a normal step's matrix products and attention, as torch counts them."""
+    return sum(flops_by_operator(trainer).values())
+
+
+def flops_by_operator(trainer: Trainer) -> dict[object, int]:
+    """The same, by operator (torch's counter knows no in-place addmm, which folds the low-rank term into a weight)."""
     in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         update(trainer, 900)
-    return counter.get_total_flops()
+    return counter.get_flop_counts()["Global"]
 
 
 def merge_of(trainer: Trainer, index: int) -> Callable[[], object]:
@@ -127,25 +141,35 @@ def merge_of(trainer: Trainer, index: int) -> Callable[[], object]:
     return lambda: merges.finish(step)
 
 
-def group_of(operator: str) -> str:
-    """The group of an operator's name."""
-    return next((group for fragment, group in GROUPS.items() if fragment in operator), "other")
-
-
 def op_groups(work: Callable[[], object], count: int) -> list[tuple[str, float]]:
-    """(group, share of operators' own time) of the `count` largest groups; quantizers own their inner ops."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    """(group, share of operators' own time) of the `count` largest groups."""
+    times = operator_times(work, GROUPS)
+    total = sum(times.values())
+    return [(group, value / total) for group, value in times.most_common(count)]
+
+
+def operator_times(work: Callable[[], object], groups: dict[str, str], *, cuda: bool = False) -> Counter[str]:
+    """Operators' own microseconds by group, on the CPU or of the kernels that they start; quantizers own inner ops.
+
+    Args:
+        work: What is profiled; on CUDA it must wait for the device.
+        groups: Fragment of an operator's name -> its group; the first that fits.
+        cuda: Count the time of kernels.
+    """
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         work()
     times: Counter[str] = Counter()
     for event in profiler.events() or ():
+        if event.device_type != DeviceType.CPU:  # a kernel, which its operator counts already
+            continue
         parent, name = event.cpu_parent, event.name
         while parent is not None:  # bitsandbytes' quantizer is made of torch operators
             if "quantize_4bit" in parent.name:
                 name = parent.name
             parent = parent.cpu_parent
-        times[group_of(name)] += event.self_cpu_time_total
-    total = sum(times.values())
-    return [(group, value / total) for group, value in times.most_common(count)]
+        group = next((group for fragment, group in groups.items() if fragment in name), "other")
+        times[group] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return times
 
 
 def share_table(columns: dict[str, list[tuple[str, float]]]) -> str:

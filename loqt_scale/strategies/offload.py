@@ -100,9 +100,20 @@ class OffloadStrategy(FSDPModelStrategy):
                 for moment, edited in zip(moments, (first, second), strict=True):
                     self.local(moment).copy_(edited)
 
-    def norm(self, stored: Tensor) -> Tensor:
-        """On the device, where the loss is."""
-        return stored.to(self.device)
+    def update(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        max_norm: float,
+    ) -> Tensor:
+        """As with one process; the norm goes to the device, where the loss is, only when it has been acted on.
+
+        Inside, it stays where the gradients are. Sent to the device and back as a verdict, it would be sent without
+        waiting (so torch's fused AdamW does it), and the host would read it before it is there.
+        """
+        return super().update(model, optimizer, parameters, max_norm=max_norm).to(self.device)
 
     def close(self) -> None:
         """Ends the group of one."""

@@ -10,9 +10,9 @@ import math
 import sys
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -32,8 +32,10 @@ from loqt_scale.strategies import create_strategy
 from loqt_scale.strategies.wire import WireCounter
 from loqt_scale.strategies.zero import ZeroStrategy
 from loqt_scale.trainer import Trainer
+from loqt_scale.weights import WeightSource
 from tests.distributed.tasks import small_config
 
+CPU = torch.device("cpu")
 # kinds of memory, by the last parts of a parameter's name; what matches none is "full_precision"
 KINDS = {
     "base.codes": "codes",
@@ -44,11 +46,20 @@ KINDS = {
 }
 
 
-def make_trainer(config: RunConfig) -> Trainer:
-    """The product's trainer on this rank, with nowhere to write to. Every rank."""
+def make_trainer(
+    config: RunConfig, device: torch.device = CPU, weights: Callable[[WeightSource], WeightSource] = lambda own: own
+) -> Trainer:
+    """The product's trainer on this rank, with nowhere to write to. Every rank.
+
+    Args:
+        config: The run.
+        device: Where it computes.
+        weights: Another source of initial weights, made from the run's own.
+    """
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
-    strategy = create_strategy(config, device=torch.device("cpu"))
+    design = replace(design, weights=weights(design.weights))
+    strategy = create_strategy(config, device=device)
     progress = Progress(config.train.steps, enabled=False, mode="off")
     writer = MetricsWriter(config.train.run_dir, enabled=False)
     return Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
@@ -240,6 +251,53 @@ def measured_peaks(config: RunConfig) -> dict[str, int]:
                 trainer.step(step)
             peaks[name] = min(peaks.get(name, sys.maxsize), alive + made.kept + made.passing)
     return peaks
+
+
+def device_peaks(
+    config: RunConfig,
+    device: torch.device,
+    weights: Callable[[WeightSource], WeightSource] = lambda own: own,
+    *,
+    first_merge: bool = False,
+) -> dict[str, int]:
+    """`measured_peaks` on CUDA as its caching allocator counts; and the most that it `reserved` over both steps.
+
+    Args:
+        config: The run.
+        device: CUDA.
+        weights: See `make_trainer`.
+        first_merge: The merge is that of step 0; else a later one, of which there is more to carry over.
+    """
+    gc.collect()
+    warm_up(device)
+    before = torch.cuda.memory_allocated(device)
+    trainer = make_trainer(config, device, weights)
+    merge_step = trainer.merges.steps[0 if first_merge else 1] if trainer.merges is not None else None
+    if not first_merge or merge_step is None:
+        trainer.step(0)
+        trainer.settle()
+    torch.cuda.empty_cache()
+    peaks = {"reserved": 0}
+    order = [("step", 1), ("merge", merge_step)]
+    for name, step in reversed(order) if first_merge else order:
+        if step is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+            trainer.step(step)
+            trainer.settle()
+            peaks[name] = torch.cuda.max_memory_allocated(device) - before
+            peaks["reserved"] = max(peaks["reserved"], torch.cuda.max_memory_reserved(device))
+    trainer.strategy.close()
+    return peaks
+
+
+def warm_up(device: torch.device) -> None:
+    """Has the device's libraries take their workspaces, which no run of ours is to blame for: of both threads.
+
+    Autograd's thread has a cuBLAS handle of its own, and each handle its workspace, from torch's allocator, for good.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        one = torch.zeros(64, 64, device=device, dtype=dtype, requires_grad=True)
+        torch.addmm(one, one, one).sum().backward()
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------------
