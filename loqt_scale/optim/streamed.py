@@ -6,6 +6,10 @@ torch's fused AdamW is faster and is the default. This one serves where memory c
 * parameters in bfloat16 are rounded at random (`functional.rounding`), so small updates are not lost;
 * `update` applies a single parameter's gradient, so it can be called inside the backward pass.
 
+Whether an update is to be left out may be known on the device only (`found_inf`, see `guarded`). So the count of
+updates is a tensor there, and what hangs on it, bias corrections and the rounding's seed, is computed there too: the
+host never waits. (Weights in host memory are updated by the host, which has to know.)
+
 It works on the rows that a rank stores, as plain tensors, and every number is a function of the row: any number of
 ranks makes the same updates. With float32 states and parameters it is AdamW (Loshchilov and Hutter 2019) as in torch.
 """
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
 from loqt_scale.functional.blockwise import decode, encode, row_block
-from loqt_scale.functional.rounding import stochastic_bfloat16
+from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 
 CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
@@ -54,18 +58,23 @@ class Moment:
         values = decode(self._values[start:stop], self._scales[start:stop], signed=self._signed)
         return values if self._signed else values.square_()
 
-    def store(self, start: int, values: Tensor) -> None:
-        """Replaces rows from `start` on."""
+    def store(self, start: int, values: Tensor, skip: Tensor | None = None) -> None:
+        """Replaces rows from `start` on, unless `skip`, a bool scalar on their device, says that they stay."""
         stop = start + values.shape[0]
         if self._scales is None:
-            self._values[start:stop].copy_(values)
+            _replace(self._values[start:stop], values, skip)
             return
         kept = values if self._signed else values.sqrt()
-        self._values[start:stop], self._scales[start:stop] = encode(kept, self._block, signed=self._signed)
+        codes, scales = encode(kept, self._block, signed=self._signed)
+        _replace(self._values[start:stop], codes, skip)
+        _replace(self._scales[start:stop], scales, skip)
 
 
 class StreamedAdamW(torch.optim.Optimizer):
     """See the module's docstring.
+
+    A gradient scaler, or `step_if_finite`, sets `found_inf`, a float scalar on any device: not zero leaves weights,
+    moments and counts as they are, bit for bit.
 
     Args:
         groups: Parameter groups with `lr`.
@@ -77,6 +86,9 @@ class StreamedAdamW(torch.optim.Optimizer):
         first_row: Index, in the whole parameter, of the first stored row.
         seed: Of the random rounding.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -101,7 +113,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[parameter]
         if not state:
             rows = _matrix(self._local(parameter.detach()))
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float64, device=rows.device)
             state["exp_avg"] = Moment(rows, self._states, signed=True)
             state["exp_avg_sq"] = Moment(rows, self._states, signed=False)
         return state
@@ -120,17 +132,18 @@ class StreamedAdamW(torch.optim.Optimizer):
         if parameter.grad is None:
             return
         state, group = self.ensure_state(parameter), self._group_of[id(parameter)]
-        state["step"] += 1
-        count = int(state["step"])
         weight, grad = _matrix(self._local(parameter.detach())), _matrix(self._local(parameter.grad))
-        seed = stable_seed("rounding", self._seed, self._index_of[id(parameter)], count)
+        skip = None if self.found_inf is None else self.found_inf.to(weight.device) != 0
+        state["step"] += 1 if skip is None else ~skip
         first = self._first_row(parameter) * weight.shape[1]
+        correction = _bias_correction(state["step"], group)
         for start, stop in _chunks(*weight.shape):
             old = weight[start:stop]
-            new = _adamw(old.float(), grad[start:stop].float(), state, group, count, start, stop)
+            new = _adamw(old.float(), grad[start:stop].float(), state, group, correction, (start, stop), skip)
             if weight.dtype == torch.bfloat16:
+                seed = seed_of_update(stable_seed("rounding", self._seed, self._index_of[id(parameter)]), state["step"])
                 new = stochastic_bfloat16(new, seed=seed, first_index=first + start * weight.shape[1])
-            old.copy_(new)
+            _replace(old, new, skip)
 
     def read_moments(self, parameter: Tensor, into: tuple[Tensor, Tensor]) -> None:
         """Copies both moments into float32 tensors shaped as the stored rows. Local."""
@@ -149,21 +162,35 @@ class StreamedAdamW(torch.optim.Optimizer):
                 state[key].store(start, rows[start:stop])
 
 
+def _bias_correction(step: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(root of the second moment's, learning rate over the first moment's): float64 scalars on the count's device."""
+    beta1, beta2 = group["betas"]
+    return (1.0 - torch.pow(beta2, step)).sqrt(), group["lr"] / (1.0 - torch.pow(beta1, step))
+
+
 def _adamw(
-    weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], count: int, start: int, stop: int
+    weight: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    correction: tuple[Tensor, Tensor],
+    rows: tuple[int, int],
+    skip: Tensor | None,
 ) -> Tensor:
-    """One AdamW update of some rows: stores their new moments, returns their new weights (float32)."""
-    (beta1, beta2), rate = group["betas"], group["lr"]
-    first, second = state["exp_avg"].load(start, stop), state["exp_avg_sq"].load(start, stop)
-    first.lerp_(grad, 1.0 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    denominator = (second.sqrt() / (1.0 - beta2**count) ** 0.5).add_(group["eps"])
-    new = (weight * (1.0 - rate * group["weight_decay"])).addcdiv_(
-        first, denominator, value=-rate / (1.0 - beta1**count)
-    )
-    state["exp_avg"].store(start, first)
-    state["exp_avg_sq"].store(start, second)
-    return new
+    """One AdamW update of some rows: stores their new moments unless `skip`, returns their new weights (float32)."""
+    beta1, beta2 = group["betas"]
+    first = state["exp_avg"].load(*rows).lerp(grad, 1.0 - beta1)
+    second = (state["exp_avg_sq"].load(*rows) * beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    denominator = second.sqrt().div_(correction[0]).add_(group["eps"])
+    change = torch.div(first, denominator, out=denominator).mul_(correction[1])
+    state["exp_avg"].store(rows[0], first, skip)
+    state["exp_avg_sq"].store(rows[0], second, skip)
+    return (weight * (1.0 - group["lr"] * group["weight_decay"])).sub_(change)
+
+
+def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Overwrites `old`, unless `skip`."""
+    old.copy_(new if skip is None else torch.where(skip, old, new))
 
 
 def _matrix(rows: Tensor) -> Tensor:

@@ -305,8 +305,14 @@ def test_a_merge_of_unaligned_rows_is_low_rank_too(run: Run) -> None:
     assert max(size for _, size, _ in result["merge"]) < FLOAT * hidden * hidden / 2
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp")])
-def test_a_step_does_not_make_the_host_wait(run: Run, world_size: int, strategy: str) -> None:
+FRUGAL = {"optim.states": "int8", "model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "loqt.rank": 32}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "settings"),
+    [(1, "single", {}), (2, "ddp", {}), (2, "fsdp", {}), (1, "single", FRUGAL), (2, "fsdp", FRUGAL)],
+)
+def test_a_step_does_not_make_the_host_wait(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     """Nothing reads a tensor's value before it has left for the host: on a GPU that would wait for all work before."""
-    reads = run("numbers_read_by_the_host", world_size, strategy, **{"loqt.merge.gap": 50})
+    reads = run("numbers_read_by_the_host", world_size, strategy, **{"loqt.merge.gap": 50}, **settings)
     assert reads == [[]] * world_size, reads[0][0]
