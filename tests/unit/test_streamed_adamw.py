@@ -13,7 +13,7 @@ from torch import nn
 
 from loqt_scale.functional.blockwise import _tables, decode, encode, row_block
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
-from loqt_scale.optim import StreamedAdamW, UpdateInBackward, open_moments, step_if_finite, streamed
+from loqt_scale.optim import StreamedAdamW, UpdateInBackward, fragment, open_moments, step_if_finite
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -41,7 +41,7 @@ def test_float32_states_are_torch_adamw() -> None:
     ours, theirs = parameters_of(), parameters_of()
     groups = [{"params": [p], "lr": 0.01 * (1 + i)} for i, p in enumerate(theirs)]
     optimizer, reference = make(ours, "float32"), torch.optim.AdamW(groups, **SETTINGS)
-    with mock.patch.object(streamed, "CHUNK_VALUES", 7 * 64):
+    with mock.patch.object(fragment, "CHUNK_VALUES", 7 * 64):
         for step in range(20):
             gradients(ours, step)
             gradients(theirs, step)
