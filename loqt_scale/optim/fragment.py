@@ -94,11 +94,11 @@ class Moment:
                 yield Chunk(start, stop, run.block, scale)
                 scale += (stop - start) // unit
 
-    def load(self, chunk: Chunk) -> Tensor:
-        """A chunk's values, float32; may share this moment's memory."""
+    def load(self, chunk: Chunk, *, copy: bool = False) -> Tensor:
+        """A chunk's values, float32; may share this moment's memory unless `copy`."""
         stored = self._values[chunk.start : chunk.stop]
         if self._scales is None:
-            return stored
+            return stored.clone() if copy else stored
         values = decode(stored.view(-1, chunk.block), self._scales_of(chunk), signed=self._signed).view(-1)
         return values if self._signed else values.square_()
 
@@ -131,5 +131,8 @@ class Moment:
 
 
 def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
-    """Overwrites `old` by `new`, unless `skip`, a bool scalar; None never skips."""
-    old.copy_(new if skip is None else torch.where(skip, old, new))
+    """Overwrites `old` by `new`, of the same shape and dtype, unless `skip`, a bool scalar; None never skips."""
+    if skip is None:
+        old.copy_(new)
+    else:
+        torch.where(skip, old, new, out=old)

@@ -166,8 +166,9 @@ def _terms(state: dict[str, Any], group: dict[str, Any], skip: Tensor | None) ->
 def _adamw(weight: Tensor, grad: Tensor, state: dict[str, Any], chunk: Chunk, terms: _Terms) -> Tensor:
     """One AdamW update of a chunk: stores its moments, unless they are to stay, and returns its weights (float32)."""
     beta1, beta2 = terms.betas
-    first = state["exp_avg"].load(chunk).lerp(grad, 1.0 - beta1)
-    second = (state["exp_avg_sq"].load(chunk) * beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    may_stay = terms.skip is not None  # then what is stored must not be changed on the way
+    first = state["exp_avg"].load(chunk, copy=may_stay).lerp_(grad, 1.0 - beta1)
+    second = state["exp_avg_sq"].load(chunk, copy=may_stay).mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     denominator = second.sqrt().div_(terms.root).add_(terms.eps)
     change = torch.div(first, denominator, out=denominator).mul_(terms.rate)
     state["exp_avg"].store(chunk, first, terms.skip)
