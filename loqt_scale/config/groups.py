@@ -22,7 +22,7 @@ class ModelConfig:
         overrides: Fields of the Hugging Face config to replace, e.g. {num_hidden_layers: 4}.
         dtype: Compute dtype.
         trained_dtype: Dtype in which what trains is kept. bfloat16 halves it and its gradients; updates are then
-            rounded at random, so that small ones are not lost (it needs dtype: bfloat16).
+            rounded at random, so that small ones are not lost (it needs dtype: bfloat16; not under zero).
         activation_checkpointing: Recompute each transformer block in the backward pass instead of storing it.
         compile: Run each transformer block through torch.compile.
     """
@@ -107,9 +107,10 @@ class OptimConfig:
         betas: Adam's two decay rates.
         eps: Adam's epsilon.
         weight_decay: Decoupled weight decay.
-        states: How Adam's moments are kept: float32, or int8 = 8-bit codes (a quarter of the memory).
+        states: How Adam's moments are kept: float32, or int8 = 8-bit codes (a quarter of the memory), under every
+            strategy.
         per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
-            pile up. One micro-batch a step, without clipping to a global norm.
+            pile up. One micro-batch a step, without clipping to a global norm; not under ddp or zero.
         warmup_steps: Steps of linear warm-up.
         final_lr_fraction: The cosine ends at this fraction of the peak rate.
         clip_norm: Global gradient norm above which gradients are scaled down; 0 switches clipping off.

@@ -57,16 +57,15 @@ class RunConfig:
         return self.optim.states == "int8" or self.optim.per_layer or self.model.trained_dtype == "bfloat16"
 
     def _check_small_states(self) -> None:
-        smaller = {
-            "optim.states: int8": self.optim.states == "int8",
+        ours_alone = {
             "optim.per_layer: true": self.optim.per_layer,
             "model.trained_dtype: bfloat16": self.model.trained_dtype == "bfloat16",
         }
-        asked = [name for name, wanted in smaller.items() if wanted]
+        asked = [name for name, wanted in ours_alone.items() if wanted]
         require(
             self.parallel.strategy != "zero" or not asked,
-            f"{', '.join(asked)}: DeepSpeed's ZeRO keeps its own float32 states and masters; write parallel.strategy: "
-            "fsdp (or single), or leave it out",
+            f"{', '.join(asked)}: DeepSpeed's ZeRO keeps float32 masters of what trains and updates them at the end of "
+            "a step; write parallel.strategy: fsdp (or single), or leave it out",
         )
         require(
             not (self.optim.per_layer and self.parallel.strategy == "ddp"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,36 @@ def row_block(row_values: int) -> int:
     """Values of a block for rows of so many values; 0 if such rows cannot be cut into blocks worth having."""
     block = math.gcd(row_values, MOST_VALUES)
     return block if block >= FEWEST_VALUES else 0
+
+
+class Run(NamedTuple):
+    """Values [start, stop) of a fragment in blocks of `block` values; 0: in none."""
+
+    start: int
+    stop: int
+    block: int
+
+
+def block_runs(first: int, values: int, block: int) -> list[Run]:
+    """Cuts consecutive values of a matrix, row by row, into its blocks and what is left of those at either end.
+
+    A block that a fragment holds in part is a block of its own there: nothing else changes with the cut.
+
+    Args:
+        first: Index of the first value in the matrix.
+        values: How many there are.
+        block: Values of a block, a divisor of a row; 0 for none.
+
+    Returns:
+        One run of whole blocks, and at most one cut block before and after it; indices count from `first`.
+    """
+    if not block:
+        bounds = [(0, values, 0)]
+    else:
+        head = min(-first % block, values)
+        tail = (values - head) % block
+        bounds = [(0, head, head), (head, values - tail, block), (values - tail, values, tail)]
+    return [Run(*bound) for bound in bounds if bound[0] < bound[1]]
 
 
 def encode(values_RC: Tensor, block: int, *, signed: bool) -> tuple[Tensor, Tensor]:

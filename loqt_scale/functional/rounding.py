@@ -14,12 +14,17 @@ from torch import Tensor
 _LOW_BITS = 0xFFFF
 
 
-def stochastic_bfloat16(values: Tensor, *, seed: int, first_index: int) -> Tensor:
+def seed_of_update(seed: int, count: Tensor) -> Tensor:
+    """A seed of its own for each count, a whole number in a scalar tensor that never leaves its device; int64."""
+    return _hash(count.to(torch.int64), seed)
+
+
+def stochastic_bfloat16(values: Tensor, *, seed: int | Tensor, first_index: int) -> Tensor:
     """Rounds at random.
 
     Args:
         values: float32, any shape, contiguous.
-        seed: Same seed and index, same noise.
+        seed: Same seed and index, same noise. A tensor: int64 scalar on the values' device.
         first_index: Index of the first element in the whole tensor of which these are a part.
 
     Returns:
@@ -31,9 +36,9 @@ def stochastic_bfloat16(values: Tensor, *, seed: int, first_index: int) -> Tenso
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
 
 
-def _hash(index: Tensor, seed: int) -> Tensor:
-    """A well mixed 64-bit number an index (splitmix64, Steele et al. 2014), int64 that wraps around."""
-    state = index * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+def _hash(index: Tensor, seed: int | Tensor) -> Tensor:
+    """48 well mixed bits an index (splitmix64, Steele et al. 2014), in int64 that wraps around on the way."""
+    state = index * _signed(0x9E3779B97F4A7C15) + (seed if isinstance(seed, Tensor) else _signed(seed))
     state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
     state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
     return _shift(state ^ _shift(state, 31), 16)

@@ -7,12 +7,14 @@ from loqt_scale.optim.create import (
     low_rank_parameters,
     set_schedule_position,
 )
+from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.moments import ensure_adam_state, open_moments, set_update_count
 from loqt_scale.optim.per_layer import UpdateInBackward
-from loqt_scale.optim.streamed import Moment, StreamedAdamW
+from loqt_scale.optim.streamed import StreamedAdamW
 
 __all__ = [
+    "Fragment",
     "Moment",
     "StreamedAdamW",
     "UpdateInBackward",

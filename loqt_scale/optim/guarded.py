@@ -9,8 +9,9 @@ from torch import Tensor
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Steps the optimizer unless the norm is NaN or infinite. Local.
 
-    torch's fused AdamW takes the verdict as a tensor (as it does from a gradient scaler) and leaves moments, weights
-    and step counts alone: the host does not wait for the device. For any other the host reads it.
+    Both of ours, torch's fused AdamW and `StreamedAdamW`, take the verdict as a tensor (as they would from a gradient
+    scaler) and leave moments, weights and step counts alone: the host does not wait for the device. For any other the
+    host reads it.
 
     Args:
         optimizer: Any.

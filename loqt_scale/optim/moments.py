@@ -32,11 +32,13 @@ def open_moments(
         yield None
     elif isinstance(optimizer, StreamedAdamW):
         opened = (_float_like(parameter), _float_like(parameter))
-        rows = (local(opened[0]), local(opened[1]))
-        optimizer.read_moments(parameter, rows)
+        packed = (state["exp_avg"], state["exp_avg_sq"])
+        for moment, values in zip(packed, opened, strict=True):
+            moment.read(local(values))
         yield opened
-        if edit:
-            optimizer.write_moments(parameter, rows)
+        for moment, values in zip(packed, opened, strict=True):
+            if edit:
+                moment.write(local(values))
     else:
         yield state["exp_avg"], state["exp_avg_sq"]
 
@@ -56,7 +58,8 @@ def ensure_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> No
 def set_update_count(optimizer: torch.optim.Optimizer, updates: int) -> None:
     """Sets the number of updates that Adam's bias correction counts, for all parameters that have a state."""
     for state in optimizer.state.values():
-        state["step"].fill_(float(updates))
+        if state:  # DeepSpeed looks for one of each flat tensor, and leaves an empty one
+            state["step"].fill_(float(updates))
 
 
 def _float_like(parameter: Tensor) -> Tensor:

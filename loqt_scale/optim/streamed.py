@@ -1,4 +1,4 @@
-"""AdamW that takes one parameter at a time, a chunk of rows at a time: for states and weights of fewer bits.
+"""AdamW that takes one parameter at a time, a chunk of it at a time: for states and weights of fewer bits.
 
 torch's fused AdamW is faster and is the default. This one serves where memory counts:
 
@@ -6,66 +6,39 @@ torch's fused AdamW is faster and is the default. This one serves where memory c
 * parameters in bfloat16 are rounded at random (`functional.rounding`), so small updates are not lost;
 * `update` applies a single parameter's gradient, so it can be called inside the backward pass.
 
+Whether an update is to be left out may be known on the device only (`found_inf`, see `guarded`). So the count of
+updates is a tensor there, and what hangs on it, bias corrections and the rounding's seed, is computed there too: the
+host never waits. (Weights in host memory are updated by the host, which has to know.)
+
 It works on the rows that a rank stores, as plain tensors, and every number is a function of the row: any number of
-ranks makes the same updates. With float32 states and parameters it is AdamW (Loshchilov and Hutter 2019) as in torch.
+ranks makes the same updates. Under ZeRO, which replaces parameters by flat float32 tensors, it works on fragments of
+them (`fragment`): the same numbers, but for blocks of 8-bit states that are cut, at most two for a parameter and rank.
+With float32 states and parameters it is AdamW (Loshchilov and Hutter 2019) as in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
-from loqt_scale.functional.blockwise import decode, encode, row_block
-from loqt_scale.functional.rounding import stochastic_bfloat16
+from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
-
-CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
-
-
-class Moment:
-    """One of Adam's moments for the stored rows of a parameter.
-
-    Args:
-        rows: The stored rows, (R, C).
-        kind: `int8` keeps codes where a row can be cut into blocks, else float32.
-        signed: True for the first moment; the second, never negative, is kept as its square root.
-    """
-
-    def __init__(self, rows: Tensor, kind: OptimizerStates, *, signed: bool) -> None:
-        self._signed = signed
-        self._block = row_block(rows.shape[1]) if kind == "int8" else 0
-        self._values = torch.zeros(rows.shape, dtype=torch.uint8 if self._block else torch.float32, device=rows.device)
-        self._scales: Tensor | None = None
-        if self._block:
-            self._scales = rows.new_zeros((rows.shape[0], rows.shape[1] // self._block), dtype=torch.float32)
-
-    def tensors(self) -> list[Tensor]:
-        """What is stored."""
-        return [self._values] if self._scales is None else [self._values, self._scales]
-
-    def load(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), float32; may share this moment's memory."""
-        if self._scales is None:
-            return self._values[start:stop]
-        values = decode(self._values[start:stop], self._scales[start:stop], signed=self._signed)
-        return values if self._signed else values.square_()
-
-    def store(self, start: int, values: Tensor) -> None:
-        """Replaces rows from `start` on."""
-        stop = start + values.shape[0]
-        if self._scales is None:
-            self._values[start:stop].copy_(values)
-            return
-        kept = values if self._signed else values.sqrt()
-        self._values[start:stop], self._scales[start:stop] = encode(kept, self._block, signed=self._signed)
+from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
 
 
 class StreamedAdamW(torch.optim.Optimizer):
     """See the module's docstring.
+
+    A gradient scaler, or `step_if_finite`, sets `found_inf`, a float scalar on any device: not zero leaves weights,
+    moments and counts as they are, bit for bit.
+
+    `state` is by parameter, also where a flat tensor holds it: `step`, float64 scalar, `exp_avg` and `exp_avg_sq`,
+    each a `Moment`.
 
     Args:
         groups: Parameter groups with `lr`.
@@ -77,6 +50,9 @@ class StreamedAdamW(torch.optim.Optimizer):
         first_row: Index, in the whole parameter, of the first stored row.
         seed: Of the random rounding.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -95,82 +71,106 @@ class StreamedAdamW(torch.optim.Optimizer):
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         self._group_of = {id(p): group for p, group in every}
         self._index_of = {id(p): index for index, (p, _) in enumerate(every)}
+        self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
+
+    def adopt(self, flat: Tensor, fragments: Sequence[Fragment]) -> None:
+        """Takes a flat tensor, which a group will name in the place of parameters, for the fragments that it holds.
+
+        What no fragment holds, such as padding, is never touched. The moments are made at once.
+
+        Args:
+            flat: (V,), float32.
+            fragments: Of the parameters that the groups named before.
+        """
+        self._adopted[id(flat)] = flat, fragments
+        for fragment in fragments:
+            self._begin(fragment, flat.device)
 
     def ensure_state(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter, made of zeros if there is none: `step`, `exp_avg`, `exp_avg_sq`."""
+        """The state of a parameter, made of zeros if there is none."""
         state: dict[str, Any] = self.state[parameter]
-        if not state:
-            rows = _matrix(self._local(parameter.detach()))
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = Moment(rows, self._states, signed=True)
-            state["exp_avg_sq"] = Moment(rows, self._states, signed=False)
-        return state
+        return state or self._begin(self._stored(parameter), self._local(parameter.detach()).device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient. Local."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                self.update(parameter)
+            for tensor in group["params"]:
+                self._update(tensor, group)
 
     @torch.no_grad()
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter from its `.grad`, if it has one. Local."""
-        if parameter.grad is None:
+        self._update(parameter, self._group_of[id(parameter)])
+
+    def _begin(self, fragment: Fragment, device: torch.device) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[fragment.parameter]
+        state["step"] = torch.zeros((), dtype=torch.float64, device=device)
+        state["exp_avg"] = Moment(fragment, self._states, signed=True, device=device)
+        state["exp_avg_sq"] = Moment(fragment, self._states, signed=False, device=device)
+        return state
+
+    def _stored(self, parameter: Tensor) -> Fragment:
+        """The stored rows of a parameter that is a tensor of its own."""
+        rows = self._local(parameter.detach())
+        columns = math.prod(rows.shape[1:])
+        first = self._first_row(parameter) * columns
+        return Fragment(parameter=parameter, first=first, values=rows.numel(), columns=columns)
+
+    def _update(self, tensor: Tensor, group: dict[str, Any]) -> None:
+        if tensor.grad is None:
             return
-        state, group = self.ensure_state(parameter), self._group_of[id(parameter)]
-        state["step"] += 1
-        count = int(state["step"])
-        weight, grad = _matrix(self._local(parameter.detach())), _matrix(self._local(parameter.grad))
-        seed = stable_seed("rounding", self._seed, self._index_of[id(parameter)], count)
-        first = self._first_row(parameter) * weight.shape[1]
-        for start, stop in _chunks(*weight.shape):
-            old = weight[start:stop]
-            new = _adamw(old.float(), grad[start:stop].float(), state, group, count, start, stop)
-            if weight.dtype == torch.bfloat16:
-                new = stochastic_bfloat16(new, seed=seed, first_index=first + start * weight.shape[1])
-            old.copy_(new)
+        weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
+        skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
+        _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
+        for fragment in fragments:
+            state = self.ensure_state(fragment.parameter)
+            self._apply(fragment, fragment.within(weights), fragment.within(gradients), _terms(state, group, skip))
 
-    def read_moments(self, parameter: Tensor, into: tuple[Tensor, Tensor]) -> None:
-        """Copies both moments into float32 tensors shaped as the stored rows. Local."""
-        state = self.ensure_state(parameter)
-        for key, target in zip(("exp_avg", "exp_avg_sq"), into, strict=True):
-            rows = _matrix(target)
-            for start, stop in _chunks(*rows.shape):
-                rows[start:stop].copy_(state[key].load(start, stop))
-
-    def write_moments(self, parameter: Tensor, moments: tuple[Tensor, Tensor]) -> None:
-        """Replaces both moments by float32 tensors shaped as the stored rows. Local."""
-        state = self.ensure_state(parameter)
-        for key, source in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            rows = _matrix(source)
-            for start, stop in _chunks(*rows.shape):
-                state[key].store(start, rows[start:stop])
+    def _apply(self, fragment: Fragment, weight: Tensor, grad: Tensor, terms: _Terms) -> None:
+        """One update of a fragment's values, (V,) both."""
+        state, noise = self.state[fragment.parameter], None
+        if weight.dtype == torch.bfloat16:
+            seed = stable_seed("rounding", self._seed, self._index_of[id(fragment.parameter)])
+            noise = seed_of_update(seed, state["step"])
+        for chunk in state["exp_avg"].chunks():
+            old, its_grad = weight[chunk.start : chunk.stop], grad[chunk.start : chunk.stop]
+            new = _adamw(old.float(), its_grad.float(), state, chunk, terms)
+            if noise is not None:
+                new = stochastic_bfloat16(new, seed=noise, first_index=fragment.first + chunk.start)
+            replace_unless(terms.skip, old, new)
 
 
-def _adamw(
-    weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], count: int, start: int, stop: int
-) -> Tensor:
-    """One AdamW update of some rows: stores their new moments, returns their new weights (float32)."""
-    (beta1, beta2), rate = group["betas"], group["lr"]
-    first, second = state["exp_avg"].load(start, stop), state["exp_avg_sq"].load(start, stop)
-    first.lerp_(grad, 1.0 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    denominator = (second.sqrt() / (1.0 - beta2**count) ** 0.5).add_(group["eps"])
-    new = (weight * (1.0 - rate * group["weight_decay"])).addcdiv_(
-        first, denominator, value=-rate / (1.0 - beta1**count)
-    )
-    state["exp_avg"].store(start, first)
-    state["exp_avg_sq"].store(start, second)
-    return new
+class _Terms(NamedTuple):
+    """What an update's formula has beside weights, gradients and moments."""
+
+    betas: tuple[float, float]
+    eps: float
+    decay: float  # factor of the weights
+    root: Tensor  # of the second moment's bias correction; this and `rate`: float64 scalars on the count's device
+    rate: Tensor  # learning rate over the first moment's bias correction
+    skip: Tensor | None  # bool scalar: nothing changes
 
 
-def _matrix(rows: Tensor) -> Tensor:
-    """Dim 0 by everything else."""
-    return rows.unsqueeze(1) if rows.dim() == 1 else rows.flatten(1)
+def _terms(state: dict[str, Any], group: dict[str, Any], skip: Tensor | None) -> _Terms:
+    """Counts an update in `state`, unless `skip`, and returns its terms."""
+    step: Tensor = state["step"]
+    step += 1 if skip is None else ~skip
+    beta1, beta2 = group["betas"]
+    rate, decay = group["lr"], 1.0 - group["lr"] * group["weight_decay"]
+    root, corrected = (1.0 - torch.pow(beta2, step)).sqrt(), rate / (1.0 - torch.pow(beta1, step))
+    return _Terms((beta1, beta2), group["eps"], decay, root, corrected, skip)
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    size = max(1, CHUNK_VALUES // max(1, columns))
-    return ((start, min(start + size, rows)) for start in range(0, rows, size))
+def _adamw(weight: Tensor, grad: Tensor, state: dict[str, Any], chunk: Chunk, terms: _Terms) -> Tensor:
+    """One AdamW update of a chunk: stores its moments, unless they are to stay, and returns its weights (float32)."""
+    beta1, beta2 = terms.betas
+    may_stay = terms.skip is not None  # then what is stored must not be changed on the way
+    first = state["exp_avg"].load(chunk, copy=may_stay).lerp_(grad, 1.0 - beta1)
+    second = state["exp_avg_sq"].load(chunk, copy=may_stay).mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    denominator = second.sqrt().div_(terms.root).add_(terms.eps)
+    change = torch.div(first, denominator, out=denominator).mul_(terms.rate)
+    state["exp_avg"].store(chunk, first, terms.skip)
+    state["exp_avg_sq"].store(chunk, second, terms.skip)
+    return (weight * terms.decay).sub_(change)

@@ -16,7 +16,7 @@ from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.merge import AIR_BYTES, probe_shape
-from loqt_scale.optim.streamed import CHUNK_VALUES as STREAMED_VALUES
+from loqt_scale.optim.fragment import CHUNK_VALUES as STREAMED_VALUES
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
 from loqt_scale.strategies import DTYPES, is_offloaded

@@ -11,8 +11,9 @@ DeepSpeed cuts tensors by elements, not by rows, so a rank's shard is of no use 
 layer at a time out of the shards (`editing`: its packed bytes, never a dense weight), shares its rows out over the
 ranks as DDP does, and puts the layer back. B has three copies in the engine that must agree afterwards: the parameter
 (16 bit under bf16), its float32 master, and Adam's moments. The master is the true one: it is what `gather` reads and
-`store` writes, beside the parameter. All access is by DeepSpeed's public calls (GatheredParameters, safe_get_*,
-safe_set_*).
+`store` writes, beside the parameter. Access is by DeepSpeed's public calls (GatheredParameters, safe_get_* and
+safe_set_*), which know float32 moments only. Moments in 8 bits are `StreamedAdamW`'s, of the fragments of parameters
+that this rank's flat masters hold (`zero_flat`): decoded, summed into a whole and encoded again, a parameter at a time.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 
 from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear
-from loqt_scale.optim import ensure_adam_state
+from loqt_scale.optim import Fragment, StreamedAdamW, ensure_adam_state
 from loqt_scale.strategies.base import DTYPES
 from loqt_scale.strategies.process_group import DistributedStrategy
 from loqt_scale.strategies.zero_config import deepspeed_config, resolve_zero_stage
+from loqt_scale.strategies.zero_flat import link_states, master_fragments, masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -94,6 +96,7 @@ class ZeroStrategy(DistributedStrategy):
         self._engine: Any = None
         self._scheduler: Any = None
         self._linked = False
+        self._fragments: dict[int, Fragment] = {}  # by id of the parameter, where the moments are a StreamedAdamW's
 
     @property
     def description(self) -> str:
@@ -136,6 +139,10 @@ class ZeroStrategy(DistributedStrategy):
         self._engine, _, _, self._scheduler = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        if isinstance(optimizer, StreamedAdamW):
+            for flat, fragments in master_fragments(self._engine, self.stage, self.rank):
+                optimizer.adopt(flat, fragments)
+                self._fragments |= {id(fragment.parameter): fragment for fragment in fragments}
         engine: nn.Module = self._engine
         return engine
 
@@ -182,21 +189,20 @@ class ZeroStrategy(DistributedStrategy):
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
     ) -> None:
         """Gathers both moments of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
-        if not optimizer.state:  # no step has been applied yet
+        if not _has_moments(optimizer):
             return
-        moments = [self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+        moments = [self._whole_moment(optimizer, parameter, key) for key in MOMENTS]
         edit(*moments)
         for key, moment in zip(MOMENTS, moments, strict=True):
-            self._set_state(parameter, moment, key)
+            self._keep_moment(optimizer, parameter, key, moment)
 
     def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """Work shares of both moments, gathered whole one after the other. Every rank."""
-        if not optimizer.state:
+        if not _has_moments(optimizer):
             return None
-        self._link_states()
+        self._ensure_states(optimizer)
         start, stop = self.rows(_shape(parameter)[0])
-        get = self._deepspeed.utils.safe_get_full_optimizer_state
-        first, second = (get(parameter, key)[start:stop].clone() for key in MOMENTS)
+        first, second = (self._whole_moment(optimizer, parameter, key)[start:stop].clone() for key in MOMENTS)
         return first, second
 
     def write_moments(
@@ -207,25 +213,37 @@ class ZeroStrategy(DistributedStrategy):
         rows = _shape(parameter)[0]
         ranges = [self.rows(rows, rank) for rank in range(self.world_size)]
         for key, piece in zip(MOMENTS, moments, strict=True):
-            self._set_state(parameter, self.gather_pieces(piece, ranges), key)
+            self._keep_moment(optimizer, parameter, key, self.gather_pieces(piece, ranges))
+
+    def _whole_moment(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
+        """One of a parameter's moments, float32, on every rank. Every rank."""
+        if not isinstance(optimizer, StreamedAdamW):
+            moment: Tensor = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+            return moment
+        whole = torch.zeros(_shape(parameter), dtype=torch.float32, device=self.device)
+        fragment = self._fragments.get(id(parameter))
+        if fragment is not None:
+            optimizer.state[parameter][key].read(fragment.within_whole(whole))
+        return self.sum(whole)
+
+    def _keep_moment(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        """Replaces this rank's part of one of a parameter's moments by that of a whole one. Local."""
+        if not isinstance(optimizer, StreamedAdamW):
+            self._set_state(parameter, whole, key)
+            return
+        fragment = self._fragments.get(id(parameter))
+        if fragment is not None:
+            optimizer.state[parameter][key].write(fragment.within_whole(whole.contiguous()))
 
     def _ensure_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes Adam's states, of the flat masters, where there has been no update yet."""
+        """Makes float32 states, of the flat masters, where there has been no update yet; lets DeepSpeed find them."""
+        if isinstance(optimizer, StreamedAdamW):
+            return
         if not optimizer.state:
-            zero = self._engine.optimizer
-            for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            for flat in masters(self._engine, self.stage):
                 ensure_adam_state(optimizer, flat)
-        self._link_states()
-
-    def _link_states(self) -> None:
-        """Stages 1 and 2: lets DeepSpeed find each parameter's part of the flat states.
-
-        It does that itself after the first group's first update, when the other groups have no states yet, and never
-        again; there is no public call.
-        """
         if self.stage < 3 and not self._linked:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            link_states(self._engine)
             self._linked = True
 
     def _has_master(self, parameter: Tensor) -> bool:
@@ -286,6 +304,11 @@ class ZeroStrategy(DistributedStrategy):
         if self._joined and self._deepspeed.comm.is_initialized():
             self._deepspeed.comm.destroy_process_group()
         super().close()
+
+
+def _has_moments(optimizer: torch.optim.Optimizer) -> bool:
+    """False before the first update, on every rank alike; a `StreamedAdamW` has them, of zeros, from the beginning."""
+    return isinstance(optimizer, StreamedAdamW) or bool(optimizer.state)
 
 
 def _shape(parameter: Tensor) -> torch.Size:

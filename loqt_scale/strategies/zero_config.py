@@ -135,6 +135,9 @@ def _shared_values(config: RunConfig, tree: Tree, world_size: int) -> Iterator[_
     for name in ("lr", "eps", "weight_decay"):
         yield _same(f"optimizer.params.{name}", f"optim.{name}", getattr(optim, name))
     yield _same("optimizer.params.betas", "optim.betas", list(optim.betas))
+    if optim.states == "int8":
+        setting = "optim.states is 'int8', whose optimizer is not one of those that DeepSpeed knows"
+        yield _Ours("zero_allow_untested_optimizer", True, setting, "optim.states: float32")
     if parallel.zero_stage is not None:
         yield _same(_STAGE, "parallel.zero_stage", parallel.zero_stage)
     if parallel.zero_offload is not None:

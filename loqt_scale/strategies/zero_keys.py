@@ -168,7 +168,7 @@ FIXED: dict[str, tuple[object, str]] = {
     "gradient_predivide_factor": (1.0, _SUMS),
     "gradient_allreduce_op": ("mean", _SUMS),
     "managed_gradient_accumulation": (True, "the training loop marks the last micro-batch of a step itself"),
-    "zero_force_ds_cpu_optimizer": (False, "the optimizer is torch's AdamW, also when it is offloaded"),
+    "zero_force_ds_cpu_optimizer": (False, "the optimizer is this package's, also when it is offloaded"),
     "zero_optimization.round_robin_gradients": (
         False,
         "a merge would then read and write the float32 values of other parameters",

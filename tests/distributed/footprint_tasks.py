@@ -31,6 +31,7 @@ from loqt_scale.optim import Moment
 from loqt_scale.strategies import create_strategy
 from loqt_scale.strategies.wire import WireCounter
 from loqt_scale.strategies.zero import ZeroStrategy
+from loqt_scale.strategies.zero_flat import masters
 from loqt_scale.trainer import Trainer
 from loqt_scale.weights import WeightSource
 from tests.distributed.tasks import small_config
@@ -126,9 +127,11 @@ def zero_kinds_held(trainer: Trainer) -> Counter[str]:
     held: Counter[str] = Counter()
     for name, parameter in trainer.built.model.named_parameters():
         held[parameter_kind(name)] += getattr(parameter, "ds_tensor", parameter).nbytes
-    for flat, state in trainer.optimizer.state.items():
-        held["masters"] += flat.nbytes
-        held["adam"] += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    assert isinstance(trainer.strategy, ZeroStrategy)
+    held["masters"] = sum(flat.nbytes for flat in masters(trainer.model, trainer.strategy.stage))
+    for state in trainer.optimizer.state.values():
+        moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+        held["adam"] += sum(tensor.nbytes for moment in moments for tensor in moment_tensors(moment))
     return held
 
 

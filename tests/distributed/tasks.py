@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SMALL_RUN = {
+SMALL_RUN: dict[str, Any] = {
     # hidden 96 and intermediate 86: neither fills NF4 blocks of 64 by single rows, nor divides by 2 and 3 groups
     "model.preset": "llama_nano",
     "model.overrides": {"hidden_size": 96, "intermediate_size": 86, "num_attention_heads": 4, "num_key_value_heads": 4},

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.pool import RankFailed, RankPool
-from tests.distributed.test_equivalence import strategy_settings
+from tests.distributed.test_equivalence import ODD, strategy_settings
 
 AT = 20  # between two merges (after steps 13 and 26)
 MERGE = 13  # right after a merge
@@ -135,6 +135,28 @@ def test_int8_states_and_bf16_parameters_survive(
     checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
     resumed = saved.run(world_size, strategy, tmp_path / "b", **small, **{"checkpoint.resume": str(checkpoint)})
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
+
+
+PACKED = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "checkpoint.every": 8, "train.steps": 14}
+
+
+@pytest.mark.parametrize("strategy", ["zero-2", "zero-3", pytest.param("zero-1", marks=pytest.mark.long)])
+def test_int8_states_survive_under_zero(saved: SavedRuns, tmp_path: Path, strategy: str) -> None:
+    """Bit for bit on the same ranks, which cut blocks; one process goes on from there within rounding."""
+    unbroken = saved.run(2, strategy, tmp_path / "a", **PACKED)
+    after = {step: loss for step, loss in unbroken.items() if step > 8}
+    resume = {"checkpoint.resume": str(tmp_path / "a" / "checkpoints" / "step-00000008")}
+    assert saved.run(2, strategy, tmp_path / "b", **PACKED, **resume) == after and len(after) == 6
+    assert saved.run(1, "single", tmp_path / "c", **PACKED, **resume) == pytest.approx(after, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["zero-1", "zero-2", "zero-3"])
+def test_int8_states_move_to_zero(saved: SavedRuns, tmp_path: Path, strategy: str) -> None:
+    unbroken = saved.run(1, "single", tmp_path / "a", **PACKED)
+    after = {step: loss for step, loss in unbroken.items() if step > 8}
+    resume = {"checkpoint.resume": str(tmp_path / "a" / "checkpoints" / "step-00000008")}
+    assert saved.run(2, strategy, tmp_path / "b", **PACKED, **resume) == pytest.approx(after, abs=1e-4)
 
 
 @pytest.mark.parametrize("step", [MERGE - 1, MERGE, MERGE + 1])

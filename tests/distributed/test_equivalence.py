@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.pool import RankPool
+from tests.distributed.tasks import SMALL_RUN
 
 ZERO = ("zero-1", "zero-2", "zero-3")
 SECOND_MERGE = 13  # the last step with a loss from before the second merge (merges after steps 0, 13, 26, 39)
@@ -203,16 +204,35 @@ def test_merge_diagnostics_agree(runs: Runs) -> None:
                 assert row[key] == pytest.approx(expected[key], rel=0.02), key
 
 
-INT8 = {"optim.states": "int8", "loqt.rank": 32, **UNQUANTIZED}
+# one layer whose B's have 681 rows together, some of them 99 each: an odd number of blocks, so two equal parts of all
+# (ZeRO 1 and 2) or of each (ZeRO 3) cut one
+ODD = {**SMALL_RUN["model.overrides"], "intermediate_size": 99, "num_hidden_layers": 1}
+INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, **UNQUANTIZED}
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp"), *((2, stage) for stage in ZERO)])
 def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, strategy: str) -> None:
     """And they learn as float32 states do."""
     reference = runs.losses(1, "single", **INT8)
     assert_same_losses(runs.losses(world_size, strategy, **INT8), reference)
     float32 = runs.losses(1, "single", **{**INT8, "optim.states": "float32"})
     assert sum(reference[-5:]) / 5 == pytest.approx(sum(float32[-5:]) / 5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload"), [("zero-2", "optimizer"), pytest.param("zero-3", "parameters", marks=pytest.mark.long)]
+)
+def test_int8_states_in_host_memory_too(runs: Runs, strategy: str, offload: str) -> None:
+    losses = runs.losses(2, strategy, **INT8, **{"parallel.zero_offload": offload})
+    assert_same_losses(losses, runs.losses(1, "single", **INT8))
+
+
+@pytest.mark.parametrize("strategy", ["zero-1", *(pytest.param(s, marks=pytest.mark.long) for s in ZERO[1:])])
+def test_int8_states_of_float32_masters(runs: Runs, strategy: str) -> None:
+    """bfloat16 compute, for which DeepSpeed keeps the masters apart from the parameters."""
+    losses = runs.losses(2, strategy, **INT8, **{"model.dtype": "bfloat16"})
+    relative = [abs(a / b - 1.0) for a, b in zip(losses, runs.losses(1, "single", **INT8), strict=True)]
+    assert len(relative) == 40 and sum(relative) / len(relative) < 0.02 and max(relative) < 0.1
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (3, "fsdp")])

@@ -15,6 +15,7 @@ import torch
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.strategies import create_strategy
 from tests.distributed.pool import RankFailed, RankPool
+from tests.distributed.test_equivalence import ODD
 
 STAGES = (1, 2, 3)
 
@@ -59,6 +60,48 @@ def test_packed_bytes_are_those_of_fsdp(ranks: RankPool, common: dict[str, Any],
         different = sum(int((a != b).sum()) for a, b in zip(packed, expected, strict=True))
         total = sum(a.numel() for a in packed)
         assert different <= total / 50, f"rank {rank}: {different} of {total} bytes"
+
+
+# see test_equivalence.INT8: shards cut blocks of 8-bit states
+INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "loqt.merge.gap": 3}
+
+
+@pytest.mark.parametrize(
+    ("stage", "policy"), [(1, "transport"), (2, "transport"), (3, "transport"), (2, "reset"), (3, "keep")]
+)
+def test_moments_in_8_bits_go_through_merges(ranks: RankPool, common: dict[str, Any], stage: int, policy: str) -> None:
+    """As with one process, but for blocks that are cut; fragments are all of each parameter, each value once.
+
+    The model's blocks are of 32 values: codes and scales are 9/32 of float32's bytes.
+    """
+    task, settings = "tests.distributed.zero_tasks:moments_after_merge", {**common, **INT8}
+    settings["loqt.merge.optimizer_state"] = policy
+    expected = ranks.run(1, task, **settings)[0]["moments"]
+    results = ranks.run(2, task, **settings, **zero(stage))
+    for result in results:
+        assert result["held"]["adam"] < 0.3 * 2 * result["held"]["masters"]
+    for name, moments in expected.items():
+        factor = name.endswith(".factor")
+        for i, moment in enumerate(moments):
+            mine, theirs = (result["moments"][name][i] for result in results)
+            assert torch.equal(mine, theirs)
+            assert bool(moment.any()) == (policy != "reset" or not factor)
+            assert float((mine - moment).abs().sum()) <= 0.02 * float(moment.abs().sum()), name
+        places = [result["fragments"][name] for result in results if name in result["fragments"]]
+        assert places[0][0] == 0 and sum(values for _, values, _ in places) == places[0][2]
+        assert len(places) == 1 or places[1][0] == places[0][1]
+    assert any(first % 32 for result in results for first, _, _ in result["fragments"].values()), "no block was cut"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_skipped_step_changes_no_bit_of_moments_in_8_bits(
+    ranks: RankPool, common: dict[str, Any], stage: int, dtype: str
+) -> None:
+    settings = {**common, **INT8, **zero(stage), "model.dtype": dtype, "loqt.merge.gap": 50}
+    for result in ranks.run(2, "tests.distributed.zero_tasks:bits_that_a_skipped_step_changes", **settings):
+        assert result["skipped"] == 0 and result["updates"] == 2
+        assert result["applied"] > 0.9 * result["tensors"]
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(ranks: RankPool, common: dict[str, Any]) -> None:

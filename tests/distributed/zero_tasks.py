@@ -9,7 +9,9 @@ from torch import Tensor
 
 from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies.zero import ZeroStrategy
-from tests.distributed.footprint_tasks import make_trainer
+from loqt_scale.strategies.zero_flat import master_fragments, masters
+from loqt_scale.trainer import Trainer
+from tests.distributed.footprint_tasks import kinds_held, make_trainer, moment_tensors
 from tests.distributed.tasks import small_config
 
 
@@ -51,5 +53,79 @@ def packed_after_merge(**settings: Any) -> list[Tensor]:
                 packed = [p for p in layer.merged_parameters() if p.dtype == torch.uint8]
                 tensors.extend(strategy.gather(parameter).clone() for parameter in packed)
         return tensors
+    finally:
+        strategy.close()
+
+
+def moments_after_merge(**settings: Any) -> dict[str, Any]:
+    """After the second merge, on any strategy. Every rank.
+
+    Returns:
+        moments: (first, second), whole, by name of what trains.
+        fragments: Under ZeRO (first value, values, all values of the parameter) of what this rank's masters hold.
+        held: `kinds_held`.
+    """
+    trainer = make_trainer(small_config(settings))
+    strategy, found = trainer.strategy, {}
+    assert trainer.merges is not None
+    try:
+        for step in range(trainer.merges.steps[1] + 1):
+            trainer.step(step)
+        for name, parameter in trainer.built.model.named_parameters():
+            if parameter.requires_grad:
+                shares = strategy.read_moments(trainer.optimizer, parameter)
+                assert shares is not None
+                rows = getattr(parameter, "ds_shape", parameter.shape)[0]
+                ranges = [strategy.rows(rows, rank) for rank in range(strategy.world_size)]
+                found[name] = tuple(strategy.gather_pieces(share, ranges).clone() for share in shares)
+        return {"moments": found, "fragments": fragments_of(trainer), "held": kinds_held(trainer)}
+    finally:
+        strategy.close()
+
+
+def fragments_of(trainer: Trainer) -> dict[str, tuple[int, int, int]]:
+    """See `moments_after_merge`; checks on the way that they hold the parameter's own values."""
+    strategy, places = trainer.strategy, {}
+    if not isinstance(strategy, ZeroStrategy):
+        return {}
+    held = [
+        (flat, fragment)
+        for flat, fragments in master_fragments(trainer.model, strategy.stage, strategy.rank)
+        for fragment in fragments
+    ]
+    for name, parameter in trainer.built.model.named_parameters():
+        if parameter.requires_grad:
+            whole = strategy.gather(parameter)
+            for flat, fragment in held:
+                if fragment.parameter is parameter:
+                    assert torch.equal(fragment.within(flat.detach()), fragment.within_whole(whole))
+                    places[name] = fragment.first, fragment.values, whole.numel()
+    return places
+
+
+def bits_that_a_skipped_step_changes(**settings: Any) -> dict[str, int]:
+    """Steps 0 to 2, of which rank 1's loss in step 1 is NaN: tensors changed by step 1 and by step 2. Every rank."""
+    trainer = make_trainer(small_config(settings))
+    strategy = trainer.strategy
+    assert isinstance(strategy, ZeroStrategy)
+    backward = strategy.backward
+
+    def kept() -> list[Tensor]:
+        states = [state for state in trainer.optimizer.state.values() if state]
+        packed = [t for s in states for key in ("exp_avg", "exp_avg_sq") for t in moment_tensors(s[key])]
+        tensors = [*masters(trainer.model, strategy.stage), *packed, *(state["step"] for state in states)]
+        return [tensor.detach().clone() for tensor in tensors]
+
+    def changed(step: int, factor: float) -> int:
+        before = kept()
+        strategy.backward = lambda model, loss: backward(model, loss * factor)  # type: ignore[method-assign]
+        trainer.step(step)
+        trainer.settle()
+        return sum(not torch.equal(a, b) for a, b in zip(before, kept(), strict=True))
+
+    try:
+        trainer.step(0)
+        skipped = changed(1, float("nan") if strategy.rank == 1 else 1.0)
+        return {"skipped": skipped, "applied": changed(2, 1.0), "updates": trainer.updates, "tensors": len(kept())}
     finally:
         strategy.close()

@@ -155,9 +155,12 @@ def test_local_rank_of_launchers_is_ignored(form):
             "optim.states: float32",
         ),
         (
-            ["--optim.states=int8", "--parallel.strategy=zero"],
-            "optim.states: int8: DeepSpeed's ZeRO keeps its own float32 states and masters; write parallel.strategy: "
-            "fsdp (or single), or leave it out",
+            [
+                *("--parallel.strategy=zero", "--optim.states=int8", "--optim.per_layer=true", "--optim.clip_norm=0"),
+                *("--model.dtype=bfloat16", "--model.trained_dtype=bfloat16"),
+            ],
+            "optim.per_layer: true, model.trained_dtype: bfloat16: DeepSpeed's ZeRO keeps float32 masters of what "
+            "trains and updates them at the end of a step; write parallel.strategy: fsdp (or single), or leave it out",
         ),
         (
             ["--model.trained_dtype=bfloat16"],

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loqt_scale.functional.blockwise import _tables, decode, encode, row_block
-from loqt_scale.functional.rounding import stochastic_bfloat16
-from loqt_scale.optim import StreamedAdamW, UpdateInBackward, open_moments, streamed
+from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
+from loqt_scale.optim import StreamedAdamW, UpdateInBackward, fragment, open_moments, step_if_finite
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -41,7 +41,7 @@ def test_float32_states_are_torch_adamw() -> None:
     ours, theirs = parameters_of(), parameters_of()
     groups = [{"params": [p], "lr": 0.01 * (1 + i)} for i, p in enumerate(theirs)]
     optimizer, reference = make(ours, "float32"), torch.optim.AdamW(groups, **SETTINGS)
-    with mock.patch.object(streamed, "CHUNK_VALUES", 7 * 64):
+    with mock.patch.object(fragment, "CHUNK_VALUES", 7 * 64):
         for step in range(20):
             gradients(ours, step)
             gradients(theirs, step)
@@ -65,6 +65,33 @@ def test_int8_states_follow_adamw_and_take_a_quarter() -> None:
     state = optimizer.state[ours[0]]
     held = sum(t.nbytes for key in ("exp_avg", "exp_avg_sq") for t in state[key].tensors())
     assert held == 2 * 48 * (64 + 4), "one byte a value, one float32 scale a block of 64"
+
+
+def everything(optimizer: StreamedAdamW, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Copies of weights, step counts and what moments are kept in."""
+    states = [optimizer.state[p] for p in parameters]
+    kept = [t for state in states for key in ("exp_avg", "exp_avg_sq") for t in state[key].tensors()]
+    return [t.detach().clone() for t in (*parameters, *(state["step"] for state in states), *kept)]
+
+
+@pytest.mark.parametrize("states", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_leaves_every_bit(states: str, dtype: torch.dtype) -> None:
+    """And the next update is the one that would have come: same count, same noise of the rounding."""
+    ours, theirs = parameters_of(dtype), parameters_of(dtype)
+    optimizer, never_skipped = make(ours, states), make(theirs, states)
+    for step in range(4):
+        for parameters, updated in ((ours, optimizer), (theirs, never_skipped)):
+            gradients(parameters, step)
+            step_if_finite(updated, torch.tensor(1.0))
+        before = everything(optimizer, ours)
+        for bad in (torch.nan, torch.inf):
+            assert ours[0].grad is not None
+            ours[0].grad[3, 5] = bad
+            step_if_finite(optimizer, torch.tensor(bad))
+        assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer, ours), strict=True))
+    for a, b in zip(everything(optimizer, ours), everything(never_skipped, theirs), strict=True):
+        assert torch.equal(a, b)
 
 
 @given(
@@ -109,6 +136,19 @@ def test_rounding_is_unbiased_and_to_a_neighbour(seed: int, size: float) -> None
     assert float(rounded.double().mean()) == pytest.approx(float(values[0]), rel=5e-5)
     shard = stochastic_bfloat16(values[1000:2000], seed=seed, first_index=1005)
     assert torch.equal(shard, rounded[1000:2000])
+
+
+def test_every_update_has_a_noise_of_its_own() -> None:
+    """Seeds from counts in a tensor; neighbouring counts' noises are not correlated, nor shifted by an element."""
+    values = torch.full((100_000,), 1.00123)
+    up = [
+        (stochastic_bfloat16(values, seed=seed_of_update(7, torch.tensor(float(n))), first_index=0) > 1.001).float()
+        for n in (1, 2, 1)
+    ]
+    assert torch.equal(up[0], up[2])
+    a, b = (noise - noise.mean() for noise in up[:2])
+    for shift in (0, 1, -1):
+        assert abs(float((a * b.roll(shift)).mean() / (a.std() * b.std()))) < 0.015
 
 
 def test_rounding_leaves_exact_and_infinite_values_alone() -> None:

@@ -359,6 +359,12 @@ def test_any_other_value_is_refused_with_both(json_file, key):
             'gradient_clipping is 0.5, but optim.clip_norm is 1.0; write "auto" in the file, or optim.clip_norm: 0.5',
         ),
         (
+            {"zero_allow_untested_optimizer": False},
+            {"optim": {"states": "int8"}},
+            "zero_allow_untested_optimizer is false, but optim.states is 'int8', whose optimizer is not one of those "
+            'that DeepSpeed knows; write "auto" in the file, or optim.states: float32',
+        ),
+        (
             {"gradient_accumulation_steps": 4},
             {},
             "gradient_accumulation_steps is 4, but train.global_batch_size 32 on 2 rank(s) in micro-batches of 8 "

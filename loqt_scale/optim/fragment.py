@@ -1,0 +1,138 @@
+"""What a rank stores of a parameter, and Adam's moments of it in 8 bits or in 32.
+
+    fsdp, ddp, single   whole rows, in a tensor of their own
+    ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (see `zero_flat`)
+
+Both are `Fragment`s, so one update and one form of the moments serve all. The blocks of 8-bit codes are the
+parameter's, wherever a fragment begins and ends: only a block that is itself cut has a scale on each side of the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loqt_scale.config import OptimizerStates
+from loqt_scale.functional.blockwise import block_runs, decode, encode, row_block
+
+CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fragment:
+    """Consecutive values of a parameter, row by row.
+
+    Args:
+        parameter: The parameter.
+        at: Index of the first of them in the tensor that holds them, flattened.
+        first: Its index in the whole parameter.
+        values: How many.
+        columns: Values of one row of the parameter.
+    """
+
+    parameter: Tensor
+    at: int = 0
+    first: int
+    values: int
+    columns: int
+
+    def within(self, tensor: Tensor) -> Tensor:
+        """These values of a flat tensor that holds them; shares its memory."""
+        return tensor[self.at : self.at + self.values]
+
+    def within_whole(self, tensor: Tensor) -> Tensor:
+        """These values of a contiguous tensor shaped as the whole parameter; shares its memory."""
+        return tensor.view(-1)[self.first : self.first + self.values]
+
+
+class Chunk(NamedTuple):
+    """Values [start, stop) of a fragment, whole blocks of `block` values, the first of which has scale `scale`."""
+
+    start: int
+    stop: int
+    block: int
+    scale: int
+
+
+class Moment:
+    """One of Adam's moments of a fragment, zero at first.
+
+    Args:
+        fragment: Of what.
+        kind: `int8` keeps codes where a row can be cut into blocks, else float32.
+        signed: True for the first moment; the second, never negative, is kept as its square root.
+        device: Where the values are.
+    """
+
+    def __init__(self, fragment: Fragment, kind: OptimizerStates, *, signed: bool, device: torch.device) -> None:
+        self._signed = signed
+        block = row_block(fragment.columns) if kind == "int8" else 0
+        self._runs = block_runs(fragment.first, fragment.values, block)
+        dtype = torch.uint8 if block else torch.float32
+        self._values = torch.zeros(fragment.values, dtype=dtype, device=device)
+        self._scales: Tensor | None = None
+        if block:
+            blocks = sum((run.stop - run.start) // run.block for run in self._runs)
+            self._scales = torch.zeros(blocks, dtype=torch.float32, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """What is stored."""
+        return [self._values] if self._scales is None else [self._values, self._scales]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All values in order, at most about `CHUNK_VALUES` at a time."""
+        scale = 0
+        for run in self._runs:
+            unit = max(1, run.block)
+            size = max(1, CHUNK_VALUES // unit) * unit
+            for start in range(run.start, run.stop, size):
+                stop = min(start + size, run.stop)
+                yield Chunk(start, stop, run.block, scale)
+                scale += (stop - start) // unit
+
+    def load(self, chunk: Chunk, *, copy: bool = False) -> Tensor:
+        """A chunk's values, float32; may share this moment's memory unless `copy`."""
+        stored = self._values[chunk.start : chunk.stop]
+        if self._scales is None:
+            return stored.clone() if copy else stored
+        values = decode(stored.view(-1, chunk.block), self._scales_of(chunk), signed=self._signed).view(-1)
+        return values if self._signed else values.square_()
+
+    def store(self, chunk: Chunk, values: Tensor, skip: Tensor | None = None) -> None:
+        """Replaces a chunk's values, unless `skip`, a bool scalar on their device, says that they stay."""
+        stored = self._values[chunk.start : chunk.stop]
+        if self._scales is None:
+            replace_unless(skip, stored, values)
+            return
+        kept = values if self._signed else values.sqrt()
+        codes, scales = encode(kept.view(-1, chunk.block), chunk.block, signed=self._signed)
+        replace_unless(skip, stored, codes.view(-1))
+        replace_unless(skip, self._scales_of(chunk), scales)
+
+    def read(self, into: Tensor) -> None:
+        """Copies all values into a contiguous float32 tensor of as many, of any shape, on any device."""
+        for chunk in self.chunks():
+            into.view(-1)[chunk.start : chunk.stop].copy_(self.load(chunk))
+
+    def write(self, values: Tensor) -> None:
+        """Replaces all values by those of a contiguous float32 tensor."""
+        for chunk in self.chunks():
+            self.store(chunk, values.view(-1)[chunk.start : chunk.stop].to(self._values.device))
+
+    def _scales_of(self, chunk: Chunk) -> Tensor:
+        """(blocks, 1): blocks are rows to `encode` and `decode`."""
+        assert self._scales is not None
+        blocks = (chunk.stop - chunk.start) // chunk.block
+        return self._scales[chunk.scale : chunk.scale + blocks].unsqueeze(1)
+
+
+def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
+    """Overwrites `old` by `new`, of the same shape and dtype, unless `skip`, a bool scalar; None never skips."""
+    if skip is None:
+        old.copy_(new)
+    else:
+        torch.where(skip, old, new, out=old)

@@ -1,0 +1,70 @@
+"""Where a DeepSpeed engine keeps what trains: its flat float32 tensors, and which values of which parameter they hold.
+
+    stages 1, 2   a group's parameters one after the other, cut into N equal parts: a rank's part begins and ends
+                  anywhere, and may hold nothing of a parameter
+    stage 3       a rank's part of each parameter, one after the other: a parameter is cut into N parts of one size, of
+                  which the last is padded
+
+DeepSpeed hands out states as float32 tensors only, and tells nobody where its values lie. So this is the place for
+the names that are its own affair (those of 0.19); everything else goes by its public calls.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from loqt_scale.optim import Fragment
+
+
+def masters(engine: Any, stage: int) -> list[Tensor]:
+    """This rank's flat float32 tensors, (V,) each, which the optimizer updates."""
+    zero = engine.optimizer
+    flats: list[Tensor] = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    return flats
+
+
+def master_fragments(engine: Any, stage: int, rank: int) -> list[tuple[Tensor, list[Fragment]]]:
+    """What each of this rank's flat tensors holds; padding is in no fragment. Local.
+
+    Args:
+        engine: After `deepspeed.initialize`.
+        stage: 1, 2 or 3.
+        rank: This one.
+    """
+    zero = engine.optimizer
+    groups, find = (zero.fp16_groups, _in_stage_3) if stage == 3 else (zero.bit16_groups, _in_stages_1_and_2)
+    found = [[find(zero, parameter, rank) for parameter in group] for group in groups]
+    held = [[fragment for fragment in group if fragment is not None] for group in found]
+    return list(zip(masters(engine, stage), held, strict=True))
+
+
+def _in_stages_1_and_2(zero: Any, parameter: Any, rank: int) -> Fragment | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # other ranks hold all of it
+        return None
+    flat, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+    columns = math.prod(parameter.shape[1:])
+    return Fragment(parameter=parameter, at=flat.start, first=own.start, values=own.numel, columns=columns)
+
+
+def _in_stage_3(zero: Any, parameter: Any, rank: int) -> Fragment | None:
+    _, at, size = zero.grad_position[zero.get_param_id(parameter)]
+    first = rank * size
+    values = min(size, parameter.ds_numel - first)
+    if values <= 0:  # nothing but padding
+        return None
+    columns = math.prod(parameter.ds_shape[1:])
+    return Fragment(parameter=parameter, at=at, first=first, values=values, columns=columns)
+
+
+def link_states(engine: Any) -> None:
+    """Stages 1 and 2: lets DeepSpeed find each parameter's part of the flat float32 states. Local.
+
+    It does that itself after the first group's first update, when the other groups have no states yet, and never
+    again; there is no public call.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
