@@ -155,7 +155,8 @@ class LoQTLinear(nn.Module):
         )
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        # as nn.Linear ends: y is nobody's view, so that it may be changed in place, also behind FSDP2's hooks
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,7 +3,7 @@
 from loqt_scale.merge.coordinator import InitialWeights, MergeCoordinator
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
-from loqt_scale.merge.subspace import AIR_BYTES
+from loqt_scale.merge.subspace import AIR_BYTES, wave_size
 
 __all__ = [
     "AIR_BYTES",
@@ -13,4 +13,5 @@ __all__ = [
     "MergeReport",
     "attach_probes",
     "probe_shape",
+    "wave_size",
 ]

@@ -10,8 +10,8 @@ sent as zeros.
 
     arrive -> (its turn) -> send -> (at most `budget` bytes in the air) -> land -> sum of the owner -> complete
 
-In the last pass the layers are cut into *waves*, equally many of each owner. When a wave has been sent, the one before
-it has landed, and all owners factorise their layers of it at the same time.
+The order is cut into *waves*, equally many layers of each owner. When a wave has been sent, the one before it lands,
+and in the last pass all owners factorise their layers of it, at the same time.
 """
 
 from __future__ import annotations
@@ -128,11 +128,12 @@ class GradientCollection:
         self._sent, self._in_the_air = index + 1, self._in_the_air + gradient.nbytes
         while self._in_the_air > self._budget:
             self._land_one()
-        sent_in_last_pass = index + 1 - (self._total - len(self._order))
-        if sent_in_last_pass > 0 and sent_in_last_pass % self._wave == 0:
+        sent_in_pass = index % len(self._order) + 1
+        if sent_in_pass % self._wave == 0:
             # the wave that has just been sent may stay in the air; without air (one rank) it has landed
             self._land(index + 1 - self._wave)
-            self._hand_over(sent_in_last_pass - self._wave if self._flights else sent_in_last_pass)
+            if index >= self._total - len(self._order):  # the last pass
+                self._hand_over(sent_in_pass - self._wave if self._flights else sent_in_pass)
 
     def _land(self, stop: int) -> None:
         """Waits for everything that was sent before turn `stop`. Local."""

@@ -15,7 +15,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
-from loqt_scale.merge import AIR_BYTES, probe_shape
+from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
 from loqt_scale.optim.fragment import CHUNK_VALUES as STREAMED_VALUES
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
@@ -168,5 +168,8 @@ def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: 
     if passes == 1:
         return 0
     sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
-    air = min(sum(sizes), AIR_BYTES + max(sizes, default=0)) if ranks > 1 else 0
+    device = "cpu" if config.train.device == "auto" else config.train.device  # it decides on megabytes only
+    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device)
+    largest = max(sizes, default=0)
+    air = min(sum(sizes), 2 * wave * largest, AIR_BYTES + largest) if ranks > 1 else 0
     return -(-sum(sizes) // ranks) + air
