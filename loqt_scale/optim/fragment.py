@@ -19,7 +19,8 @@ from torch import Tensor
 from loqt_scale.config import OptimizerStates
 from loqt_scale.functional.blockwise import block_runs, decode, encode, row_block
 
-CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB
+CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB, which a CPU's cache holds in part
+DEVICE_CHUNK_VALUES = 2**22  # elsewhere, where launching some forty kernels a chunk is what costs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +59,11 @@ class Chunk(NamedTuple):
     scale: int
 
 
+def chunk_values(device_type: str) -> int:
+    """Values that an update has in flight at a time."""
+    return CHUNK_VALUES if device_type == "cpu" else DEVICE_CHUNK_VALUES
+
+
 class Moment:
     """One of Adam's moments of a fragment, zero at first.
 
@@ -84,11 +90,12 @@ class Moment:
         return [self._values] if self._scales is None else [self._values, self._scales]
 
     def chunks(self) -> Iterator[Chunk]:
-        """All values in order, at most about `CHUNK_VALUES` at a time."""
+        """All values in order, at most about `chunk_values` at a time."""
+        most = chunk_values(self._values.device.type)
         scale = 0
         for run in self._runs:
             unit = max(1, run.block)
-            size = max(1, CHUNK_VALUES // unit) * unit
+            size = max(1, most // unit) * unit
             for start in range(run.start, run.stop, size):
                 stop = min(start + size, run.stop)
                 yield Chunk(start, stop, run.block, scale)

@@ -16,10 +16,10 @@ from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
-from loqt_scale.optim.fragment import CHUNK_VALUES as STREAMED_VALUES
+from loqt_scale.optim.fragment import chunk_values
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
-from loqt_scale.strategies import DTYPES, is_offloaded
+from loqt_scale.strategies import DTYPES, is_offloaded, resolve_device
 
 FLOAT = 4  # bytes
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
@@ -123,7 +123,7 @@ def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> in
 def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
     """What a streamed update of the largest parameter takes in passing."""
     largest = max((p.values(ranks) for p in shapes.parameters if p.trains), default=0)
-    return UPDATE_BYTES * min(largest, STREAMED_VALUES)
+    return UPDATE_BYTES * min(largest, chunk_values(_device_type(config)))
 
 
 def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], ranks: int) -> int:
@@ -168,8 +168,12 @@ def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: 
     if passes == 1:
         return 0
     sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
-    device = "cpu" if config.train.device == "auto" else config.train.device  # it decides on megabytes only
-    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device)
+    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=_device_type(config))
     largest = max(sizes, default=0)
     air = min(sum(sizes), 2 * wave * largest, AIR_BYTES + largest) if ranks > 1 else 0
     return -(-sum(sizes) // ranks) + air
+
+
+def _device_type(config: RunConfig) -> str:
+    """Where the run will be: `auto` is taken for what is here, though a GPU may be meant (it is about megabytes)."""
+    return resolve_device("auto").type if config.train.device == "auto" else config.train.device

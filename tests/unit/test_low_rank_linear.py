@@ -213,3 +213,19 @@ def test_compiles_without_graph_breaks(side: Side) -> None:
     layer.probe = GradientProbe.collecting((40, 48), None, torch.device("cpu"))
     compiled(x).square().sum().backward()
     assert layer.probe.leaf.grad is not None and layer.probe.leaf.grad.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_it_returns_may_be_changed_in_place_as_of_an_ordinary_linear(bias: bool) -> None:
+    """A view would make hooks that FSDP2 puts on it miss the backward pass."""
+    layer, x = make_layer(bias=bias), torch.randn(2, 3, 48)
+    gradients = []
+    for in_place in (True, False):
+        layer.factor.grad = None
+        y = layer(x)
+        assert not y._is_view() and y.shape == (2, 3, 40)
+        y = y.mul_(3.0) if in_place else y * 3.0
+        y.square().sum().backward()
+        assert layer.factor.grad is not None
+        gradients.append(layer.factor.grad)
+    torch.testing.assert_close(*gradients)
