@@ -3,7 +3,8 @@
 Times are each part's own: what a part calls and has a name of its own is taken off. `sketch` is what a merge step takes
 longer than a normal one, before the merge itself; P is found in there too (one rank: inside the backward pass).
 
-    python benchmarks/merge.py               # LLaMA 60M shape, one thread
+    python benchmarks/merge.py                                  # LLaMA 60M shape, one thread
+    python benchmarks/merge.py --sequences 512 --merges 1       # the paper's batch: a step takes minutes
     python benchmarks/merge.py --quick       # a small shape, to see that it runs
 """
 
@@ -37,6 +38,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (coordinator.MergeCoordinator, "_carry_state", "Adam's moments"),
     (coordinator.MergeCoordinator, "finish", "everything else"),
 ]
+PAPER_TOKENS = 131072  # a step
 
 
 class Clock:
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--preset", default="llama_60m")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a pass")
     parser.add_argument("--merges", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
     options = parser.parse_args()
@@ -99,7 +102,7 @@ def main() -> None:
     for part in PARTS:
         clock.watch(*part)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of("loqt", "float32", options, folder)
+        trainer = trainer_of("loqt", "float32", options, folder, f"--train.micro_batch_size={options.micro_batch}")
         merge_of(trainer, 0)()
         update(trainer, 1)
         steps, collecting, merging, found = [], [], [], []
@@ -119,15 +122,22 @@ def main() -> None:
     for label, spent in clock.times.most_common():
         rows.append([label, f"{spent / options.merges:.3f}", f"{spent / options.merges / step:.3f}"])
     rows.append(["**all**", f"{total:.3f}", f"**{total / step:.3f}**"])
-    tokens = options.sequences * options.seq_len
-    sketched, fixed = sketch / step, (total - sketch) / step * tokens / 131072
+    tokens, title = options.sequences * options.seq_len, "What a merge costs"
+    sketched, fixed = sketch / step, (total - sketch) / step * tokens / PAPER_TOKENS
     text = (
         f"{table(['part of a merge', 'seconds', 'in steps'], rows)}\n\n{options.preset}, rank {options.rank}, float32, "
-        f"one thread, one process (nothing is communicated), steps of {tokens} tokens, {options.merges} merges. The "
-        "sketch grows with the step, the rest does not: at the paper's 131072 tokens a step the same merge is "
-        f"{sketched:.3f} + {fixed:.3f} = **{sketched + fixed:.3f} steps** (computed from the line above)."
+        f"one thread, one process (nothing is communicated), steps of {tokens} tokens in passes of "
+        f"{min(options.micro_batch, options.sequences)} sequences, {options.merges} merge(s)."
     )
-    publish("What a merge costs", "python benchmarks/merge.py", text, keep=not options.quick)
+    command = "python benchmarks/merge.py"
+    if tokens == PAPER_TOKENS:
+        title, command = f"{title}, the paper's batch", f"{command} --sequences 512 --merges {options.merges}"
+    else:
+        text += (
+            " The sketch grows with the step, the rest does not: at the paper's 131072 tokens a step the same merge is "
+            f"{sketched:.3f} + {fixed:.3f} = **{sketched + fixed:.3f} steps** (computed from the line above)."
+        )
+    publish(title, command, text, keep=not options.quick)
 
 
 if __name__ == "__main__":

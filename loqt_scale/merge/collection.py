@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.strategies import Reducer
@@ -65,11 +66,13 @@ class GradientCollection:
         self._sums: Collected = {}
         self._handed_over = 0  # layers of the order
         self._leaves: Collected = {}
+        self._hooks: list[RemovableHandle] = []
         for name, layer in layers.items():
             assert layer.probe is not None
             self._leaves[name] = layer.probe.leaf
             if self._hooked:
-                layer.probe.leaf.register_post_accumulate_grad_hook(partial(self._arrive, name))
+                hook = layer.probe.leaf.register_post_accumulate_grad_hook(partial(self._arrive, name))
+                self._hooks.append(hook)
 
     @torch.no_grad()
     def _arrive(self, name: str, leaf: Tensor) -> None:
@@ -162,3 +165,7 @@ class GradientCollection:
     def _detach(self) -> None:
         for layer in self._layers.values():
             layer.probe = None
+        for hook in self._hooks:  # Python's garbage collector does not see through a tensor's hooks
+            hook.remove()
+        self._hooks.clear()
+        self._leaves.clear()

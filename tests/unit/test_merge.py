@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Literal
 
 import pytest
@@ -366,3 +368,17 @@ def test_names_choose_layers_and_tied_weights_are_left_alone() -> None:
     ]
     with pytest.raises(ValueError, match=r"loqt\.rank is 60, but square is 48 x 48; write 48 or less"):
         convert_to_loqt(Small(), LoQTConfig(rank=60))
+
+
+@pytest.mark.parametrize("passes", [None, 1])
+def test_a_merge_keeps_nothing_alive(passes: int | None) -> None:
+    """Python's garbage collector does not see through the hooks of a tensor: they must be gone."""
+    model, merges, optimizer = make(config("sketch"))
+    merges.prepare(0, backward_passes=passes)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    merges.finish(0)
+    there = weakref.ref(model)
+    del model, merges, optimizer
+    gc.collect()
+    assert there() is None
