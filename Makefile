@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed-run
 DEV_STAMP := .venv/.installed-dev
+# Files, not tests: a file's tests share runs and rank processes.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: quickstart test test-long clean
 .DELETE_ON_ERROR:
@@ -22,10 +24,10 @@ test: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)
 
 test-long: $(DEV_STAMP)
-	$(BIN)/python -m pytest --timeout 1800
+	$(BIN)/python -m pytest --timeout 1800 $(SIDE_BY_SIDE)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; run: make PYTHON=/path/to/python3" >&2; exit 1; }

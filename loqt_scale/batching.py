@@ -1,11 +1,9 @@
 """Cutting a global batch into ranks' shares and micro-batches, so that the result does not depend on how it is cut.
 
 Rank i takes sequences [i G / N, (i+1) G / N) of the step's G sequences: shares differ by at most one. Every rank runs
-the same
-number of micro-steps, since each is a round of collectives; a rank that has run out of sequences runs one sequence
-whose
-labels are all ignored: it adds nothing to loss or gradient. Losses are sums over tokens divided by the step's token
-count, so unequal shares weigh by tokens.
+the same number of micro-steps, since each is a round of collectives; a rank that has run out of sequences runs one
+sequence whose labels are all ignored: it adds nothing to loss or gradient. Losses are sums over tokens divided by the
+step's token count, so unequal shares weigh by tokens.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ layer's part to the layer's owner after each pass, while the backward pass goes 
 sums of the layers it owns, 1/N of all, and what is in the air.
 
 Ranks must send the same things in the same order, whatever their backward passes do. So the order is fixed, last layer
-first, and repeats once a pass; what arrives early waits for its turn, and what has not come by the end of the step is
-sent as zeros.
+first, and repeats once a pass; what arrives early waits for its turn, and what a pass has left out is sent as zeros at
+the end of the step. (A layer that is in no pass at all is an error.)
 
     arrive -> (its turn) -> send -> (at most `budget` bytes in the air) -> land -> sum of the owner -> complete
 
@@ -91,7 +91,7 @@ class GradientCollection:
             self._take(name)
         unseen = next((name for name in self._order if name not in self._seen), None)
         if unseen is not None:
-            raise RuntimeError(f"{unseen} saw no backward pass since MergeCoordinator.prepare; {CALL_PREPARE}")
+            raise RuntimeError(f"on this rank {unseen} was in no backward pass of the merge step; {CALL_PREPARE}")
         self._send_rest()
         self._land(self._total)
         self._hand_over(len(self._order))

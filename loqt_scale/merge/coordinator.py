@@ -82,7 +82,7 @@ class MergeCoordinator:
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._index_of_step = {step: index for index, step in enumerate(steps)}
         self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
-        self._reported_bytes = 0
+        self._sent_before = 0  # bytes, by the search, before this merge step
 
     @property
     def steps(self) -> list[int]:
@@ -114,6 +114,7 @@ class MergeCoordinator:
                 this is done in `finish`, and until then every rank holds what all layers have collected.
         """
         if self.is_merge_step(step):
+            self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
 
     @torch.no_grad()
@@ -124,9 +125,8 @@ class MergeCoordinator:
         started = time.perf_counter()
         first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
-        sketch_bytes = self._search.sent_bytes - self._reported_bytes
+        sketch_bytes = self._search.sent_bytes - self._sent_before
         self._search.finish()
-        self._reported_bytes = self._search.sent_bytes
         for name, owner in self._search.owners.items():
             with self._strategy.editing(self._layers[name].merged_parameters()):
                 diagnostics[name] = self._merge_layer(name, owner, self._search.take(name), first=first)

@@ -48,8 +48,10 @@ class SubspaceSearch:
     def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, strategy: Strategy, seed: int) -> None:
         self._layers, self._config, self._strategy, self._seed = layers, config, strategy, seed
         self._reducer = strategy.open_reducer()
-        specs = (layer.spec for layer in layers.values())
+        specs = [layer.spec for layer in layers.values()]
         world_size, device_type = strategy.world_size, strategy.device.type
+        largest = max(4 * math.prod(probe_shape(spec, config)) for spec in specs)
+        self._budget = max(AIR_BYTES, largest) if world_size > 1 else 0
         self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
         self._owners = deal(layers, strategy.world_size)
         self._step = 0
@@ -83,7 +85,7 @@ class SubspaceSearch:
             wave=self._wave,
             reducer=self._reducer,
             passes=backward_passes,
-            budget=AIR_BYTES if self._strategy.world_size > 1 else 0,
+            budget=self._budget,
             factorise=self._factorise,
         )
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from loqt_scale.config import RunConfig
+from loqt_scale.batching import micro_steps
+from loqt_scale.config import Kept, RunConfig
+
+KEPT = "--parallel.kept_between_passes"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Change:
 def changes(config: RunConfig, *, ranks: int) -> Iterator[Change]:
     """Changes that add up, the least painful first; each only where it is one."""
     words: tuple[str, ...] = ()
+    kept = config.parallel.kept_between_passes
     for step in (
         _checkpointing,
         _small_states,
@@ -39,6 +43,9 @@ def changes(config: RunConfig, *, ranks: int) -> Iterator[Change]:
         while (found := step(config, ranks)) is not None:
             config, said = found
             words = _said(words, said)
+            if step is _per_layer:  # one pass: there is no between
+                config = replace(config, parallel=replace(config.parallel, kept_between_passes=kept))
+                words = tuple(word for word in words if not word.startswith(KEPT))
             yield Change(config, words)
 
 
@@ -103,12 +110,13 @@ def _smaller_passes(config: RunConfig, ranks: int) -> Found:
 
 
 def _nothing_kept(config: RunConfig, ranks: int) -> Found:
-    """Gradients of several passes, 1/N of them."""
-    parallel = config.parallel
-    if ranks == 1 or parallel.strategy not in ("auto", "fsdp") or parallel.kept_between_passes == "nothing":
+    """Of several passes' gradients 1/N; of one pass's B, which `trained` keeps gathered all through it."""
+    parallel, train = config.parallel, config.train
+    one_pass = micro_steps(train.global_batch_size, ranks, train.micro_batch_size) == 1
+    less: Kept = "gradients" if one_pass else "nothing"
+    if ranks == 1 or parallel.strategy not in ("auto", "fsdp") or parallel.kept_between_passes in ("nothing", less):
         return None
-    config = replace(config, parallel=replace(parallel, kept_between_passes="nothing"))
-    return config, ("--parallel.kept_between_passes=nothing",)
+    return replace(config, parallel=replace(parallel, kept_between_passes=less)), (f"{KEPT}={less}",)
 
 
 def _per_layer(config: RunConfig, ranks: int) -> Found:

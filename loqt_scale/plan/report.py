@@ -84,8 +84,9 @@ def report(config: RunConfig, options: PlanOptions, *, vocab_size: int, note: st
     if options.gpu_memory is not None:
         parts.append(_verdict(config, plan, options, vocab_size))
     if ranks > 1:
-        full = design_model(replace(config, method="full"), vocab_size=vocab_size)
-        dense, _ = _traffic(config, model_shapes(full), ranks)
+        # which has no B to keep gathered, and would not send its gradients more than once a step
+        full = replace(config, method="full", parallel=replace(config.parallel, kept_between_passes="gradients"))
+        dense, _ = _traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), ranks)
         parts.append(_wire_table(config, plan, dense))
     return "\n\n".join([*parts, note] if note else parts)
 
