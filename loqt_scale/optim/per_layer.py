@@ -9,6 +9,7 @@ a step whose norm is not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from loqt_scale.optim.streamed import StreamedAdamW
 
 
 class UpdateInBackward:
-    """Attaches itself to parameters.
+    """Attaches itself to parameters, for as long as somebody holds it.
 
     Args:
         parameters: Everything that trains.
@@ -30,7 +31,16 @@ class UpdateInBackward:
     ) -> None:
         self._optimizer, self._local = optimizer, local
         self._squares: list[Tensor] = []
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._apply) for parameter in parameters]
+        # weakly: Python's garbage collector does not see through a tensor's hooks, and would keep all of this for ever
+        apply = WeakMethod(self._apply)
+
+        def updated(parameter: Tensor) -> None:
+            alive = apply()
+            if alive is not None:
+                alive(parameter)
+
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(updated)
 
     def _apply(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

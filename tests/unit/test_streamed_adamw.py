@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -224,3 +226,15 @@ def test_updates_in_the_backward_pass_equal_those_after_it() -> None:
         optimizers[1].zero_grad()
     for mine, theirs in zip(inside.parameters(), after.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_hooks_keep_no_model_alive() -> None:
+    """Python's garbage collector does not see through the hooks of a tensor."""
+    model = nn.Linear(64, 3)
+    hooks = UpdateInBackward(model.parameters(), make(list(model.parameters()), "int8"), lambda tensor: tensor)
+    model(torch.randn(2, 64)).sum().backward()
+    assert model.weight.grad is None and float(hooks.take_squares()) > 0.0
+    there = weakref.ref(model)
+    del model, hooks
+    gc.collect()
+    assert there() is None
