@@ -102,7 +102,15 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(
     ("launcher", "strategy"),
-    [("torchrun", "zero"), ("deepspeed", "zero"), ("mpirun", "zero"), ("mpirun", "fsdp"), ("deepspeed", "ddp")],
+    [
+        ("torchrun", "fsdp"),
+        ("deepspeed", "zero"),
+        ("mpirun", "fsdp"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.long)
+            for pair in (("torchrun", "zero"), ("mpirun", "zero"), ("deepspeed", "ddp"))
+        ),
+    ],
 )
 def test_launcher(
     launcher: str, strategy: str, job: Callable[..., list[str]], expected: Losses, tmp_path: Path
@@ -117,6 +125,7 @@ def test_launcher(
     assert all(launcher == "deepspeed" and line.startswith("[20") for line in foreign), foreign
 
 
+@pytest.mark.long  # each of the two nodes starts a launcher and a rank
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_nodes(launcher: str, job: Callable[..., list[str]], expected: Losses, tmp_path: Path) -> None:
     """One launcher a node, one rank each, no ssh."""

@@ -72,16 +72,21 @@ def test_state_is_what_a_rank_holds(run: Run, world_size: int, strategy: str, se
 
 
 KEPT = [
-    (2, "fsdp", {"parallel.kept_between_passes": kept, "loqt.rank": 128, "train.micro_batch_size": 1})
+    pytest.param(
+        2,
+        "fsdp",
+        {"parallel.kept_between_passes": kept, "loqt.rank": 128, "train.micro_batch_size": 1},
+        marks=[pytest.mark.long] if kept == "nothing" else [],
+        id=f"{kept}-kept",
+    )
     for kept in ("nothing", "trained")
 ]
-AWAY = [(1, "single", {"parallel.offload": what}) for what in ("base", "optimizer", "all")]
+AWAY = [pytest.param(1, "single", {"parallel.offload": what}, id=what) for what in ("base", "optimizer", "all")]
 
 
 @pytest.mark.parametrize(
     ("world_size", "strategy", "settings"),
-    [*CASES, *KEPT, *AWAY],
-    ids=[*IDS, "nothing-kept", "trained-kept", "base", "optimizer", "all"],
+    [*(pytest.param(*case, id=name) for case, name in zip(CASES, IDS, strict=True)), *KEPT, *AWAY],
 )
 def test_peaks_are_the_highest_moments(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     """FSDP2 may still hold the block before the one in use, or not: gloo's thread decides. The plan counts it."""
@@ -104,7 +109,11 @@ def gathered_block(world_size: int, settings: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     ("world_size", "settings"),
-    [(2, {}), (3, {"parallel.reshard_after_forward": False}), *((2, settings) for _, _, settings in KEPT)],
+    [
+        (2, {}),
+        (3, {"parallel.reshard_after_forward": False}),
+        *(pytest.param(2, c.values[2], marks=c.marks) for c in KEPT),
+    ],
 )
 def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, settings: dict[str, Any]) -> None:
     """A step to the byte; a merge, whose rows need not divide, at most and nearly as much."""

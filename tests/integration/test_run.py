@@ -150,6 +150,7 @@ def test_single_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve_strategy(ParallelConfig(), {}) == "single"
 
 
+@pytest.mark.long  # compiling takes most of a minute; the layer by itself is compiled in tests/unit
 def test_compiled_blocks_train_to_the_same_losses(base: dict[str, Any], tmp_path: Path) -> None:
     losses = []
     for name, compiled in (("plain", False), ("compiled", True)):
