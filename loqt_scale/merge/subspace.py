@@ -23,7 +23,7 @@ from loqt_scale.strategies import Strategy
 
 # Values of sketches that are factorised in one batch. On the CPU batches pay for small matrices only (a half of the
 # time at 48 x 16, nine tenths at 256 x 64, nothing at 512 x 256); a GPU is left idle by matrices of any usual size.
-BATCH_VALUES = {"cpu": 2**16}
+BATCH_VALUES = 2**16
 DEVICE_BATCH_VALUES = 2**22
 AIR_BYTES = 2**24  # of sketches on their way: enough to hide the way of the small ones
 
@@ -31,8 +31,8 @@ AIR_BYTES = 2**24  # of sketches on their way: enough to hide the way of the sma
 def wave_size(specs: Iterable[LowRankSpec], config: SubspaceConfig, *, world_size: int, device_type: str) -> int:
     """Layers of a wave: one a rank, or as many a rank as it factorises in one batch."""
     largest = max((math.prod(probe_shape(spec, config)) for spec in specs), default=1)
-    batch = BATCH_VALUES.get(device_type, DEVICE_BATCH_VALUES) if config.method == "sketch" else 0
-    return world_size * max(1, batch // largest)
+    batch = BATCH_VALUES if device_type == "cpu" else DEVICE_BATCH_VALUES
+    return world_size * (max(1, batch // largest) if config.method == "sketch" else 1)
 
 
 class SubspaceSearch:
@@ -53,7 +53,7 @@ class SubspaceSearch:
         largest = max(4 * math.prod(probe_shape(spec, config)) for spec in specs)
         self._budget = max(AIR_BYTES, largest) if world_size > 1 else 0
         self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
-        self._owners = deal(layers, strategy.world_size)
+        self._owners = deal(layers, world_size)
         self._step = 0
         self._collection: GradientCollection | None = None
         self._found: dict[str, FoundBasis] = {}

@@ -133,8 +133,9 @@ def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], rank
     def gathered(unit: Iterable[ParameterShape]) -> int:
         return sum(p.gathered_bytes(ranks, compute) for p in unit)
 
-    kept = [p for p in parameters if p.of_layer and config.parallel.kept_between_passes == "trained" and ranks > 1]
-    units = by_unit(p for p in parameters if p not in kept)
+    apart = config.parallel.kept_between_passes == "trained" and ranks > 1  # B stays from the first pass to the last
+    kept = [p for p in parameters if apart and p.of_layer]
+    units = by_unit(p for p in parameters if not (apart and p.of_layer))
     blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
     root = gathered(units.get(-1, []))
     largest = max(blocks, default=0)

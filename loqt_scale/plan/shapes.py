@@ -78,11 +78,6 @@ class ModelShapes:
     parameters: tuple[ParameterShape, ...]
     layers: tuple[LowRankSpec, ...]
 
-    @property
-    def units(self) -> dict[int, list[ParameterShape]]:
-        """Parameters by FSDP2's unit."""
-        return by_unit(self.parameters)
-
 
 def by_unit(parameters: Iterable[ParameterShape]) -> dict[int, list[ParameterShape]]:
     """Parameters by FSDP2's unit."""
