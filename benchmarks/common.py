@@ -44,13 +44,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
 
 
-def publish(title: str, command: str, text: str, *, keep: bool = True) -> None:
-    """Prints a result and, unless it is not to be kept, puts it into RESULTS.md in place of one with the same title."""
+def publish(title: str, command: str, text: str, *, keep: bool = True, show: bool = True) -> None:
+    """Prints a result (unless `show` is off) and puts it into RESULTS.md in place of one with the same title.
+
+    With `keep` off it is printed only.
+    """
     if not keep:
         print(text)
         return
     section = f"## {title}\n\n`{command}`  \n{date.today()}, commit {commit()}, {hardware()}\n\n{text}\n"
-    print("\n" + section, flush=True)
+    if show:
+        print("\n" + section, flush=True)
     old = (
         RESULTS.read_text(encoding="utf-8")
         if RESULTS.exists()
@@ -59,7 +63,9 @@ def publish(title: str, command: str, text: str, *, keep: bool = True) -> None:
     head, *sections = old.split("\n## ")
     kept = [part for part in sections if part.partition("\n")[0] != title]
     parts = [head.rstrip() + "\n", *(f"## {part.rstrip()}\n" for part in kept), section]
-    RESULTS.write_text("\n".join(parts), encoding="utf-8")
+    written = RESULTS.with_suffix(".new")  # whoever is killed while writing leaves the old tables
+    written.write_text("\n".join(parts), encoding="utf-8")
+    written.replace(RESULTS)
 
 
 def launcher(ranks: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from loqt_scale.weights import WeightSource
 from tests.distributed.footprint_tasks import make_trainer
 
 Result = TypeVar("Result")
+Table = tuple[str, str]  # heading, Markdown
 RANKS = {  # the papers'; beyond 1b ours
     "llama_micro": 32,
     "llama_130m": 256,
@@ -52,11 +53,15 @@ class Place:
         device: Where models compute.
         quick: Tiny shapes, to see that everything runs.
         folder: For run folders.
+        chosen: Shapes to measure; empty: all that a part has.
+        compiled_only: Whether only compiled blocks of full-rank training and LoQT are timed.
     """
 
     device: torch.device
     quick: bool
     folder: Path
+    chosen: tuple[str, ...] = ()
+    compiled_only: bool = False
 
     @property
     def cuda(self) -> bool:
@@ -79,8 +84,12 @@ class Place:
         return STEP_TOKENS // self.seq_len
 
     def presets(self, *names: str) -> list[str]:
-        """The shapes that a part wants, or one tiny one."""
-        return ["llama_micro"] if self.quick else list(names)
+        """The shapes that a part has and that were chosen, or one tiny one."""
+        return ["llama_micro"] if self.quick else [name for name in names if name in (self.chosen or names)]
+
+    def title(self, what: str) -> str:
+        """The heading of a part's table: one of chosen shapes only does not replace that of all."""
+        return ", ".join([what, *self.chosen, *(["compiled"] if self.compiled_only else [])])
 
     def wait(self) -> None:
         """Until the device has done all that it was told."""
@@ -179,16 +188,16 @@ def largest_pass(place: Place, steps: list[tuple[Trainer, Callable[[], object]]]
     return sequences
 
 
-def for_each(place: Place, presets: list[str], measure: Callable[[str], Result]) -> dict[str, Result]:
-    """What was measured of each shape; one that does not fit on the device is left out, with a line that says so."""
+def for_each(place: Place, presets: list[str], measure: Callable[[str], Result]) -> Iterator[dict[str, Result]]:
+    """What has been measured so far, after each shape; one that does not fit on the device is left out, and said."""
     found: dict[str, Result] = {}
     for preset in presets:
         try:
             found[preset] = measure(preset)
+            yield found
         except torch.OutOfMemoryError:
             print(f"{preset} does not fit on this device: no row for it", flush=True)
         free(place)
-    return found
 
 
 def free(place: Place) -> None:
@@ -216,6 +225,7 @@ __all__ = [
     "STEP_TOKENS",
     "DeviceWeights",
     "Place",
+    "Table",
     "for_each",
     "free",
     "gibibytes",

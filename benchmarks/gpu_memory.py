@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from common import ROOT, table
-from gpu_common import RANKS, DeviceWeights, Place, free, gibibytes
+from gpu_common import RANKS, DeviceWeights, Place, Table, free, gibibytes
 from gpu_speed import galore_update
 from memory import DOUBLE, LEAN, METHODS, PER_LAYER
 
@@ -37,8 +38,11 @@ class Measured:
     fits: bool = True
 
 
-def memory(place: Place, repeats: int) -> tuple[str, str]:
-    """Peaks of every method at 1b and 7b; 13b under a cap of 24 GB."""
+HEADER = ["model", "method", "step, GiB", "planned", "merge step, GiB", "planned", "reserved", "highest / full's plan"]
+
+
+def memory(place: Place, repeats: int) -> Iterator[Table]:
+    """Peaks of every method at 1b and 7b."""
     rows: list[list[object]] = []
     for preset in place.presets("llama_1b", "llama_7b"):
         for name, words in methods().items():
@@ -46,23 +50,26 @@ def memory(place: Place, repeats: int) -> tuple[str, str]:
             rows.append(method_row(place, preset, name, words, brief=preset == "llama_7b"))
             print(rows[-1], flush=True)
             free(place)
-    header = [
-        "model",
-        "method",
-        "step, GiB",
-        "planned",
-        "merge step, GiB",
-        "planned",
-        "reserved",
-        "highest / full's plan",
-    ]
-    text = (
-        f"{table(header, rows)}\n\n{SEQUENCES} sequences a step in one pass, blocks recomputed. {place.notes()} "
+            yield place.title("GPU: memory"), f"{table(HEADER, rows)}\n\n{memory_notes(place)}"
+
+
+def memory_notes(place: Place) -> str:
+    """What the columns mean."""
+    return (
+        f"{SEQUENCES} sequences a step in one pass, blocks recomputed. {place.notes()} "
         "Measured: the most that torch's allocator had given out at once, less what cuBLAS holds for good; "
         "`reserved`: the most that it had taken from the device. Planned: `loqt-scale plan`. GaLore's peak is that of "
-        f"a step without an SVD.\n\n{lean_13b(place)}"
+        "a step without an SVD."
     )
-    return "GPU: memory", text
+
+
+def cap(place: Place, repeats: int) -> Iterator[Table]:
+    """Real steps and a merge of 13b, and of 7b, where torch's allocator may take 24 GB."""
+    lines: list[str] = []
+    for preset in place.presets("llama_13b", "llama_7b"):
+        lines.append(lean_sentence(place, preset))
+        free(place)
+        yield place.title(f"GPU: training where torch may take {CAP / 1e9:.0f} GB"), "\n\n".join(lines)
 
 
 def methods() -> dict[str, list[str]]:
@@ -158,35 +165,37 @@ def allocated_before(place: Place) -> int:
 # ---- 13b on 24 GB --------------------------------------------------------------------------------------------------
 
 
-def config_13b(place: Place) -> RunConfig:
-    """configs/llama_13b.yaml with what `loqt-scale plan` proposes for one card of 24 GB, on the embedded corpus."""
-    words = [f"--config={ROOT / 'configs' / 'llama_13b.yaml'}", *LEAN, *PER_LAYER, *DOUBLE]
+def lean_config(place: Place, preset: str) -> RunConfig:
+    """The shipped settings with what `loqt-scale plan` proposes for one card of 24 GB, on the embedded corpus."""
+    shipped = "llama_13b" if place.quick else preset
+    words = [f"--config={ROOT / 'configs' / f'{shipped}.yaml'}", *LEAN, *PER_LAYER, *DOUBLE]
     words += ["--data.dataset=null", "--data.dataset_config=null", "--data.tokenizer=bytes", "--loqt.merge.gap=2"]
     words += [f'--model.overrides={{"vocab_size": {VOCABULARY}}}', "--data.max_eval_sequences=2"]
     words += [f"--train.global_batch_size={SEQUENCES}", f"--train.micro_batch_size={SEQUENCES}"]
     words += ["--parallel.strategy=single", f"--train.run_dir={place.folder / 'run'}", "--train.progress=off"]
     if place.quick:
-        words += ["--model.preset=llama_micro", f"--loqt.rank={RANKS['llama_micro']}", "--data.seq_len=64"]
+        words += [f"--model.preset={preset}", f"--loqt.rank={RANKS[preset]}", "--data.seq_len=64"]
         words += [f'--model.overrides={{"vocab_size": {place.vocabulary}}}']
     return parse_run_config(words)
 
 
-def lean_13b(place: Place) -> str:
-    """A sentence on real steps and a merge of 13b under the cap."""
-    config = config_13b(place)
+def lean_sentence(place: Place, preset: str) -> str:
+    """A sentence on real steps and a merge of a shape under the cap."""
+    config = lean_config(place, preset)
     plan = plan_run(config, ranks=1, vocab_size=320).memory
+    started = time.perf_counter()
     with capped(place):
-        found = peaks(place, config, brief=False)
+        found = peaks(place, config, brief=True)
     planned = f"planned {gibibytes(plan.step_peak)} and {gibibytes(plan.merge_peak)} GiB"
     if not found.fits:
-        return f"**13b does not fit in {CAP / 1e9:.0f} GB**: out of memory under the cap ({planned})."
-    outside = outside_torch(place)
+        return f"**{preset} does not fit in {CAP / 1e9:.0f} GB**: out of memory under the cap ({planned})."
     return (
-        f"**13b in {CAP / 1e9:.0f} GB** (configs/llama_13b.yaml, 8-bit states, bfloat16 factors, per-layer updates, "
-        f"double quantization, {SEQUENCES} sequences a step, vocabulary {VOCABULARY}; torch's allocator may not take "
+        f"**{preset} in {CAP / 1e9:.0f} GB** (configs/{preset}.yaml, 8-bit states, bfloat16 factors, per-layer "
+        f"updates, double quantization, {SEQUENCES} sequences a step, vocabulary {VOCABULARY}; torch's allocator may not take "
         f"more): a step {said(found, found.step)} GiB, a merge step {said(found, found.merge)} GiB ({planned}), "
-        f"reserved {said(found, found.reserved)} GiB. Outside of torch the process held {outside} "
-        f"({OUTSIDE / 2**20:.0f} MiB are what `plan` sets aside)."
+        f"reserved {said(found, found.reserved)} GiB. Outside of torch the process held {outside_torch(place)} "
+        f"({OUTSIDE / 2**20:.0f} MiB are what `plan` sets aside). Weights drawn and quantized, a merge "
+        f"step and a step: {time.perf_counter() - started:.0f} s."
     )
 
 

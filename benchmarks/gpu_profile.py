@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from common import table
-from gpu_common import Place, for_each, largest_pass, resize
+from gpu_common import Place, Table, for_each, largest_pass, resize
 from step_time import GROUPS, flops_by_operator, merge_of, operator_times, share_table, update
 
 from loqt_scale.layers import loqt_layers
@@ -63,7 +64,7 @@ class Profile:
         )
 
 
-def profile(place: Place, repeats: int) -> tuple[str, str]:
+def profile(place: Place, repeats: int) -> Iterator[Table]:
     """Shares of a step's kernel time by group of operators, and the most that a fused kernel could save."""
 
     def measure(preset: str) -> Profile:
@@ -71,7 +72,12 @@ def profile(place: Place, repeats: int) -> tuple[str, str]:
         print(one.verdict(preset), flush=True)
         return one
 
-    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
+    for found in for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure):
+        yield place.title("GPU: where a step's time goes"), profile_tables(place, found)
+
+
+def profile_tables(place: Place, found: dict[str, Profile]) -> str:
+    """Verdicts, shares by group, rates of the products."""
     columns = {
         preset: [(group, time / one.total) for group, time in one.times.most_common()] for preset, one in found.items()
     }
@@ -86,12 +92,11 @@ def profile(place: Place, repeats: int) -> tuple[str, str]:
     ]
     rates = table(["model", "matrix products, TFLOP/s", "low-rank term, TFLOP/s"], rows)
     verdicts = "\n\n".join(one.verdict(preset) for preset, one in found.items())
-    text = (
+    return (
         f"{verdicts}\n\n{share_table(columns)}\n\n{rates}\n\n{place.notes()} One step of one pass, the largest power "
         "of two of sequences up to 128 that fits, blocks not compiled; the time of kernels, by the operator that "
         "started them."
     )
-    return "GPU: where a step's time goes", text
 
 
 def profile_of(place: Place, preset: str) -> Profile:

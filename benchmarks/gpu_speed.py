@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from common import table
-from gpu_common import STEP_TOKENS, Place, for_each, gibibytes, gpu_peak, largest_pass, resize
+from gpu_common import STEP_TOKENS, Place, Table, for_each, gibibytes, gpu_peak, largest_pass, resize
 from merge import PARTS, Clock
 from step_time import count_flops, measured_in_turns, merge_of
 
@@ -59,7 +59,9 @@ class Contest:
         self.full, self.loqt = (place.trainer(preset, *words, f"--method={method}") for method in ("full", "loqt"))
         self.trainers = {"full": self.full, "LoQT": self.loqt}
         self.updates: dict[str, Callable[[], object]] = {"full": self.full.update, "LoQT": self.loqt.update}
-        if find_spec("galore_torch") is None:
+        if place.compiled_only:
+            pass
+        elif find_spec("galore_torch") is None:
             print("galore-torch is not installed: no row for it (pip install galore-torch)", flush=True)
         else:
             self.trainers["GaLore"], self.updates["GaLore"] = self.full, galore_update(self.full)
@@ -71,7 +73,7 @@ class Contest:
     @property
     def variants(self) -> list[Variant]:
         """Full-rank training first."""
-        return list(product(self.trainers, (False, True)))
+        return list(product(self.trainers, (True,) if self.place.compiled_only else (False, True)))
 
     def choose(self, variant: Variant) -> Trainer:
         """The variant's trainer, its blocks compiled or not."""
@@ -133,7 +135,7 @@ def galore_update(trainer: Trainer) -> Callable[[], object]:
     return update
 
 
-def throughput(place: Place, repeats: int) -> tuple[str, str]:
+def throughput(place: Place, repeats: int) -> Iterator[Table]:
     """Tokens a second at the papers' batch: full-rank AdamW, LoQT and GaLore, plain and compiled, in turns."""
 
     def measure(preset: str) -> list[list[object]]:
@@ -143,10 +145,15 @@ def throughput(place: Place, repeats: int) -> tuple[str, str]:
         print(table(HEADER, rows), flush=True)
         return rows
 
-    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
-    rows = [row for rows in found.values() for row in rows]
-    text = (
-        f"{table(HEADER, rows)}\n\n{place.notes()} A step is {STEP_TOKENS} tokens: passes and update are timed apart "
+    for found in for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure):
+        rows = [row for rows in found.values() for row in rows]
+        yield place.title("GPU: throughput"), f"{table(HEADER, rows)}\n\n{throughput_notes(place, repeats)}"
+
+
+def throughput_notes(place: Place, repeats: int) -> str:
+    """What the columns mean."""
+    return (
+        f"{place.notes()} A step is {STEP_TOKENS} tokens: passes and update are timed apart "
         f"in steps of a few passes ({repeats} rounds, all variants in turns, A B B A), and added up; the pass is the "
         "largest power of two of sequences (up to 128) that fits both methods. `over full`: tokens a second over "
         "those of full-rank training, plain over plain and compiled over compiled, median of the rounds (from ... "
@@ -154,7 +161,6 @@ def throughput(place: Place, repeats: int) -> tuple[str, str]:
         f"embedding. GaLore's SVDs (every {GALORE_GAP} steps) and LoQT's merges (every 100 and more, see below) are "
         f"left out. **Goal: LoQT over full at least {GOAL}.**"
     )
-    return "GPU: throughput", text
 
 
 HEADER = ["model", "method", "sequences a pass", "tokens/s", "over full", "update, ms"]
@@ -188,7 +194,7 @@ def throughput_rows(
 # ---- merge -------------------------------------------------------------------------------------------------------
 
 
-def merge(place: Place, repeats: int) -> tuple[str, str]:
+def merge(place: Place, repeats: int) -> Iterator[Table]:
     """Seconds of a merge over those of a step of the papers' batch; where they go."""
 
     def measure(preset: str) -> tuple[list[object], dict[str, float]]:
@@ -196,18 +202,22 @@ def merge(place: Place, repeats: int) -> tuple[str, str]:
         print(row, flush=True)
         return row, parts
 
-    found = for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure)
+    for found in for_each(place, place.presets("llama_130m", "llama_350m", "llama_1b"), measure):
+        yield place.title("GPU: what a merge costs"), merge_tables(place, found)
+
+
+def merge_tables(place: Place, found: dict[str, tuple[list[object], dict[str, float]]]) -> str:
+    """Rows of times, and the parts of a merge by shape."""
     rows, shares = [row for row, _ in found.values()], {preset: parts for preset, (_, parts) in found.items()}
     names = list(dict.fromkeys(part for parts in shares.values() for part in parts))
     split = [[name, *(f"{parts.get(name, 0.0):.3f}" for parts in shares.values())] for name in names]
     header = ["model", "step, s", "sketch, s", "merge, s", "**sketch and merge, in steps**", "of a run's time"]
-    text = (
+    return (
         f"{table(header, rows)}\n\n{table(['part of a merge, s', *shares], split)}\n\n{place.notes()} "
         f"A step is {STEP_TOKENS} tokens. `sketch`: what a merge step's passes take longer; `merge`: finding P and all "
         "that follows, without waiting in between; the parts are of a merge that waits for the device at each, so "
         "they add up to more. `of a run's time`: one merge in 100 steps, which is the most."
     )
-    return "GPU: what a merge costs", text
 
 
 def merge_row(place: Place, preset: str, repeats: int) -> tuple[list[object], dict[str, float]]:
@@ -240,7 +250,7 @@ def merge_row(place: Place, preset: str, repeats: int) -> tuple[list[object], di
 # ---- offload -----------------------------------------------------------------------------------------------------
 
 
-def offload(place: Place, repeats: int) -> tuple[str, str]:
+def offload(place: Place, repeats: int) -> Iterator[Table]:
     """Step times of `parallel.offload` none, base, optimizer and all, in turns."""
     preset = place.presets("llama_1b")[0]
     sequences, passes = (2, 2) if place.quick else (16, 2)
@@ -263,7 +273,7 @@ def offload(place: Place, repeats: int) -> tuple[str, str]:
         f"turns; medians (from ... to). {place.notes()} P and B are zero here: their values change no time. Where the "
         f"host's cores update, their number counts: torch used {torch.get_num_threads()}."
     )
-    return "GPU: offload", text
+    yield place.title("GPU: offload"), text
 
 
 def offload_row(
