@@ -191,8 +191,8 @@ def lean_sentence(place: Place, preset: str) -> str:
         return f"**{preset} does not fit in {CAP / 1e9:.0f} GB**: out of memory under the cap ({planned})."
     return (
         f"**{preset} in {CAP / 1e9:.0f} GB** (configs/{preset}.yaml, 8-bit states, bfloat16 factors, per-layer "
-        f"updates, double quantization, {SEQUENCES} sequences a step, vocabulary {VOCABULARY}; torch's allocator may not take "
-        f"more): a step {said(found, found.step)} GiB, a merge step {said(found, found.merge)} GiB ({planned}), "
+        f"updates, double quantization, {SEQUENCES} sequences a step, vocabulary {VOCABULARY}; torch may not "
+        f"take more): a step {said(found, found.step)} GiB, a merge step {said(found, found.merge)} GiB ({planned}), "
         f"reserved {said(found, found.reserved)} GiB. Outside of torch the process held {outside_torch(place)} "
         f"({OUTSIDE / 2**20:.0f} MiB are what `plan` sets aside). Weights drawn and quantized, a merge "
         f"step and a step: {time.perf_counter() - started:.0f} s."

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from loqt_scale.config import Kept
 from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies.base import shard_range
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy, packed_bytes_may_be_sharded
 from loqt_scale.strategies.process_group import DistributedStrategy
 
 
@@ -67,11 +67,12 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         inside = [layer for block in blocks for _, layer in loqt_layers(block)]
         layers = inside if self._kept == "trained" else []
         trained = {parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad}
-        for block in blocks:
-            share(block, reshard_after_forward=self._reshard_after_forward, ignored_params=trained)
-        for layer in layers:  # after its block, which would else not look for packed bytes inside it
-            share(layer, reshard_after_forward=False, ignored_params=set(layer.parameters()) - trained)
-        share(model, reshard_after_forward=False)
+        with packed_bytes_may_be_sharded():
+            for block in blocks:
+                share(block, reshard_after_forward=self._reshard_after_forward, ignored_params=trained)
+            for layer in layers:  # after its block, which would else not look for packed bytes inside it
+                share(layer, reshard_after_forward=False, ignored_params=set(layer.parameters()) - trained)
+            share(model, reshard_after_forward=False)
         if self._kept == "trained":
             self._kept_gathered = [module for module in (*layers, model) if isinstance(module, FSDPModule)]
         for module in model.modules():

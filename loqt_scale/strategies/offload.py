@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Offload
 from loqt_scale.optim import open_moments
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy, packed_bytes_may_be_sharded
 
 
 def is_offloaded(trains: bool, what: Offload) -> bool:
@@ -66,9 +66,10 @@ class OffloadStrategy(FSDPModelStrategy):
         for module in (*blocks, model):
             # the root's are needed until the backward pass begins, and again at once
             again = module is not model
-            fully_shard(
-                module, mesh=self._mesh, reshard_after_forward=again, offload_policy=policy, ignored_params=stays
-            )
+            with packed_bytes_may_be_sharded():
+                fully_shard(
+                    module, mesh=self._mesh, reshard_after_forward=again, offload_policy=policy, ignored_params=stays
+                )
         for block, following in pairwise(blocks):
             assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
             block.set_modules_to_forward_prefetch([following])

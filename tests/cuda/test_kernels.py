@@ -144,4 +144,6 @@ def test_random_rounding_is_a_function_of_seed_and_index(device: torch.device) -
     values = random(7, 300)
     values[0, :2] = torch.tensor([float("nan"), float("inf")])
     ours, theirs = (stochastic_bfloat16(values.to(where), seed=2**63 - 5, first_index=9) for where in ("cpu", device))
-    assert torch.equal(ours.view(torch.int16), theirs.cpu().view(torch.int16))
+    theirs = theirs.cpu()
+    assert torch.equal(ours.isnan(), theirs.isnan())  # which of the NaNs is the device's own choice
+    assert torch.equal(ours.nan_to_num(0.0).view(torch.int16), theirs.nan_to_num(0.0).view(torch.int16))
