@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -132,8 +132,14 @@ def peaks(place: Place, config: RunConfig, *, brief: bool) -> Measured:
         weights = lambda own: DeviceWeights(own, place.device)  # noqa: E731
         found = {}
         with suppress(torch.OutOfMemoryError):
-            found = device_peaks(config, place.device, weights, first_merge=brief)
+            found = device_peaks(config, place.device, weights, first_merge=brief, say=stopwatch(config.model.preset))
     return Measured(found.get("step"), found.get("merge"), found.get("reserved"), fits=bool(found))
+
+
+def stopwatch(preset: str) -> Callable[[str], object]:
+    """Prints what has been done, and the seconds since now: what is known of a run that its time limit ends."""
+    started = time.perf_counter()
+    return lambda stage: print(f"{preset}: {stage} after {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def galore_peaks(place: Place, config: RunConfig) -> Measured:

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from loqt_scale.config import Kept
 from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies.base import shard_range
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy, packed_bytes_may_be_sharded
+from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 from loqt_scale.strategies.process_group import DistributedStrategy
 
 

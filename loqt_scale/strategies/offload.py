@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Offload
 from loqt_scale.optim import open_moments
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy, packed_bytes_may_be_sharded
+from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
+from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 
 
 def is_offloaded(trains: bool, what: Offload) -> bool:

@@ -262,6 +262,7 @@ def device_peaks(
     weights: Callable[[WeightSource], WeightSource] = lambda own: own,
     *,
     first_merge: bool = False,
+    say: Callable[[str], object] = lambda stage: None,
 ) -> dict[str, int]:
     """`measured_peaks` on CUDA as its caching allocator counts; and the most that it `reserved` over both steps.
 
@@ -270,11 +271,13 @@ def device_peaks(
         device: CUDA.
         weights: See `make_trainer`.
         first_merge: The merge is that of step 0; else a later one, of which there is more to carry over.
+        say: Told when something has been done.
     """
     gc.collect()
     warm_up(device)
     before = torch.cuda.memory_allocated(device)
     trainer = make_trainer(config, device, weights)
+    say("built")
     merge_step = trainer.merges.steps[0 if first_merge else 1] if trainer.merges is not None else None
     if not first_merge or merge_step is None:
         trainer.step(0)
@@ -287,6 +290,7 @@ def device_peaks(
             torch.cuda.reset_peak_memory_stats(device)
             trainer.step(step)
             trainer.settle()
+            say(f"{name} done")
             peaks[name] = torch.cuda.max_memory_allocated(device) - before
             peaks["reserved"] = max(peaks["reserved"], torch.cuda.max_memory_reserved(device))
     trainer.strategy.close()
