@@ -15,55 +15,17 @@ is replaced after that, by a rename too. A job killed at any moment leaves the o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-FORMAT = 1
-MANIFEST, CONFIG, LATEST = "manifest.json", "config.yaml", "latest"
+from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.manifest import MANIFEST, Manifest
+
+CONFIG, LATEST = "config.yaml", "latest"
 CHECKPOINTS = "checkpoints"  # in a run's folder
 HUGGINGFACE, DATA = "huggingface", "data.json"  # in a checkpoint
-_PREFIX, _PARTIAL, _SELF = "step-", ".partial", "sha256"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a checkpoint says about itself.
-
-    Args:
-        format: Version of the layout.
-        step: Optimizer steps done.
-        updates: Optimizer steps applied (the others were skipped).
-        skipped_in_a_row: How many of the last steps were skipped.
-        merge_is_due: Whether the next step ends in a merge.
-        tokens: Tokens trained on.
-        eval_before: Held-out loss before training, in nats.
-        world_size: Ranks that wrote it.
-        strategy: Their strategy, for people; any other can read it.
-        tensors: Shape and dtype of every tensor.
-        files: sha256 of every file but this one.
-    """
-
-    format: int
-    step: int
-    updates: int
-    skipped_in_a_row: int
-    merge_is_due: bool
-    tokens: int
-    eval_before: float
-    world_size: int
-    strategy: str
-    tensors: dict[str, list[Any]]
-    files: dict[str, str] = field(default_factory=dict)
+_PREFIX, _PARTIAL = "step-", ".partial"
 
 
 class CheckpointFolder:
@@ -96,8 +58,7 @@ class CheckpointFolder:
     def publish(self, step: int, manifest: Manifest) -> Path:
         """Makes the written checkpoint count, as the latest. One rank, when all files are closed."""
         partial, final = self.partial(step), self.path(step)
-        tree = asdict(manifest)
-        _write_durably(partial / MANIFEST, json.dumps(tree | {_SELF: _tree_digest(tree)}, indent=1) + "\n")
+        _write_durably(partial / MANIFEST, manifest.to_json())
         for name in manifest.files:
             _sync(partial / name)
         for folder in {(partial / name).parent for name in manifest.files} | {partial}:
@@ -159,64 +120,6 @@ def locate_checkpoint(path: Path) -> Path:
             f"{path} holds no checkpoint; write a checkpoint's folder, or that of a run which has saved one"
         )
     return found
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a checkpoint's manifest.
-
-    Raises:
-        CheckpointError: It is missing, damaged, or of another format.
-    """
-    path = folder / MANIFEST
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict) or "format" not in tree:
-            raise ValueError("it holds no format version")
-        if tree["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has checkpoint format {tree['format']!r}, but this version reads {FORMAT}; use the version "
-                "of loqt_scale that wrote it"
-            )
-        if tree.pop(_SELF, None) != _tree_digest(tree):
-            raise ValueError("it does not have its checksum")
-        return Manifest(**tree)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, other fields
-        raise CheckpointError(f"{path} is damaged ({error}); {_ELSEWHERE}") from None
-
-
-def damaged_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with files of a checkpoint (default: all) that are missing or do not have their checksum."""
-    bad = []
-    for name in sorted(manifest.files if names is None else names):
-        path = folder / name
-        if not path.is_file():
-            bad.append(f"{name} is missing")
-        elif file_digest(path) != manifest.files.get(name):
-            bad.append(f"{name} does not have its checksum")
-    return bad
-
-
-def refuse_damaged(folder: Path, damaged: list[str]) -> None:
-    """Raises CheckpointError if the list is not empty."""
-    if damaged:
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(sorted(damaged))}; {_ELSEWHERE}")
-
-
-_ELSEWHERE = "write --checkpoint.resume PATH with another checkpoint, or --checkpoint.resume never"
-
-
-def _tree_digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:

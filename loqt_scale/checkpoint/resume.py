@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loqt_scale.checkpoint.folder import (
-    CHECKPOINTS,
-    CONFIG,
-    CheckpointError,
-    CheckpointFolder,
-    damaged_files,
-    locate_checkpoint,
-    read_manifest,
-    refuse_damaged,
-)
+from loqt_scale.checkpoint.files import CheckpointError, damaged_files, refuse_damaged
+from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, CheckpointFolder, locate_checkpoint
+from loqt_scale.checkpoint.manifest import read_manifest
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import load_run_config
 from loqt_scale.config_keys import ConfigError, flat_settings
@@ -61,7 +54,7 @@ def find_resume(config: RunConfig) -> Path | None:
             )
         found = locate_checkpoint(found)
     manifest = read_manifest(found)
-    refuse_damaged(found, damaged_files(found, manifest, [CONFIG]))
+    refuse_damaged(found, damaged_files(found, manifest.files, [CONFIG]))
     step = manifest.step
     _check_settings(found, config)
     if step > config.train.steps:

@@ -18,7 +18,9 @@ from types import TracebackType
 from torch import nn
 from torch.optim import Optimizer
 
-from loqt_scale.checkpoint.folder import CheckpointError, CheckpointFolder, Manifest
+from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.folder import CheckpointFolder
+from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.state import Shares, read_state
 from loqt_scale.checkpoint.store import save_checkpoint
 from loqt_scale.config import CheckpointConfig

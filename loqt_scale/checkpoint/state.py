@@ -11,7 +11,7 @@ ranks, under any strategy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loqt_scale.strategies import Strategy
 
 Shares = dict[str, Tensor]
+Outlines = Mapping[str, tuple[tuple[int, ...], str]]
 MOMENTS = ("first", "second")
 
 
@@ -74,9 +75,9 @@ def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimiz
             strategy.write_moments(optimizer, parameter, (first, second))
 
 
-def describe(shares: Shares) -> dict[str, list[object]]:
-    """Shape and dtype of each tensor, as JSON can hold them."""
-    return {name: [list(share.shape), str(share.dtype).removeprefix("torch.")] for name, share in shares.items()}
+def describe(shares: Shares) -> Outlines:
+    """Shape and dtype of each tensor, as a manifest holds them."""
+    return {name: (tuple(share.shape), str(share.dtype).removeprefix("torch.")) for name, share in shares.items()}
 
 
 def _share(piece: Tensor, shape: torch.Size, strategy: Strategy) -> Tensor:

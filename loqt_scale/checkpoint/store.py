@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,17 +19,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from loqt_scale.checkpoint.folder import (
-    CONFIG,
-    CheckpointError,
-    CheckpointFolder,
-    Manifest,
-    damaged_files,
-    file_digest,
-    read_manifest,
-    refuse_damaged,
-)
-from loqt_scale.checkpoint.state import Shares, describe, empty_state, write_state
+from loqt_scale.checkpoint.files import CheckpointError, damaged_files, file_digest, refuse_damaged
+from loqt_scale.checkpoint.folder import CONFIG, CheckpointFolder
+from loqt_scale.checkpoint.manifest import Manifest, read_manifest
+from loqt_scale.checkpoint.state import Outlines, Shares, describe, empty_state, write_state
 from loqt_scale.strategies import Channel, Strategy
 
 
@@ -70,7 +62,7 @@ def save_checkpoint(
     files = {name: digest for part in channel.gather_objects(digests) for name, digest in part.items()}
     with _all_or_none(channel, f"checkpoint of step {manifest.step} not published"):
         if channel.rank == 0:
-            folder.publish(manifest.step, replace(manifest, tensors=describe(shares), files=files))
+            folder.publish(manifest.step, manifest.completed(describe(shares), files))
 
 
 def verify_checkpoint(path: Path, strategy: Strategy) -> Manifest:
@@ -81,7 +73,7 @@ def verify_checkpoint(path: Path, strategy: Strategy) -> Manifest:
     """
     manifest = read_manifest(path)
     mine = sorted(manifest.files)[strategy.rank :: strategy.world_size]
-    bad = damaged_files(path, manifest, mine)
+    bad = damaged_files(path, manifest.files, mine)
     refuse_damaged(path, [text for part in strategy.gather_objects(bad) for text in part])
     return manifest
 
@@ -126,7 +118,7 @@ def load_checkpoint(
     write_state(shares, model, optimizer, strategy)
 
 
-def _check_same_tensors(path: Path, theirs: dict[str, list[object]], ours: dict[str, list[object]]) -> None:
+def _check_same_tensors(path: Path, theirs: Outlines, ours: Outlines) -> None:
     if theirs == ours:
         return
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
