@@ -23,7 +23,7 @@ from common import ROOT, publish, table
 
 sys.path.insert(0, str(ROOT))
 
-from loqt_scale.checkpoint import CheckpointSaver, read_manifest, verify_checkpoint
+from loqt_scale.checkpoint import CheckpointSaver, open_checkpoint, read_manifest
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
@@ -85,7 +85,7 @@ def turn(trainer: Trainer) -> dict[str, float]:
     trainer.saver.wait()
     (path,) = (Path(trainer.config.train.run_dir) / "checkpoints").glob("step-*")
     began = time.perf_counter()
-    trainer.restore(path, verify_checkpoint(path, trainer.strategy))
+    trainer.restore(open_checkpoint(path, trainer.strategy))
     seconds["restore"] = time.perf_counter() - began
     return seconds
 

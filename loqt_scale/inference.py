@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from loqt_scale.batching import counted_tokens
+from loqt_scale.checkpoint import Checkpoint
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
 from loqt_scale.config_io import load_run_config, parse_run_config, save_run_config
@@ -42,20 +43,21 @@ def evaluate_saved(location: str, argv: Sequence[str]) -> float:
         CheckpointError: The checkpoint is missing or damaged.
     """
     path = find_saved(Path(location))
-    settings = _folder_settings(Path(location)) if path is None else saved_settings(path)
+    saved = None if path is None else Checkpoint(path)
+    settings = _folder_settings(Path(location)) if saved is None else saved_settings(saved)
     config = _override(settings, argv)
     if config.parallel.strategy == "zero":
         raise ConfigError("parallel.strategy is 'zero', which only trains; write fsdp, ddp or auto")
     device = resolve_device(config.train.device)
-    if path is None and (ranks := launched_world_size()) > 1:
+    if saved is None and (ranks := launched_world_size()) > 1:
         raise ConfigError(f"{location} is a Hugging Face model, which one process scores, not {ranks}; start one")
     strategy = create_strategy(config, device=device)
     try:
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
-        if path is None:
+        if saved is None:
             model: nn.Module = _load_folder(Path(location), device, torch.float32)
         else:
-            model = open_saved(path, config, strategy).load(strategy)
+            model = open_saved(saved, config, strategy).load(strategy)
         loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
         if strategy.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
@@ -83,9 +85,10 @@ def generate(options: GenerateOptions) -> str:
         strategy, files = Strategy(device), location
         model: Any = _load_folder(location, device, "auto")
     else:
-        config = saved_settings(path)
+        checkpoint = Checkpoint(path)
+        config = saved_settings(checkpoint)
         strategy = create_strategy(config, device=device)
-        saved = open_saved(path, config, strategy)
+        saved = open_saved(checkpoint, config, strategy)
         model, files = saved.load(strategy), saved.files
     tokenizer: Any = AutoTokenizer.from_pretrained(files)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import find_resume, verify_checkpoint
+from loqt_scale.checkpoint import find_resume, open_checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config, save_run_config
 from loqt_scale.data import build_corpus
@@ -44,7 +44,7 @@ def train(config: RunConfig) -> dict[str, float]:
     try:
         _check_agreement(strategy, config, resume)
         _check_per_layer(config, strategy)
-        manifest = None if resume is None else verify_checkpoint(resume, strategy)
+        checkpoint = None if resume is None else open_checkpoint(resume, strategy)
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
         # only now, when the settings have proved to fit, is an older run in this folder moved aside
@@ -54,7 +54,7 @@ def train(config: RunConfig) -> dict[str, float]:
             prepare_run_dir(run_dir, "keep" if going_on else config.train.on_existing_run)
             save_run_config(config, run_dir / "config.yaml")
         strategy.barrier()
-        resume_step = None if manifest is None else manifest.step
+        resume_step = None if checkpoint is None else checkpoint.manifest.step
         with (
             MetricsWriter(config.train.run_dir, strategy.is_main, resume_step=resume_step) as writer,
             Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
@@ -63,8 +63,8 @@ def train(config: RunConfig) -> dict[str, float]:
             if strategy.is_main and strategy.engine_settings is not None:
                 (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
             progress.line(banner(trainer.built, trainer.corpus, config, strategy))
-            if resume is not None and manifest is not None:
-                trainer.restore(resume, manifest)
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
             before, after = trainer.run()
             progress.close()
         if strategy.is_main:

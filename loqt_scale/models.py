@@ -89,6 +89,19 @@ def load_model_config(config: ModelConfig, *, vocab_size: int, seq_len: int) -> 
     return hf_config
 
 
+def declared_layers(path: str) -> int:
+    """The greatest number of layers that a folder's config.json speaks of, before anything is made of it."""
+
+    def numbers(tree: Any) -> Iterator[int]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from numbers(value)
+            elif isinstance(value, int) and re.fullmatch(r"num_(\w+_)?layers|n_layers?", key):
+                yield value
+
+    return max(numbers(_read_fields(path)), default=0)
+
+
 def _preset_fields(preset: str, vocab_size: int, seq_len: int) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"model.preset is {preset!r}; write one of {', '.join(PRESETS)}")
@@ -115,7 +128,7 @@ def _read_fields(path: str) -> dict[str, Any]:
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"model.path is {path!r}, which has no config.json; write a folder that has one")
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(path)
+        fields, _ = PreTrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
     except (OSError, ValueError) as error:
         raise FileNotFoundError(_not_found(path, error)) from error
     if not fields:
@@ -226,7 +239,9 @@ def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = 
 
     def build(attention: str) -> nn.Module:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(own, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                own, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            )
         return cast(nn.Module, model.train())
 
     try:

@@ -1,6 +1,7 @@
-"""A checkpoint as a model: its settings, its structure on the meta device, and its tokenizer, all from its own folder.
+"""A checkpoint as a model: its settings, its structure on the meta device, and its tokenizer, all from its own files.
 
-Neither the hub, the tokenizer's cache nor the folder that the run started from is needed any more.
+Neither the hub, the tokenizer's cache nor the folder that the run started from is needed any more. It may be a
+stranger's: libraries read a verified copy of its files, and nothing is allocated before its shapes are known to fit.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from torch import nn
 
 from loqt_scale.build import ModelDesign, design_model, place_model
 from loqt_scale.checkpoint import (
-    CONFIG,
     HUGGINGFACE,
+    Checkpoint,
     CheckpointError,
-    Manifest,
+    check_tensors,
     load_checkpoint,
     locate_checkpoint,
-    read_manifest,
     verify_checkpoint,
 )
 from loqt_scale.config import ParallelConfig, RunConfig
-from loqt_scale.config_io import load_run_config
+from loqt_scale.models import declared_layers
 from loqt_scale.strategies import Strategy
 
 # in a folder that `loqt-scale export` writes: the settings of the run, and the adapter of format nf4
 RUN_SETTINGS, ADAPTER = "loqt_scale.yaml", "adapter"
+_SPARE_LAYERS = 1000  # layers without tensors of their own that a model may have
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,24 @@ class SavedModel:
     """A verified checkpoint.
 
     Args:
-        path: Its folder.
-        manifest: Its manifest.
+        checkpoint: The checkpoint.
         config: The run's settings; model and tokenizer are the checkpoint's own files.
         design: The converted model on the meta device.
     """
 
-    path: Path
-    manifest: Manifest
+    checkpoint: Checkpoint
     config: RunConfig
     design: ModelDesign
 
     @property
     def files(self) -> Path:
-        """Folder of the model's and the tokenizer's files, as transformers reads them."""
-        return self.path / HUGGINGFACE
+        """Folder of the model's and the tokenizer's files, as transformers reads them, as long as this object lives."""
+        return self.checkpoint.documents / HUGGINGFACE
 
     def load(self, strategy: Strategy) -> nn.Module:
         """The model with its values, spread as the strategy will have it, in eval mode. Every rank, once."""
         model = place_model(self.design, self.config.model, strategy)
-        load_checkpoint(self.path, self.manifest, model, None, strategy)
+        load_checkpoint(self.checkpoint, model, None, strategy)
         return model.eval()
 
 
@@ -68,19 +67,18 @@ def find_saved(path: Path) -> Path | None:
     return locate_checkpoint(path)
 
 
-def saved_settings(path: Path) -> RunConfig:
+def saved_settings(checkpoint: Checkpoint) -> RunConfig:
     """The settings of the run that saved a checkpoint, with model and tokenizer from the checkpoint. Local.
 
     Raises:
-        CheckpointError: It has no model and tokenizer files.
+        CheckpointError: It has no model and tokenizer files, or one of its documents is damaged.
     """
-    read_manifest(path)
-    files = path / HUGGINGFACE
+    files = checkpoint.documents / HUGGINGFACE
     if not (files / "config.json").is_file():
         raise CheckpointError(
-            f"{path} has no {HUGGINGFACE}/config.json: it was saved before such files were; save anew"
+            f"{checkpoint.path} has no {HUGGINGFACE}/config.json: it was saved before such files were; save anew"
         )
-    return self_contained(load_run_config(path / CONFIG), files)
+    return self_contained(checkpoint.settings(), files)
 
 
 def self_contained(config: RunConfig, files: Path) -> RunConfig:
@@ -94,16 +92,30 @@ def self_contained(config: RunConfig, files: Path) -> RunConfig:
     )
 
 
-def open_saved(path: Path, config: RunConfig, strategy: Strategy) -> SavedModel:
-    """Verifies a checkpoint and designs its model. Every rank.
+def open_saved(checkpoint: Checkpoint, config: RunConfig, strategy: Strategy) -> SavedModel:
+    """Designs a checkpoint's model, and verifies the checkpoint. Every rank.
 
     Args:
-        path: Its folder.
+        checkpoint: The checkpoint.
         config: As `saved_settings` returned it, perhaps with other data.
         strategy: Of the ranks that verify it.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: It is damaged, or not what its manifest and settings say.
     """
-    manifest = verify_checkpoint(path, strategy)
-    return SavedModel(path, manifest, config, design_model(config, vocab_size=0))
+    design = _design(checkpoint, config)
+    check_tensors(checkpoint, design.model, Strategy(strategy.device))
+    verify_checkpoint(checkpoint, strategy)
+    return SavedModel(checkpoint, config, design)
+
+
+def _design(checkpoint: Checkpoint, config: RunConfig) -> ModelDesign:
+    """The converted model on the meta device, whatever the checkpoint's config.json asks for."""
+    most = len(checkpoint.manifest.tensors) + _SPARE_LAYERS
+    try:
+        if (layers := declared_layers(str(config.model.path))) > most:
+            raise ValueError(f"{layers} layers cannot be made of {len(checkpoint.manifest.tensors)} tensors")
+        return design_model(config, vocab_size=0)
+    except Exception as error:  # a stranger's values end in any exception of transformers or torch
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{checkpoint.path}: its {HUGGINGFACE}/config.json makes no model ({reason})") from error

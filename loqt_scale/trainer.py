@@ -27,6 +27,7 @@ from loqt_scale.checkpoint import (
     DATA,
     FORMAT,
     HUGGINGFACE,
+    Checkpoint,
     CheckpointSaver,
     Manifest,
     load_checkpoint,
@@ -177,21 +178,34 @@ class Trainer:
         portable.save_pretrained(folder / HUGGINGFACE)
         tokenizer.save(folder / HUGGINGFACE)
 
-    def restore(self, path: Path, manifest: Manifest) -> None:
-        """Goes back to where a (verified) checkpoint was saved. Every rank."""
-        load_checkpoint(path, manifest, self.built.model, self.optimizer, self.strategy)
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to where a (verified) checkpoint was saved. Every rank.
+
+        Raises:
+            CheckpointError: It is of another model, holds a number that is not finite, or has changed meanwhile.
+        """
+        manifest, position = checkpoint.manifest, checkpoint.position()
+        if position is not None:
+            self._seek(checkpoint, position)
+        load_checkpoint(checkpoint, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
         if self.scheduler is not None:
             set_schedule_position(self.scheduler, manifest.step)
         self.strategy.set_schedule_position(manifest.updates)
-        if (path / DATA).is_file():
-            self.corpus.train.seek(manifest.step, json.loads((path / DATA).read_text(encoding="utf-8")))
         self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
         self.updates, self.health.skipped = manifest.updates, manifest.step - manifest.updates
         self.health.in_a_row = manifest.skipped_in_a_row
         if self.merges is not None and manifest.merge_is_due:
             self.merges.require(self.done)
-        self.progress.line(f"resumed after step {self.done} from {path} (saved by {manifest.world_size} ranks)")
+        self.progress.line(
+            f"resumed after step {self.done} from {checkpoint.path} (saved by {manifest.world_size} ranks)"
+        )
+
+    def _seek(self, checkpoint: Checkpoint, position: Any) -> None:
+        try:
+            self.corpus.train.seek(checkpoint.manifest.step, position)
+        except ValueError as error:
+            raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None
 
     def step(self, step: int) -> None:
         """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""

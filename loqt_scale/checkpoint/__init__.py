@@ -1,20 +1,27 @@
 """Checkpoints: what of a run is kept, where, and how it goes on from there.
 
 state.py     the tensors of a run, whatever the strategy: every rank its share of each one's rows
-store.py     those shares to and from safetensors files (torch.distributed.checkpoint)
+store.py     those shares to safetensors files (torch.distributed.checkpoint)
 saver.py     saves a run now and then, in the background if asked to
-files.py     its files: regular, inside the folder, never through a link; checksums
-manifest.py  what it says about itself: a schema, checked as data from a stranger
 folder.py    folders and names: written beside, published by one rename
 resume.py    which checkpoint a run goes on from, and whether it may
+
+A checkpoint may come from a stranger, so it is read by other means than it is written:
+
+manifest.py  what it says about itself: a schema
+files.py     its files: listed, regular, inside the folder, never through a link
+shards.py    which file holds which rows of a tensor
+opened.py    one that is open: what is read of it is what has been verified
+load.py      its tensors into a model, once everything about them has been checked
 """
 
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, locate_checkpoint
+from loqt_scale.checkpoint.load import check_tensors, load_checkpoint, open_checkpoint, read_tensors, verify_checkpoint
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
+from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.checkpoint.resume import find_resume
 from loqt_scale.checkpoint.saver import CheckpointSaver
-from loqt_scale.checkpoint.store import load_checkpoint, read_tensors, verify_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
@@ -22,12 +29,15 @@ __all__ = [
     "DATA",
     "FORMAT",
     "HUGGINGFACE",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointSaver",
     "Manifest",
+    "check_tensors",
     "find_resume",
     "load_checkpoint",
     "locate_checkpoint",
+    "open_checkpoint",
     "read_manifest",
     "read_tensors",
     "verify_checkpoint",

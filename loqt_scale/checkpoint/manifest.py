@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
-from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError, open_inside
+from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError, read_inside
 
 FORMAT: Final = 1
 MANIFEST = "manifest.json"
@@ -25,7 +25,7 @@ _SELF = "sha256"  # key of the manifest's own checksum
 _GREATEST_SIZE = 2**26  # bytes; of a 13b model's it is less than 1 MB
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Shape = Annotated[tuple[Count, ...], Field(max_length=8, strict=False)]
+Shape = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8, strict=False)]
 Dtype = Literal["float32", "bfloat16", "float16", "uint8", "int8"]
 Tensor = Annotated[tuple[Shape, Dtype], Field(strict=False)]
 TensorName = Annotated[
@@ -34,6 +34,9 @@ TensorName = Annotated[
 # no part begins with a dot: neither `..` nor hidden files
 FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.+\- ]*(/\w[\w.+\- ]*){0,3}\z", max_length=512)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z")]
+# what could run code, or be taken for weights, has no place among the model's and the tokenizer's files
+_CODE = (".py", ".pyc", ".so", ".dll", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".npy", ".npz")
+_WEIGHTS = ".safetensors"
 
 
 class Manifest(BaseModel):
@@ -51,6 +54,7 @@ class Manifest(BaseModel):
         strategy: Their strategy, for people; any other can read it.
         tensors: Shape and dtype of every tensor.
         files: sha256 of every file but this one.
+        sizes: Bytes of these files.
 
     Raises:
         pydantic.ValidationError: A ValueError; a field that is missing, unknown, of another type or out of range.
@@ -69,6 +73,7 @@ class Manifest(BaseModel):
     strategy: Annotated[str, StringConstraints(max_length=1000)]
     tensors: dict[TensorName, Tensor]
     files: dict[FileName, Digest] = {}
+    sizes: dict[FileName, Count] = {}
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -78,14 +83,32 @@ class Manifest(BaseModel):
             )
         return self
 
+    @field_validator("files")
+    @classmethod
+    def _holds_no_code(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if name.lower().endswith(_CODE) or ("/" in name and name.lower().endswith(_WEIGHTS)):
+                raise ValueError(f"{name} is code or weights, which have no place there")
+        return files
+
+    @property
+    def shards(self) -> list[str]:
+        """The files that hold tensors."""
+        return sorted(name for name in self.files if name.endswith(_WEIGHTS))
+
+    @property
+    def documents(self) -> list[str]:
+        """The other files."""
+        return sorted(name for name in self.files if not name.endswith(_WEIGHTS))
+
     def to_json(self) -> str:
         """The text of manifest.json, with its own checksum."""
         tree = self.model_dump(mode="json")
         return json.dumps(tree | {_SELF: _tree_digest(tree)}, indent=1) + "\n"
 
-    def completed(self, tensors: Mapping[str, Any], files: Mapping[str, str]) -> Manifest:
-        """The same with tensors and files filled in."""
-        return Manifest(**(dict(self) | {"tensors": dict(tensors), "files": dict(files)}))
+    def completed(self, tensors: Mapping[str, Any], files: Mapping[str, str], sizes: Mapping[str, int]) -> Manifest:
+        """The same with what only the saved files tell filled in."""
+        return Manifest(**(dict(self) | {"tensors": dict(tensors), "files": dict(files), "sizes": dict(sizes)}))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,8 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read(folder: Path) -> Any:
-    with open_inside(folder, MANIFEST) as file:
-        text = file.read(_GREATEST_SIZE + 1)
+    text = read_inside(folder, MANIFEST, _GREATEST_SIZE + 1)
     if len(text) > _GREATEST_SIZE:
         raise ValueError(f"it is larger than {_GREATEST_SIZE >> 20} MiB")
     return from_json(text)  # unlike json, of limited depth

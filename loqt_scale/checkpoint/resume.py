@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loqt_scale.checkpoint.files import CheckpointError, damaged_files, refuse_damaged
-from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, CheckpointFolder, locate_checkpoint
+from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.folder import CHECKPOINTS, CheckpointFolder, locate_checkpoint
 from loqt_scale.checkpoint.manifest import read_manifest
+from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import load_run_config
-from loqt_scale.config_keys import ConfigError, flat_settings
+from loqt_scale.config_keys import flat_settings
 
 # settings that may change between a checkpoint and what goes on from it: they do not change the numbers
 FREE = (
@@ -53,25 +53,20 @@ def find_resume(config: RunConfig) -> Path | None:
                 f"e.g. RUN_DIR/{CHECKPOINTS}/step-00001000"
             )
         found = locate_checkpoint(found)
-    manifest = read_manifest(found)
-    refuse_damaged(found, damaged_files(found, manifest.files, [CONFIG]))
-    step = manifest.step
-    _check_settings(found, config)
+    checkpoint = Checkpoint(found)
+    step = checkpoint.manifest.step
+    _check_settings(checkpoint, config)
     if step > config.train.steps:
         raise CheckpointError(f"{found} is after step {step}, but train.steps is {config.train.steps}; write more")
     return found
 
 
-def _check_settings(found: Path, config: RunConfig) -> None:
-    try:
-        old = flat_settings(load_run_config(found / CONFIG))
-    except ConfigError as error:
-        raise CheckpointError(f"{found / CONFIG} cannot be read: {error}") from None
-    new = flat_settings(config)
+def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+    old, new = flat_settings(checkpoint.settings()), flat_settings(config)
     changed = [key for key in new if old[key] != new[key] and not key.startswith(FREE)]
     if changed:
         lines = "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
         raise CheckpointError(
-            f"settings have changed since {found}: {lines}. Write the old values to go on, or --checkpoint.resume "
-            "never to start anew"
+            f"settings have changed since {checkpoint.path}: {lines}. Write the old values to go on, or "
+            "--checkpoint.resume never to start anew"
         )

@@ -5,8 +5,8 @@
 
 A rank's share are the rows that it would work on in a merge (`Strategy.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor
-at a time. A share is a DTensor sharded on dim 0, so torch.distributed.checkpoint can hand any rows to any number of
-ranks, under any strategy.
+at a time. What is saved is a DTensor sharded on dim 0, whose place in the whole torch.distributed.checkpoint writes
+down, so that any rows can be read by any number of ranks, under any strategy.
 """
 
 from __future__ import annotations
@@ -39,34 +39,29 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Str
     return shares
 
 
-@torch.no_grad()
-def empty_state(model: nn.Module, strategy: Strategy, *, moments: bool) -> Shares:
-    """Shares to load into, of the same names, shapes and dtypes. Every rank.
+def expected_state(model: nn.Module, strategy: Strategy, *, moments: bool) -> Outlines:
+    """What a checkpoint of a model holds. Every rank; the model may be on the meta device.
 
     Args:
         model: The model.
         strategy: How it is spread.
         moments: Whether the checkpoint holds Adam's moments.
     """
-    shares: Shares = {}
+    outlines: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, parameter in model.named_parameters():
         with strategy.editing([parameter]):
-            shape, dtype = parameter.shape, torch.float32 if parameter.requires_grad else parameter.dtype
-        start, stop = strategy.rows(shape[0])
-
-        def share(kind: torch.dtype, rows: int = stop - start, shape: torch.Size = shape) -> Tensor:
-            return _share(torch.empty((rows, *shape[1:]), dtype=kind), shape, strategy)
-
-        shares[f"model.{name}"] = share(dtype)
-        if parameter.requires_grad and moments:
-            shares |= {f"moments.{name}.{key}": share(torch.float32) for key in MOMENTS}
-    return shares
+            shape = tuple(parameter.shape)
+        trains = parameter.requires_grad
+        outlines[f"model.{name}"] = (shape, "float32" if trains else _dtype_name(parameter))
+        if trains and moments:
+            outlines |= {f"moments.{name}.{key}": (shape, "float32") for key in MOMENTS}
+    return outlines
 
 
 @torch.no_grad()
 def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimizer | None, strategy: Strategy) -> None:
-    """Puts loaded shares where they belong; without an optimizer, parameters only. Every rank."""
-    local: Callable[[str], Tensor] = lambda name: strategy.from_shard(shares[name]).to(strategy.device)  # noqa: E731
+    """Puts this rank's rows, on the host, where they belong; without an optimizer, parameters only. Every rank."""
+    local: Callable[[str], Tensor] = lambda name: shares[name].to(strategy.device)  # noqa: E731
     for name, parameter in model.named_parameters():
         with strategy.editing([parameter]):
             strategy.write(parameter, local(f"model.{name}"))
@@ -77,7 +72,11 @@ def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def describe(shares: Shares) -> Outlines:
     """Shape and dtype of each tensor, as a manifest holds them."""
-    return {name: (tuple(share.shape), str(share.dtype).removeprefix("torch.")) for name, share in shares.items()}
+    return {name: (tuple(share.shape), _dtype_name(share)) for name, share in shares.items()}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _share(piece: Tensor, shape: torch.Size, strategy: Strategy) -> Tensor:

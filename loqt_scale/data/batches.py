@@ -63,6 +63,9 @@ class TrainStream(Protocol):
         Args:
             step: The step after the last one that had been read.
             position: What `position` returned then.
+
+        Raises:
+            ValueError: It is none of this stream's.
         """
 
 

@@ -73,9 +73,11 @@ def training_windows(
         (m, T + 1) int64, m >= 1, and the place that they begin at.
 
     Raises:
-        ValueError: A row has no text column, or a whole epoch is shorter than one sequence.
+        ValueError: A row has no text column, a whole epoch is shorter than one sequence, or no stream of this
+            tokenizer and T was ever at `start`.
     """
-
+    if len(start.rest) > config.seq_len or max(start.rest, default=0) >= tokenizer.vocab_size:
+        raise ValueError(f"{len(start.rest)} tokens up to {max(start.rest)} do not wait in this stream")
     shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
     rest = np.asarray(start.rest, dtype=np.int64)
     texts, tokens = start.texts, start.tokens

@@ -15,11 +15,13 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from loqt_scale.data.batches import Batch, batch_of, check_range
 from loqt_scale.data.packing import Int64Array
@@ -28,8 +30,10 @@ _CHUNKS_AHEAD = 8
 _STOP_CHECK_SECONDS = 0.1
 _JOIN_SECONDS = 5.0
 
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class Place:
     """A point of an endless stream from which it can be read on.
 
@@ -41,11 +45,11 @@ class Place:
         windows: Windows after the point that have been read.
     """
 
-    epoch: int = 0
-    texts: int = 0
-    tokens: int = 0
-    rest: tuple[int, ...] = ()
-    windows: int = 0
+    epoch: _Count = 0
+    texts: _Count = 0
+    tokens: _Count = 0
+    rest: Annotated[tuple[_Count, ...], Field(strict=False)] = ()
+    windows: _Count = 0
 
 
 Chunk = tuple[Int64Array, Place]
@@ -95,8 +99,13 @@ class StreamedSequences:
     def seek(self, step: int, position: dict[str, Any]) -> None:
         """See `TrainStream`."""
         assert self._reader is None, "read already"
-        self._step = step - 1
-        self._place = Place(**position | {"rest": tuple(position["rest"])})
+        try:
+            place = Place(**position)
+        except (ValidationError, TypeError):
+            raise ValueError(f"{ascii(position)[:60]} is no place of a stream") from None
+        if place.windows > step * self._batch_size:
+            raise ValueError(f"{place.windows} sequences were not read in {step} steps of {self._batch_size}")
+        self._step, self._place = step - 1, place
 
     def close(self) -> None:
         """End the background thread; steps that were not read yet cannot be read any more."""

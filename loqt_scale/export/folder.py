@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 
-from loqt_scale.checkpoint import CONFIG
+from loqt_scale.checkpoint import CONFIG, Checkpoint
 from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
@@ -68,16 +68,17 @@ def export_checkpoint(options: ExportOptions, progress: Callable[[str], None] = 
         raise ValueError(
             f"checkpoint: {options.checkpoint} is a Hugging Face model already; write a checkpoint's folder"
         )
-    config = saved_settings(path)
+    checkpoint = Checkpoint(path)
+    config = saved_settings(checkpoint)
     if options.format == "nf4":
         _check_four_bit(config)
-    saved = open_saved(path, config, Strategy(torch.device("cpu")))
+    saved = open_saved(checkpoint, config, Strategy(torch.device("cpu")))
     parts, dtype = Parts(saved), DTYPES[options.dtype]
     hf_config = AutoConfig.from_pretrained(saved.files)
     hf_config.dtype = dtype
     with _published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
-        shutil.copy(path / CONFIG, folder / RUN_SETTINGS)
+        shutil.copy(checkpoint.documents / CONFIG, folder / RUN_SETTINGS)
         if options.format == "nf4":
             hf_config.quantization_config = _quantization(saved.design.model, dtype)
             (folder / ADAPTER).mkdir()

@@ -68,9 +68,8 @@ class Parts:
         """Parameters with their stored tensors by role, one transformer block in memory at a time."""
         for _, group in groupby(names, key=self._block):
             parts = [self.all[name] for name in group]
-            tensors = read_tensors(
-                self._saved.path, self._saved.manifest, [name for part in parts for name in part.stored.values()]
-            )
+            stored = [name for part in parts for name in part.stored.values()]
+            tensors = read_tensors(self._saved.checkpoint, stored, self._saved.design.model)
             for part in parts:
                 yield part, {role: tensors.pop(name) for role, name in part.stored.items()}
 

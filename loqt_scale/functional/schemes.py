@@ -40,6 +40,17 @@ class Scheme(Protocol):
         """Whether unpacking gives back the very float32 values."""
         ...
 
+    def floats(self, stored: Tensor) -> Tensor:
+        """The floating-point numbers among the stored bytes: what may be NaN or infinite.
+
+        Args:
+            stored: uint8 (G, bytes) scales, or the codes where the scheme has none.
+
+        Returns:
+            float32 (G, n).
+        """
+        ...
+
     def code_bytes(self, values: int) -> int:
         """Bytes of the codes of a group of `values` values."""
         ...
@@ -61,6 +72,9 @@ class Float32:
     """Values as bytes: a float tensor of frozen weights would be rounded by a mixed-precision cast."""
 
     exact = True
+
+    def floats(self, stored: Tensor) -> Tensor:
+        return stored.view(torch.float32)
 
     def code_bytes(self, values: int) -> int:
         return values * FLOAT_BYTES
@@ -87,6 +101,9 @@ class FourBit:
 
     def __init__(self, book: str, *, double: bool = False) -> None:
         self.book, self.double = book, double
+
+    def floats(self, stored: Tensor) -> Tensor:
+        return self.scale_values(stored)
 
     def code_bytes(self, values: int) -> int:
         return values // 2
@@ -121,6 +138,9 @@ class Int8:
     """Symmetric 8-bit integers; the byte holds round(127 x / scale) + 128."""
 
     exact = False
+
+    def floats(self, stored: Tensor) -> Tensor:
+        return stored.view(torch.float32)
 
     def code_bytes(self, values: int) -> int:
         return values

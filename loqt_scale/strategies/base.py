@@ -194,12 +194,8 @@ class Strategy:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
-        """This rank's work share of a tensor of `shape`, as torch.distributed.checkpoint saves and loads it."""
+        """This rank's work share of a tensor of `shape`, as torch.distributed.checkpoint saves it."""
         return piece
-
-    def from_shard(self, shard: Tensor) -> Tensor:
-        """The work share in what `as_shard` returned."""
-        return shard
 
     def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """This rank's work shares of Adam's moments; None before the first update. Every rank."""

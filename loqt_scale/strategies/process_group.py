@@ -121,11 +121,6 @@ class DistributedStrategy(Strategy):
             piece, self._host_mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    def from_shard(self, shard: Tensor) -> Tensor:
-        """The local part of a DTensor."""
-        assert isinstance(shard, DTensor)
-        return shard.to_local()
-
     def gather_objects(self, mine: Any) -> list[Any]:
         """See `Strategy.gather_objects`. Every rank."""
         return gather_objects(mine)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loqt_scale.checkpoint import Checkpoint
 from loqt_scale.cli import main
 from loqt_scale.data.tokenizers import load_tokenizer
 from loqt_scale.layers import loqt_layers
@@ -55,9 +56,9 @@ json.dump(answers, open(sys.argv[4], "w"))
 
 def logits_of(run_dir: Path) -> torch.Tensor:
     """Of the latest checkpoint as it was trained: quantized, not merged."""
-    path = next(path for path in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True))
+    checkpoint = Checkpoint(max((run_dir / "checkpoints").glob("step-*")))
     strategy = Strategy(torch.device("cpu"))
-    model = open_saved(path, saved_settings(path), strategy).load(strategy)
+    model = open_saved(checkpoint, saved_settings(checkpoint), strategy).load(strategy)
     with torch.no_grad():
         return model(input_ids=IDS).logits
 
@@ -128,9 +129,9 @@ def test_logits_are_the_trained_models(
 
 def test_weights_are_exact(run_dirs: dict[str, Path], exports: dict[str, Path]) -> None:
     """Saved by two ranks, exported by one process: bit for bit what the layer computes with."""
-    path = run_dirs["two"] / "checkpoints" / "step-00000008"
+    checkpoint = Checkpoint(run_dirs["two"] / "checkpoints" / "step-00000008")
     strategy = Strategy(torch.device("cpu"))
-    model = open_saved(path, saved_settings(path), strategy).load(strategy)
+    model = open_saved(checkpoint, saved_settings(checkpoint), strategy).load(strategy)
     written = load_file(exports["two"] / "model.safetensors")
     layers = dict(loqt_layers(model))
     assert len(layers) == 14 and {layer.side for layer in layers.values()} == {"input", "output"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale.checkpoint.files import CheckpointError, damaged_files, file_digest
+from loqt_scale.checkpoint.files import CheckpointError, ListedFiles, file_digest
 from loqt_scale.checkpoint.folder import CONFIG, CheckpointFolder
 from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 
@@ -30,7 +30,7 @@ def test_a_published_checkpoint_is_the_latest_and_reads_back(tmp_path: Path) -> 
     assert folder.latest() == path == tmp_path / "checkpoints" / "step-00000300"
     manifest = read_manifest(path)
     assert (manifest.step, manifest.tokens, manifest.eval_before) == (300, 7, 2.5)
-    assert damaged_files(path, manifest.files) == []
+    assert ListedFiles(path, manifest.files).damaged() == []
 
 
 def test_a_half_written_one_never_counts_and_is_swept_away(tmp_path: Path) -> None:
@@ -79,12 +79,12 @@ def test_every_flipped_byte_of_every_file_is_noticed(tmp_path: Path) -> None:
         whole = (path / name).read_bytes()
         for index in range(len(whole)):
             (path / name).write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
-            assert damaged_files(path, manifest.files) == [f"{name} does not have its checksum"]
+            assert ListedFiles(path, manifest.files).damaged() == [f"{name} does not have its checksum"]
         (path / name).unlink()
-        assert damaged_files(path, manifest.files) == [f"{name} is missing"]
+        assert ListedFiles(path, manifest.files).damaged() == [f"{name} is missing"]
         (path / name).write_bytes(whole)
-    assert damaged_files(path, manifest.files) == []
-    assert damaged_files(path, manifest.files, ["other"]) == ["other is missing"]
+    assert ListedFiles(path, manifest.files).damaged() == []
+    assert ListedFiles(path, manifest.files).damaged(["other"]) == ["other is missing"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""A checkpoint's tensors into a model, once everything about them has been checked.
+
+manifest    types, ranges, names                        read_manifest
+model       shapes and dtypes are this model's          check_tensors      before anything is allocated
+headers     every row is in a file once                 Checkpoint.pieces  before anything is allocated
+checksums   every byte is what was saved                verify_checkpoint  each host reads it all, its ranks in turn
+numbers     neither NaN nor infinity                    load_checkpoint    before the model is changed
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError
+from loqt_scale.checkpoint.folder import CONFIG
+from loqt_scale.checkpoint.opened import Checkpoint
+from loqt_scale.checkpoint.shards import read_rows
+from loqt_scale.checkpoint.state import expected_state, write_state
+from loqt_scale.functional.schemes import Scheme
+from loqt_scale.layers import loqt_layers
+from loqt_scale.strategies import Strategy
+
+
+def open_checkpoint(path: Path, strategy: Strategy) -> Checkpoint:
+    """Opens and verifies a checkpoint. Every rank.
+
+    Raises:
+        CheckpointError: It cannot be used; on all ranks.
+    """
+    checkpoint, text = None, ""
+    try:
+        checkpoint = Checkpoint(path)
+    except CheckpointError as error:
+        text = str(error)
+    _refuse_together(strategy, text)
+    assert checkpoint is not None
+    verify_checkpoint(checkpoint, strategy)
+    return checkpoint
+
+
+def verify_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> None:
+    """Reads all of a checkpoint's files against its manifest; ranks of one host share them out. Every rank.
+
+    Raises:
+        CheckpointError: One is damaged, missing, a link, or holds other tensors; on all ranks.
+    """
+    text = ""
+    try:
+        checkpoint.pieces  # noqa: B018 (headers first: they are short, and bound what is read)
+    except CheckpointError as error:
+        text = str(error)
+    _refuse_together(strategy, text)
+    hosts = strategy.gather_objects(_host())
+    peers = [rank for rank, host in enumerate(hosts) if host == hosts[strategy.rank]]
+    mine = list(checkpoint.files)[peers.index(strategy.rank) :: len(peers)]
+    bad = sorted({text for part in strategy.gather_objects(checkpoint.files.damaged(mine)) for text in part})
+    if bad:
+        raise checkpoint.files.error(*bad)
+    if strategy.is_main and (strays := checkpoint.unlisted()):
+        names = ", ".join(map(ascii, strays[:5]))
+        print(f"WARNING: {checkpoint.path} holds files that are not of it, and are ignored: {names}", file=sys.stderr)
+
+
+def check_tensors(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy, *, moments: bool = False) -> list[str]:
+    """The names of a checkpoint's tensors that a model takes. Every rank; the model may be on the meta device.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: The model, without its strategy's wrapper.
+        strategy: How it is spread.
+        moments: Whether Adam's moments are wanted too, if there are any.
+
+    Raises:
+        CheckpointError: It is of another model.
+    """
+    theirs = {k: v for k, v in checkpoint.manifest.tensors.items() if moments or k.startswith("model.")}
+    has_moments = any(name.startswith("moments.") for name in theirs)
+    ours = expected_state(model, strategy, moments=has_moments)
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model: {len(different)} tensors differ, the first is {name}: "
+            f"{theirs.get(name)} in the checkpoint, {ours.get(name)} in this run; write the settings of its {CONFIG}, "
+            "or --checkpoint.resume never"
+        )
+    return list(theirs)
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, strategy: Strategy) -> None:
+    """Reads a verified checkpoint into a built model and its optimizer. Every rank.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: The model, without its strategy's wrapper; it may be spread otherwise than when it was saved.
+        optimizer: Its optimizer; a fresh one will do. None reads the model only.
+        strategy: How both are spread.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model, holds a number that is not finite, or has changed since it
+            was verified: on all ranks, and nothing has been changed.
+    """
+    names = check_tensors(checkpoint, model, strategy, moments=optimizer is not None)
+    shares, text = {}, ""
+    try:
+        wanted = {name: strategy.rows(checkpoint.manifest.tensors[name][0][0]) for name in names}
+        shares = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
+        refuse_not_finite(checkpoint, shares, model)
+    except CheckpointError as error:
+        text = str(error)
+    _refuse_together(strategy, text)
+    write_state(shares, model, optimizer, strategy)
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors of a verified checkpoint, on the host, whoever wrote their rows. Local, without a process group.
+
+    Args:
+        checkpoint: The checkpoint.
+        names: Of tensors that `check_tensors` found.
+        model: The model that they are of, perhaps on the meta device.
+
+    Raises:
+        CheckpointError: One holds a number that is not finite, or the checkpoint has changed since it was verified.
+    """
+    wanted = {name: (0, checkpoint.manifest.tensors[name][0][0]) for name in names}
+    tensors = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
+    refuse_not_finite(checkpoint, tensors, model)
+    return tensors
+
+
+def refuse_not_finite(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises CheckpointError if a tensor of a model, packed or not, holds NaN or infinity."""
+    packed = _packed_numbers(model)
+    for name, tensor in tensors.items():
+        numbers = packed[name].floats(tensor) if name in packed else tensor
+        if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity; {ELSEWHERE}")
+
+
+def _packed_numbers(model: nn.Module) -> dict[str, Scheme]:
+    """Which of a model's byte tensors hold floating-point numbers, and the scheme that reads them."""
+    schemes = {}
+    for layer, module in loqt_layers(model):
+        for which, layout in (("base", module.spec.base), ("projection", module.spec.projection)):
+            part = "codes" if layout.scales_shape is None else "scales"
+            schemes[f"model.{layer}.{which}.{part}"] = layout.kind
+    return schemes
+
+
+def _refuse_together(strategy: Strategy, text: str) -> None:
+    """Raises CheckpointError on every rank if one of them has something to say. Every rank."""
+    if texts := dict.fromkeys(text for text in strategy.gather_objects(text) if text):
+        raise CheckpointError("; ".join(texts))
+
+
+def _host() -> str:
+    """The same on the ranks of one machine, containers or not."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        return socket.gethostname()
