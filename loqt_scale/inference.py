@@ -6,6 +6,7 @@ A checkpoint is used as it was trained, quantized and unmerged, so its held-out 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from loqt_scale.batching import counted_tokens
-from loqt_scale.checkpoint import Checkpoint
+from loqt_scale.checkpoint import Checkpoint, read_settings
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
-from loqt_scale.config_io import load_run_config, parse_run_config, save_run_config
+from loqt_scale.config_io import parse_run_config, save_run_config
 from loqt_scale.config_keys import ConfigError, flat_settings
-from loqt_scale.data import build_corpus
+from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.evaluation import evaluate
+from loqt_scale.hf_folder import CAREFULLY, check_folder, load_adapter, refuse_not_finite
 from loqt_scale.metrics import format_count, perplexity
 from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings, self_contained
 from loqt_scale.strategies import Strategy, create_strategy, launched_world_size, resolve_device
@@ -58,7 +60,10 @@ def evaluate_saved(location: str, argv: Sequence[str]) -> float:
             model: nn.Module = _load_folder(Path(location), device, torch.float32)
         else:
             model = open_saved(saved, config, strategy).load(strategy)
+        _check_tokens(model, corpus)
         loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
+        if not math.isfinite(loss):
+            raise ValueError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
         if strategy.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
@@ -90,7 +95,7 @@ def generate(options: GenerateOptions) -> str:
         strategy = create_strategy(config, device=device)
         saved = open_saved(checkpoint, config, strategy)
         model, files = saved.load(strategy), saved.files
-    tokenizer: Any = AutoTokenizer.from_pretrained(files)
+    tokenizer: Any = AutoTokenizer.from_pretrained(files, **CAREFULLY)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"] or [end]
     text_config = model.config.get_text_config()
@@ -122,23 +127,33 @@ def generate(options: GenerateOptions) -> str:
 def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     """A Hugging Face model in eval mode, with the adapter beside it if there is one."""
     adapter = path / ADAPTER
-    quantized = hasattr(AutoConfig.from_pretrained(path), "quantization_config")
+    hf_config = AutoConfig.from_pretrained(path, **CAREFULLY)
+    check_folder(path, hf_config)
+    quantized = hasattr(hf_config, "quantization_config")
     try:
         # a quantized model cannot be moved later; to place it at once takes one more package, accelerate
         placement = {"device_map": {"": device}} if quantized else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **placement)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **CAREFULLY, **placement)
         if adapter.is_dir():
-            model.load_adapter(str(adapter))
+            load_adapter(model, adapter)
+        refuse_not_finite(path, model)
         model = model if quantized else model.to(device)
     except ImportError as error:
         raise ConfigError(f"{path} needs more packages: {' '.join(str(error).split())}") from None
     return model.eval()
 
 
+def _check_tokens(model: Any, corpus: Corpus) -> None:
+    """Raises ValueError if the tokenizer gives ids that the model has no embedding for."""
+    greatest, known = int(corpus.eval.input_ids.max()), model.config.get_text_config().vocab_size
+    if greatest >= known:
+        raise ValueError(f"the tokenizer {corpus.tokenizer.name} gives token {greatest}, but the model knows {known}")
+
+
 def _folder_settings(path: Path) -> RunConfig:
     """The settings of the run that a folder was exported from, or the defaults; the tokenizer is the folder's."""
     known = path / RUN_SETTINGS
-    config = load_run_config(known) if known.is_file() else RunConfig(data=DataConfig(tokenizer=str(path)))
+    config = read_settings(known) if known.is_file() else RunConfig(data=DataConfig(tokenizer=str(path)))
     return self_contained(config, path)
 
 

@@ -17,7 +17,6 @@ computes all of them on every rank.
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from loqt_scale.hf_folder import CAREFULLY, indexed_files
 from loqt_scale.models import bare_copy, init_buffers, isolated_rng, skeleton, tied_names
 
 __all__ = [
@@ -252,10 +252,10 @@ class DenseWeights:
         self.shapes = {name: _row_shape(tensor.shape) for name, tensor in tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """See `WeightSource.rows`."""
+        """See `WeightSource.rows`; ValueError also for NaN or infinity."""
         shape = _check(name, self.shapes, start, stop)
         rows = self._tensors[name].detach().reshape(shape)[start:stop]
-        return rows.to("cpu", torch.float32, copy=True)
+        return _finite(name, rows.to("cpu", torch.float32, copy=True))
 
 
 class SafetensorsWeights:
@@ -280,7 +280,7 @@ class SafetensorsWeights:
         self.shapes |= {name: self.shapes[stored] for name, stored in self._stored_names.items()}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """See `WeightSource.rows`."""
+        """See `WeightSource.rows`; ValueError also for NaN or infinity."""
         shape = _check(name, self.shapes, start, stop)
         if start == stop:
             return torch.empty(0, *shape[1:])
@@ -288,7 +288,14 @@ class SafetensorsWeights:
         view = self._files[stored].get_slice(stored)
         rows = view[start:stop] if view.get_shape() else self._files[stored].get_tensor(stored).reshape(1)
         # A copy, since the slice may be a view of the mapped file, which has to stay as it is for the next reader.
-        return cast(torch.Tensor, rows).to(torch.float32, copy=True)
+        return _finite(name, cast(torch.Tensor, rows).to(torch.float32, copy=True))
+
+
+def _finite(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """The rows themselves, unless one holds NaN or infinity."""
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"model.path: {name} holds NaN or infinity; write another folder, or model.weights: random")
+    return rows
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -300,11 +307,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
             f"model.path is {str(folder)!r}, which has neither {single.name} nor {index.name}; write a folder that "
             "save_pretrained wrote, or model.weights: random"
         )
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"model.path is {str(folder)!r}: its index names {file.name}, which is not there")
-    return files
+    return indexed_files(index)
 
 
 def pretrained_weights(folder: str | Path, model: nn.Module) -> WeightSource:
@@ -365,7 +368,9 @@ def _match_names(model: nn.Module, stored: Mapping[str, Any]) -> tuple[dict[str,
 
 def _load_whole(folder: str | Path) -> DenseWeights:
     """Everything that transformers' own loader makes of a folder, under the model's names; tied names included."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, weights_only=True, **CAREFULLY
+    )
     if info["missing_keys"]:
         raise ValueError(
             f"model.path: the folder's weights lack {sorted(info['missing_keys'])[:3]}; write the folder of a complete "

@@ -19,7 +19,7 @@ from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, locate_checkpoint
 from loqt_scale.checkpoint.load import check_tensors, load_checkpoint, open_checkpoint, read_tensors, verify_checkpoint
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
-from loqt_scale.checkpoint.opened import Checkpoint
+from loqt_scale.checkpoint.opened import Checkpoint, read_settings
 from loqt_scale.checkpoint.resume import find_resume
 from loqt_scale.checkpoint.saver import CheckpointSaver
 
@@ -39,6 +39,7 @@ __all__ = [
     "locate_checkpoint",
     "open_checkpoint",
     "read_manifest",
+    "read_settings",
     "read_tensors",
     "verify_checkpoint",
 ]

@@ -72,15 +72,13 @@ class Checkpoint:
         Raises:
             CheckpointError: There are none, or they cannot be read.
         """
-        copy, original = self.documents / CONFIG, str(self.path / CONFIG)
+        if CONFIG not in self.files:
+            raise CheckpointError(f"{self.path} has no {CONFIG}; {ELSEWHERE}")
         try:
-            _refuse_nesting(copy.read_bytes())
-            return load_run_config(copy)
-        except (ConfigError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).replace(str(copy), CONFIG).split())
-            raise CheckpointError(f"{original} cannot be read: {reason}; {ELSEWHERE}") from None
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} has no {CONFIG}; {ELSEWHERE}") from None
+            return read_settings(self.documents / CONFIG)
+        except ConfigError as error:
+            reason = str(error).replace(str(self.documents / CONFIG), CONFIG)
+            raise CheckpointError(f"{self.path / CONFIG} cannot be read: {reason}; {ELSEWHERE}") from None
 
     def position(self) -> Any:
         """Where the run's data went on, plain data that the data set has to check; None if it needs nothing.
@@ -101,12 +99,21 @@ class Checkpoint:
         return [name for name in self.files.unlisted() if name != MANIFEST]
 
 
-def _refuse_nesting(text: bytes) -> None:
-    """Raises ConfigError for YAML that unfolds: what this program writes has no aliases and little depth."""
-    depth = 0
+def read_settings(path: Path) -> RunConfig:
+    """A run's settings in a file that may be a stranger's.
+
+    Raises:
+        ConfigError: As `load_run_config`; or the file is too large, or YAML that unfolds: what runs write has no
+            aliases and little depth.
+    """
+    text, depth = path.read_bytes(), 0
     if len(text) > _LONGEST:
-        raise ConfigError(f"it is larger than {_LONGEST >> 20} MiB")
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
-            raise ConfigError("it holds aliases, or brackets too deep; no run writes such settings")
+        raise ConfigError(f"{path} is larger than {_LONGEST >> 20} MiB")
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                raise ConfigError(f"{path} holds aliases, or brackets too deep; no run writes such settings")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return load_run_config(path)

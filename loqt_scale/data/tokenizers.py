@@ -155,7 +155,9 @@ def load_tokenizer(name: str, *, label: str | None = None) -> Tokenizer:
     from transformers import AutoTokenizer  # takes seconds to import, which the byte tokenizer need not pay
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        loaded = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else name, trust_remote_code=False, local_files_only=folder.is_dir()
+        )
     except Exception as error:  # OSError, ValueError, KeyError, ... depending on what is missing
         raise ValueError(f"AutoTokenizer cannot load {name} ({_first_line(error)}); {advice}") from error
     return HuggingFaceTokenizer(loaded, label or name)

@@ -26,6 +26,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
 from loqt_scale.export.parts import Parts
 from loqt_scale.functional.schemes import SCHEMES, FourBit
+from loqt_scale.hf_folder import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
 from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
 from loqt_scale.strategies import DTYPES, Strategy
 
@@ -74,15 +75,19 @@ def export_checkpoint(options: ExportOptions, progress: Callable[[str], None] = 
         _check_four_bit(config)
     saved = open_saved(checkpoint, config, Strategy(torch.device("cpu")))
     parts, dtype = Parts(saved), DTYPES[options.dtype]
-    hf_config = AutoConfig.from_pretrained(saved.files)
+    hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = dtype
+    vars(hf_config).pop("auto_map", None)
     with _published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
+        _drop_code(folder)
         shutil.copy(checkpoint.documents / CONFIG, folder / RUN_SETTINGS)
         if options.format == "nf4":
             hf_config.quantization_config = _quantization(saved.design.model, dtype)
             (folder / ADAPTER).mkdir()
-            write_tensors(folder / ADAPTER, "adapter_model", parts, Adapter(dtype), None, progress)
+            write_tensors(
+                folder / ADAPTER, ADAPTER_WEIGHTS.removesuffix(".safetensors"), parts, Adapter(dtype), None, progress
+            )
             _write_adapter_config(folder / ADAPTER, parts, config)
         files, size = write_tensors(
             folder,
@@ -121,12 +126,19 @@ def write_tensors(
         tensors: Tensors = {}
         for part, stored in parts.read(parameters):
             tensors |= {key: tensor for key, tensor in form.write(part, stored).items() if key in wanted}
+        _refuse_not_finite(tensors)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         progress(f"wrote {file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 2**20:.1f} MiB")
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return len(plan.filename_to_tensors), size
+
+
+def _refuse_not_finite(tensors: Tensors) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} is too large for {tensor.dtype}, though the checkpoint's own numbers are finite")
 
 
 @contextmanager
@@ -144,6 +156,14 @@ def _published(out: Path) -> Iterator[Path]:
         raise
 
 
+def _drop_code(folder: Path) -> None:
+    """Files that were checked may still name code for whoever lets transformers run it; an export names none."""
+    for path in folder.glob("*.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and tree.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_configs(folder: Path, hf_config: PreTrainedConfig) -> None:
     hf_config.save_pretrained(folder)
     GenerationConfig.from_model_config(hf_config).save_pretrained(folder)
@@ -158,18 +178,12 @@ def _quantization(model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _write_adapter_config(folder: Path, parts: Parts, config: RunConfig) -> None:
     rank = config.loqt.rank
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "..",
-        "r": rank,
-        "lora_alpha": rank,  # the scale s is in lora_B
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": [part.layer for part in parts.all.values() if part.spec is not None],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    settings = AdapterSettings(
+        r=rank,
+        lora_alpha=rank,  # the scale s is in lora_B
+        target_modules=[part.layer for part in parts.all.values() if part.spec is not None],
+    )
+    (folder / ADAPTER_SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
 
 
 def _check_four_bit(config: RunConfig) -> None:

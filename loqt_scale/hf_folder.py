@@ -1,0 +1,114 @@
+"""A folder of a Hugging Face model as data from a stranger: what is looked at before and after transformers reads it.
+
+The folder is one that a person names, so links are followed: in the hub's own cache every file is one. But nothing in
+it may name files elsewhere, bring code along, or fill a model with numbers that are none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedConfig
+
+# what transformers is told wherever it could run code, ask for leave to, or look elsewhere
+CAREFULLY = {"trust_remote_code": False, "local_files_only": True}
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_PlainName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*\.safetensors\z", max_length=256)]
+_LayerName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*\z", max_length=512)]
+
+
+class _Index(BaseModel):
+    """A `*.safetensors.index.json`: which file of the folder holds which tensor."""
+
+    weight_map: dict[str, _PlainName]
+
+
+class AdapterSettings(BaseModel):
+    """The adapter_config.json of an export: the part of PEFT's LoRA that is written here, and all that is read.
+
+    Args:
+        r: The rank.
+        lora_alpha: Scale times rank.
+        target_modules: Names of the layers.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    base_model_name_or_path: Literal[".."] = ".."
+    r: Annotated[int, Field(ge=1, lt=2**20)]
+    lora_alpha: Annotated[int, Field(ge=1, lt=2**20)]
+    lora_dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
+    bias: Literal["none"] = "none"
+    inference_mode: Literal[True] = True
+    target_modules: Annotated[list[_LayerName], Field(max_length=2**20)]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, all of its own folder.
+
+    Raises:
+        ValueError: It is no index, or names a file elsewhere.
+        FileNotFoundError: A file is not there.
+    """
+    try:
+        names = _Index.model_validate_json(index.read_bytes()).weight_map.values()
+    except ValidationError as error:
+        raise ValueError(f"{index} is no index of safetensors files beside it ({one_line(error)})") from None
+    files = [index.parent / name for name in sorted(set(names))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} names {file.name}, which is not there")
+    return files
+
+
+def check_folder(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ValueError if a folder names files elsewhere, or code; `config` is what its config.json says."""
+    for index in folder.glob("*.safetensors.index.json"):
+        indexed_files(index)
+    for kind in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, kind, None)):  # kernels of the hub, which are code
+            raise ValueError(f"{folder}: its config.json asks for code, {getattr(config, kind)!r}; remove that")
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Gives a model the adapter of an export. transformers' own way would read pickles too, and any class's settings.
+
+    Raises:
+        ValueError: It is no adapter as `loqt-scale export` writes them, or not this model's.
+        ImportError: peft is not installed.
+    """
+    try:
+        settings = AdapterSettings.model_validate_json((folder / ADAPTER_SETTINGS).read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{folder / ADAPTER_SETTINGS} is none that loqt-scale wrote ({one_line(error)})") from None
+    from peft import LoraConfig
+
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    lora = LoraConfig(**settings.model_dump())
+    found = model.load_adapter(peft_config=lora, adapter_state_dict=tensors)
+    if lacking := sorted([*getattr(found, "missing_keys", ()), *getattr(found, "unexpected_keys", ())]):
+        raise ValueError(f"{folder} is of another model: {len(lacking)} tensors differ, the first is {lacking[0]}")
+
+
+def refuse_not_finite(folder: Path, model: nn.Module) -> None:
+    """Raises ValueError if a parameter of a loaded model, or a 4-bit one's scales, holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+        for numbers in (parameter, scales):
+            if numbers is not None and numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+                raise ValueError(f"{folder}: {name} holds NaN or infinity; write another folder")
+
+
+def one_line(error: ValidationError) -> str:
+    """The first mistake that a schema found."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(ascii(part)[:60] if isinstance(part, str) else str(part) for part in first["loc"])
+    return f"{place or 'as a whole'}: {first['msg']}"
