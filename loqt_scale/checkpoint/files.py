@@ -7,6 +7,7 @@ time of the last change) is refused. No torch here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -16,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-ELSEWHERE = "write --checkpoint.resume PATH with another checkpoint, or --checkpoint.resume never"
+ELSEWHERE = "write another checkpoint's folder (a run: --checkpoint.resume PATH, or never to start anew)"
 _GREATEST_DOCUMENT = 2**28  # bytes of a file that is read at once; a tokenizer's are the largest
 
 
@@ -149,7 +150,7 @@ def _open_inside(folder: Path, name: str) -> BufferedReader:
         # not blocking: a named pipe would wait for somebody who writes
         where = _moved(where, os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=where))
         if not stat.S_ISREG(os.fstat(where).st_mode):
-            raise OSError("no regular file")
+            raise OSError("it is no regular file")
         return os.fdopen(os.dup(where), "rb")
     finally:
         os.close(where)
@@ -163,7 +164,9 @@ def _moved(old: int, new: int) -> int:
 def _what_is_wrong(name: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{name} is missing"
-    return f"{name} cannot be read without following links ({error.strerror or error})"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+        return f"{name} is or lies behind a link, which is never followed"
+    return f"{name} cannot be read ({error.strerror or error})"
 
 
 def file_digest(path: Path) -> str:

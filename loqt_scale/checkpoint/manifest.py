@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         return _checked(_read(folder), folder)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except OSError as error:
+    except OSError as error:  # a link, too
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error.strerror or error}); {ELSEWHERE}") from None
     except ValidationError as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged ({_first_mistake(error)}); {ELSEWHERE}") from None

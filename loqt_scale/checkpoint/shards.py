@@ -99,7 +99,7 @@ def _open_shard(files: ListedFiles, name: str) -> Iterator[Any]:
         with files.open(name) as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as shard:
             yield shard
     except SafetensorError as error:
-        raise files.error(f"{name} is no safetensors file ({error})") from None
+        raise files.error(f"{name} is no safetensors file ({ascii(str(error))[1:-1]})") from None
 
 
 def _pieces_of(files: ListedFiles, shard: Any, file: str, manifest: Manifest) -> Iterator[tuple[str, Piece]]:
@@ -110,7 +110,7 @@ def _pieces_of(files: ListedFiles, shard: Any, file: str, manifest: Manifest) ->
         start, *others = offsets.get(name) or [0] * len(shape) or [0]
         if known is None or (shape[1:], len(shape), dtype) != (known[0][1:], len(known[0]), known[1]) or any(others):
             raise files.error(
-                f"{file} holds {shape} {dtype} as {name}, of which its manifest says {known or 'nothing'}"
+                f"{file} holds {shape} {dtype} as {ascii(name)}, of which its manifest says {known or 'nothing'}"
             )
         if shape[0]:
             yield name, Piece(start, start + shape[0], file)
