@@ -65,7 +65,7 @@ def indexed_files(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which is not there")
+            raise FileNotFoundError(f"{index.parent}: its index names {file.name}, which is not there")
     return files
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import find_resume, open_checkpoint
+from loqt_scale.checkpoint import check_tensors, find_resume, open_checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config, save_run_config
 from loqt_scale.data import build_corpus
@@ -47,6 +47,8 @@ def train(config: RunConfig) -> dict[str, float]:
         checkpoint = None if resume is None else open_checkpoint(resume, strategy)
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+        if checkpoint is not None:
+            check_tensors(checkpoint, design.model, Strategy(device), moments=True)
         # only now, when the settings have proved to fit, is an older run in this folder moved aside
         if strategy.is_main:
             run_dir = Path(config.train.run_dir)

@@ -110,7 +110,7 @@ def _pieces_of(files: ListedFiles, shard: Any, file: str, manifest: Manifest) ->
         start, *others = offsets.get(name) or [0] * len(shape) or [0]
         if known is None or (shape[1:], len(shape), dtype) != (known[0][1:], len(known[0]), known[1]) or any(others):
             raise files.error(
-                f"{file} holds {shape} {dtype} as {ascii(name)}, of which its manifest says {known or 'nothing'}"
+                f"{file} holds {shape} {dtype} as {name!a}, of which its manifest says {known or 'nothing'}"
             )
         if shape[0]:
             yield name, Piece(start, start + shape[0], file)

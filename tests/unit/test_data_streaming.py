@@ -157,3 +157,14 @@ def test_a_closed_stream_says_so() -> None:
     made.close()
     with pytest.raises(ValueError, match="was closed"):
         made.sequences(1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [None, [], 7, "x", {"epoch": "1"}, {"epoch": -1}, {"texts": 2**60}, {"rest": [-1]}, {"other": 1}, {"windows": 7}],
+)
+def test_a_position_that_is_none_is_refused(position: object) -> None:
+    """It may come from a stranger's checkpoint: nor can seven sequences have been read in two steps of three."""
+    made = stream(3)
+    with pytest.raises(ValueError, match=r"is no place of a stream|7 sequences were not read in 2 steps of 3"):
+        made.seek(2, position)  # type: ignore[arg-type]

@@ -286,3 +286,20 @@ def test_missing_files_and_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"its index names model-00001-of-00002"):
         pretrained_weights(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 3])
+def test_an_index_names_files_beside_it_only(tmp_path: Path, name: object) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ValueError, match="is no index of safetensors files beside it"):
+        pretrained_weights(tmp_path, LLAMA)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(family_config("llama"))
+    model.model.norm.weight.data[1] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity"):
+        pretrained_weights(tmp_path, LLAMA).rows("model.norm.weight", 0, 2)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or infinity"):
+        DenseWeights(dict(model.named_parameters())).rows("model.norm.weight", 0, 2)
