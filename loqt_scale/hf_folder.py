@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 # what transformers is told wherever it could run code, ask for leave to, or look elsewhere
@@ -92,6 +92,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     from peft import LoraConfig
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
+    _refuse(folder, [name for name, tensor in tensors.items() if not _is_finite(tensor)])
     lora = LoraConfig(**settings.model_dump())
     found = model.load_adapter(peft_config=lora, adapter_state_dict=tensors)
     if lacking := sorted([*getattr(found, "missing_keys", ()), *getattr(found, "unexpected_keys", ())]):
@@ -100,11 +101,17 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 def refuse_not_finite(folder: Path, model: nn.Module) -> None:
     """Raises ValueError if a parameter of a loaded model, or a 4-bit one's scales, holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
-        for numbers in (parameter, scales):
-            if numbers is not None and numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
-                raise ValueError(f"{folder}: {name} holds NaN or infinity; write another folder")
+    _refuse(folder, [name for name, parameter in model.named_parameters() if not _is_finite(parameter)])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    numbers = getattr(getattr(tensor, "quant_state", None), "absmax", tensor)
+    return not numbers.is_floating_point() or bool(torch.isfinite(numbers).all())
+
+
+def _refuse(folder: Path, names: list[str]) -> None:
+    if names:
+        raise ValueError(f"{folder}: {names[0]} holds NaN or infinity; write another folder")
 
 
 def one_line(error: ValidationError) -> str:

@@ -134,9 +134,9 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> 
         # a quantized model cannot be moved later; to place it at once takes one more package, accelerate
         placement = {"device_map": {"": device}} if quantized else {}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **CAREFULLY, **placement)
+        refuse_not_finite(path, model)
         if adapter.is_dir():
             load_adapter(model, adapter)
-        refuse_not_finite(path, model)
         model = model if quantized else model.to(device)
     except ImportError as error:
         raise ConfigError(f"{path} needs more packages: {' '.join(str(error).split())}") from None
