@@ -52,6 +52,17 @@ def evaluate_checkpoint(path: str) -> float:
     return evaluate_saved(path, [])
 
 
+def refused_checkpoint(path: str) -> str:
+    """What this rank is told of a checkpoint that is not to be loaded; nothing if it was."""
+    from loqt_scale.checkpoint import CheckpointError
+
+    try:
+        evaluate_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def disagreeing_run(about: str, **settings: Any) -> str:
     """A run on whose step 6 rank 1 is a step ahead, or skips the merge that rank 0 is about to begin; what ended it."""
     try:

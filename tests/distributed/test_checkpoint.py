@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.test_equivalence import ODD, strategy_settings
+from tests.unit.test_foreign_checkpoint import edit_tensors
 
 AT = 20  # between two merges (after steps 13 and 26)
 MERGE = 13  # right after a merge
@@ -257,3 +263,25 @@ def test_a_streamed_data_set_goes_on_where_it_was(saved: SavedRuns, tmp_path: Pa
     assert json.loads((checkpoint / "data.json").read_text())["windows"] == 56
     resumed = saved.run(1, "single", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
     assert resumed == {step: loss for step, loss in unbroken.items() if step > 7}
+
+
+def spoil_last_row(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.lm_head.weight"][-1, -1] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda path, shard: edit_tensors(path, spoil_last_row, shard), "model.lm_head.weight holds NaN or infinity"),
+        (lambda path, shard: (path / shard).rename(path / "other"), "shard-00002-model-00001-of-00001.* is missing"),
+        (lambda path, shard: os.truncate(path / shard, 1000), "shard-00002-model-00001-of-00001.* has 1000 bytes"),
+    ],
+)
+def test_what_one_rank_finds_ends_all(
+    saved: SavedRuns, ranks: RankPool, tmp_path: Path, edit: Callable[[Path, str], object], message: str
+) -> None:
+    """The NaN lies in rows that the second rank alone reads."""
+    path = Path(shutil.copytree(saved.checkpoint(2, "fsdp"), tmp_path / f"step-{AT:08d}"))
+    edit(path, "shard-00002-model-00001-of-00001.safetensors")
+    texts = ranks.run(2, "tests.distributed.tasks:refused_checkpoint", path=str(path))
+    assert texts[0] == texts[1] and re.search(message, texts[0]) and "\n" not in texts[0]

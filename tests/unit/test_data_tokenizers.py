@@ -118,7 +118,7 @@ def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **options: object) -> None:
         raise OSError("no connection\nand a long explanation")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)

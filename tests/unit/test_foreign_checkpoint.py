@@ -112,13 +112,13 @@ def forge(path: Path, edit: Callable[[dict[str, Any]], object] = lambda tree: No
     (path / "manifest.json").write_text(json.dumps(tree | {"sha256": digest}))
 
 
-def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Edits the tensors of the shard, checksums right."""
-    with safe_open(path / SHARD, "pt") as file:
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object], shard: str = SHARD) -> None:
+    """Edits the tensors of a shard, checksums right."""
+    with safe_open(path / shard, "pt") as file:
         metadata = file.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(path / SHARD).items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / shard).items()}
     edit(tensors)
-    save_file(tensors, path / SHARD, metadata=metadata)
+    save_file(tensors, path / shard, metadata=metadata)
     forge(path)
 
 
@@ -270,6 +270,12 @@ def test_a_shard_that_holds_other_tensors(
 ) -> None:
     edit_tensors(copy, edit)
     with pytest.raises(CheckpointError, match=message):
+        load(copy)
+
+
+def test_a_manifest_without_end_is_not_read(copy: Path) -> None:
+    os.truncate(copy / "manifest.json", 2**40)  # sparse: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="larger than 64 MiB"):
         load(copy)
 
 
