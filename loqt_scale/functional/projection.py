@@ -14,6 +14,14 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
   section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not
   needed: at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
   The last `VALIDATION_COLUMNS` of Omega do not enter P: they estimate, without bias, how much energy P keeps.
+
+*P is a stable function of its input*: rounding does not choose it. A gradient may hold fewer than r directions above
+rounding (a batch of fewer than r different tokens does), and singular vectors know no sign. Therefore
+
+* every matrix M gets a **background**: P is of [M, c ||M||_F D], with seeded directions D and c a little above rounding.
+  Where the gradient is stronger, the background moves nothing; where it holds nothing, P's columns come from D,
+  orthogonal to the gradient's own, instead of from rounding. There is no threshold that a value could cross.
+* every column gets the **sign** that makes its inner product with one fixed dense direction positive (`_signed`).
 """
 
 from __future__ import annotations
@@ -21,9 +29,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loqt_scale.functional.seeding import stable_seed
+
 VALIDATION_COLUMNS = 8
 SEARCH_COLUMNS = 16  # beyond r, in the subspace iteration on a sketch: its last columns converge last
 SKETCH_ITERATIONS = 2
+# Strength of the background's directions, of the whole gradient's. Sums in float32 leave errors of 1e-7 of it, which
+# turn a direction of 1e-4 by a hundredth of the distance to its neighbours; what is weaker has no place of its own.
+# (bfloat16 rounds at 6e-4: there rounding has a say in the last columns all the same.)
+BACKGROUND = 1e-4
 
 
 def sketch_width(rank: int, out_features: int, in_features: int, oversampling: float) -> int:
@@ -44,41 +58,63 @@ def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -
     return omega
 
 
-def sketch_basis(sketch_FL: Tensor, rank: int) -> Tensor:
+def background(features: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
+    """D, (features, rank) float32: directions of about unit length that P takes where a gradient has none of its own.
+
+    Args:
+        features: F.
+        rank: r: as many as P has columns, so that even a gradient of zeros gives a basis.
+        seed: Of the run and merge: other directions each time, the same ones on every rank.
+        device: Where they are made.
+    """
+    generator = torch.Generator(device=device).manual_seed(stable_seed("background", seed))
+    return torch.randn(features, rank, generator=generator, device=device) / features**0.5
+
+
+def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     """P from a sketch Z of one gradient, or of several at once.
 
     Args:
         sketch_FL: Z, float32, its last `VALIDATION_COLUMNS` columns unused here; (..., F, l).
         rank: r, at most l.
+        seed: Of the background.
 
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
     used = _normalized(sketch_FL[..., :-VALIDATION_COLUMNS].float())
     width = min(*used.shape[-2:], rank + SEARCH_COLUMNS)
-    return leading_vectors(used, rank, start_FK=used[..., :width], iterations=SKETCH_ITERATIONS)
+    back = _background_of(used, rank, seed=seed)
+    return leading_vectors(used, back, rank, start_FK=used[..., :width], iterations=SKETCH_ITERATIONS)
 
 
-def leading_vectors(matrix_FC: Tensor, rank: int, *, start_FK: Tensor, iterations: int) -> Tensor:
-    """The leading left singular vectors by subspace iteration and a Rayleigh-Ritz step (Halko et al., section 4.5).
+def leading_vectors(
+    matrix_FC: Tensor, background_FR: Tensor, rank: int, *, start_FK: Tensor, iterations: int
+) -> Tensor:
+    """The leading left singular vectors of a matrix on its background, [M, background].
 
-    In float32 it is a quarter of the work of an SVD that throws most of its vectors away, and it rounds better: every
-    pass is re-orthonormalised and the small eigenproblem is solved in float64, so that even columns whose singular
-    values are 1e-5 of the largest survive a rounding of the input (LAPACK's float32 SVD loses them).
+    By subspace iteration and a Rayleigh-Ritz step (Halko et al., section 4.5). In float32 it is a quarter of the work
+    of an SVD that throws most of its vectors away, and it rounds better: every pass is re-orthonormalised and the small
+    eigenproblem is solved in float64, so that even columns whose singular values are 1e-5 of the largest survive a
+    rounding of the input (LAPACK's float32 SVD loses them).
 
     Args:
         matrix_FC: The matrix, or several: (..., F, C).
+        background_FR: What stands beside each, (..., F, r).
         rank: r, at most K.
-        start_FK: Where the iteration starts: K columns that span about the wanted space.
+        start_FK: Where the iteration starts: K columns that span about the wanted space of M.
         iterations: Passes over the matrix and back.
 
     Returns:
         (..., F, r) orthonormal columns, float32, in the order of their singular values.
     """
-    q_FK, _ = torch.linalg.qr(start_FK)
+    start = start_FK.clone()
+    start[..., :rank] += background_FR
+    q_FK, _ = torch.linalg.qr(start)
     for _ in range(iterations):
-        q_FK, _ = torch.linalg.qr(matrix_FC @ (matrix_FC.mT @ q_FK))
-    images = (matrix_FC.mT @ q_FK).double()
+        product = matrix_FC @ (matrix_FC.mT @ q_FK)
+        q_FK, _ = torch.linalg.qr(product.add_(background_FR @ (background_FR.mT @ q_FK)))
+    images = torch.cat([matrix_FC.mT @ q_FK, background_FR.mT @ q_FK], -2).double()
     _, vectors = torch.linalg.eigh(images.mT @ images)  # ascending
     return _signed(q_FK @ vectors.flip(-1)[..., :rank].to(q_FK.dtype))
 
@@ -94,31 +130,59 @@ def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
     return kept / whole.clamp_min(1e-30)
 
 
-def svd_basis(gradient_OI: Tensor, rank: int, side: str) -> Tensor:
-    """P from an exact SVD of the dense gradient, float32."""
-    left, _, right = torch.linalg.svd(_normalized(gradient_OI.double()), full_matrices=False)
-    return _signed((right[:rank].T if side == "input" else left[:, :rank]).float())
+def svd_basis(gradient_OI: Tensor, rank: int, side: str, *, seed: int = 0) -> Tensor:
+    """P from an exact SVD of the dense gradient on its background (that of `seed`), float32."""
+    matrix = _normalized((gradient_OI if side == "output" else gradient_OI.T).double())  # we want its left vectors
+    back = _background_of(matrix, rank, seed=seed)
+    return _signed(torch.linalg.svd(torch.cat([matrix, back], -1), full_matrices=False)[0][:, :rank].float())
 
 
 def randomized_basis(
-    gradient_OI: Tensor, rank: int, side: str, *, oversampling: float, power_iterations: int, seed: int
+    gradient_OI: Tensor,
+    rank: int,
+    side: str,
+    *,
+    oversampling: float,
+    power_iterations: int,
+    seed: int,
 ) -> Tensor:
     """P from a randomized SVD of the dense gradient with `power_iterations` re-orthonormalised passes, float32."""
-    matrix = _normalized(gradient_OI.float() if side == "output" else gradient_OI.float().T)  # we want its left vectors
+    matrix = _normalized((gradient_OI if side == "output" else gradient_OI.T).float())
     width = min(*matrix.shape, max(rank, round((1.0 + oversampling) * rank)))
     generator = torch.Generator(device=matrix.device).manual_seed(seed)
     omega = torch.randn(matrix.shape[1], width, generator=generator, device=matrix.device)
-    return leading_vectors(matrix, rank, start_FK=matrix @ omega, iterations=power_iterations)
+    back = _background_of(matrix, rank, seed=seed)
+    return leading_vectors(matrix, back, rank, start_FK=matrix @ omega, iterations=power_iterations)
+
+
+def _background_of(matrix_FC: Tensor, rank: int, *, seed: int) -> Tensor:
+    """c ||M||_F D of each matrix, (..., F, r); of a matrix of zeros D itself."""
+    directions = background(matrix_FC.shape[-2], rank, seed=seed, device=matrix_FC.device)
+    norm = torch.linalg.matrix_norm(matrix_FC, keepdim=True)
+    return torch.where(norm > 0, BACKGROUND * norm, 1.0) * directions
+
+
+def sign_direction(features: int, device: torch.device) -> Tensor:
+    """The direction that P's columns have a positive inner product with, (features, 1) float32: always the same.
+
+    So columns keep their signs from merge to merge. Its entries are at least 1 in size: columns of few entries have a
+    clear sign, too.
+    """
+    generator = torch.Generator(device=device).manual_seed(features)
+    normal = torch.randn(features, 1, generator=generator, device=device)
+    return normal + normal.sign()
 
 
 def _signed(basis_FR: Tensor) -> Tensor:
-    """Each column with the sign that makes its largest entry positive.
+    """Each column with the sign that makes its inner product with `sign_direction` positive.
 
     A singular vector's sign is arbitrary, and NF4 is not symmetric about zero: without a rule, rounding errors of 1e-7
-    in a gradient could flip a column and with it the whole quantized P.
+    in a gradient could flip a column and with it the whole quantized P. Every rule has a border at which it turns; of
+    all sets that halve a sphere those with the smallest border are halves cut by a plane, as here. (A column turned by
+    an angle t of small size changes sign with probability t / pi on average over directions.)
     """
-    largest = basis_FR.gather(-2, basis_FR.abs().argmax(-2, keepdim=True))
-    return (basis_FR * torch.where(largest < 0, -1.0, 1.0)).contiguous()
+    product = (basis_FR * sign_direction(basis_FR.shape[-2], basis_FR.device)).sum(-2, keepdim=True)
+    return (basis_FR * torch.where(product < 0, -1.0, 1.0)).contiguous()
 
 
 def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:

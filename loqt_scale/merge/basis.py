@@ -53,7 +53,7 @@ def find_bases(
         layers: All layers by name.
         collected: What the probes of some of them have collected, float32; the buffers are consumed.
         config: How P is found.
-        seed: Of the run and step, for `randomized`.
+        seed: Of the run and step: of what P is filled up with, and of `randomized`.
     """
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, gradient in collected.items():
@@ -63,7 +63,7 @@ def find_bases(
         finite = [collected[name].isfinite().all() for name in names]
         gradients = [collected[name].nan_to_num_(0.0, 0.0, 0.0) for name in names]
         if config.method == "sketch":
-            bases, energies = _from_sketches(gradients, layers[names[0]].rank)
+            bases, energies = _from_sketches(gradients, layers[names[0]].rank, seed)
         else:
             pairs = [
                 _from_dense(layers[name], gradient, config, stable_seed("randomized", seed, name))
@@ -76,17 +76,17 @@ def find_bases(
     return found
 
 
-def _from_sketches(sketches: list[Tensor], rank: int) -> tuple[list[Tensor], list[Tensor]]:
+def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """(P, kept energy) of sketches of one shape."""
     stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
-    bases = sketch_basis(stacked, rank)
+    bases = sketch_basis(stacked, rank, seed=seed)
     return list(bases), list(sketched_energy(stacked, bases))
 
 
 def _from_dense(layer: LoQTLinear, gradient: Tensor, config: SubspaceConfig, seed: int) -> tuple[Tensor, Tensor]:
     """(P (F, r) float32, share of gradient energy it keeps) by the methods that need the whole gradient."""
     if config.method == "svd":
-        basis = svd_basis(gradient, layer.rank, layer.side)
+        basis = svd_basis(gradient, layer.rank, layer.side, seed=seed)
     else:
         basis = randomized_basis(
             gradient,

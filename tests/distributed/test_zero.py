@@ -72,12 +72,17 @@ INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "loqt.m
 def test_moments_in_8_bits_go_through_merges(ranks: RankPool, common: dict[str, Any], stage: int, policy: str) -> None:
     """As with one process, but for blocks that are cut; fragments are all of each parameter, each value once.
 
-    The model's blocks are of 32 values: codes and scales are 9/32 of float32's bytes.
+    The model's blocks are of 32 values: codes and scales are 9/32 of float32's bytes. Moments rounded otherwise move
+    gradients by 1e-2 and columns of P by as much, of which a few may then cross the border where signs turn
+    (test_projection says how few): B's columns count in P's signs.
     """
     task, settings = "tests.distributed.zero_tasks:moments_after_merge", {**common, **INT8}
     settings["loqt.merge.optimizer_state"] = policy
-    expected = ranks.run(1, task, **settings)[0]["moments"]
+    alone = ranks.run(1, task, **settings)[0]
+    expected = alone["moments"]
     results = ranks.run(2, task, **settings, **zero(stage))
+    signs = {name: (basis * results[0]["bases"][name]).sum(0).sign() for name, basis in alone["bases"].items()}
+    assert float((torch.cat(list(signs.values())) < 0).float().mean()) < 0.03
     for result in results:
         assert result["held"]["adam"] < 0.3 * 2 * result["held"]["masters"]
     for name, moments in expected.items():
@@ -86,6 +91,8 @@ def test_moments_in_8_bits_go_through_merges(ranks: RankPool, common: dict[str, 
             mine, theirs = (result["moments"][name][i] for result in results)
             assert torch.equal(mine, theirs)
             assert bool(moment.any()) == (policy != "reset" or not factor)
+            if factor and i == 0:
+                moment = moment * signs[name]
             assert float((mine - moment).abs().sum()) <= 0.02 * float(moment.abs().sum()), name
         places = [result["fragments"][name] for result in results if name in result["fragments"]]
         assert places[0][0] == 0 and sum(values for _, values, _ in places) == places[0][2]

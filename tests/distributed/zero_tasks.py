@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loqt_scale.functional.quantization import unpack
 from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies.zero import ZeroStrategy
 from loqt_scale.strategies.zero_flat import master_fragments, masters
@@ -62,6 +63,7 @@ def moments_after_merge(**settings: Any) -> dict[str, Any]:
 
     Returns:
         moments: (first, second), whole, by name of what trains.
+        bases: P, whole, by name of its factor.
         fragments: Under ZeRO (first value, values, all values of the parameter) of what this rank's masters hold.
         held: `kinds_held`.
     """
@@ -78,9 +80,23 @@ def moments_after_merge(**settings: Any) -> dict[str, Any]:
                 rows = getattr(parameter, "ds_shape", parameter.shape)[0]
                 ranges = [strategy.rows(rows, rank) for rank in range(strategy.world_size)]
                 found[name] = tuple(strategy.gather_pieces(share, ranges).clone() for share in shares)
-        return {"moments": found, "fragments": fragments_of(trainer), "held": kinds_held(trainer)}
+        seen = {"moments": found, "fragments": fragments_of(trainer), "held": kinds_held(trainer)}
+        return seen | {"bases": whole_bases(trainer)}
     finally:
         strategy.close()
+
+
+def whole_bases(trainer: Trainer) -> dict[str, Tensor]:
+    """P of each layer, whole and unpacked, by name of its factor. Every rank."""
+    strategy, bases = trainer.strategy, {}
+    for name, layer in loqt_layers(trainer.built.model):
+        projection = layer.projection
+        with strategy.editing(layer.merged_parameters()):
+            codes, *scales = strategy.gather_together(
+                [t for t in (projection.codes, projection.scales) if t is not None]
+            )
+            bases[f"{name}.factor"] = unpack(codes, scales[0], layer.spec.projection, torch.float32).clone()
+    return bases
 
 
 def fragments_of(trainer: Trainer) -> dict[str, tuple[int, int, int]]:

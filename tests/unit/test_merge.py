@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, SubspaceConfig, convert_to_loqt
+from loqt_scale.functional.projection import sign_direction
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.layers import LoQTLinear, loqt_layers
 
@@ -135,8 +136,8 @@ def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tup
     """The paper's merge of one dense merged weight, straight from its description: (P, dequantized W, B), float64."""
     left, _, right = torch.linalg.svd(gradient.double())
     exact = right[:RANK].T if side == "input" else left[:, :RANK]
-    largest = exact[exact.abs().argmax(0), torch.arange(RANK)]
-    basis = round_trip(exact * largest.sign())  # the sign rule: a column's largest entry is positive
+    direction = sign_direction(exact.shape[0], exact.device).double()
+    basis = round_trip(exact * (direction.T @ exact).sign())  # the sign rule
     best: tuple[float, Tensor, Tensor] | None = None
     low_rank = torch.zeros_like(weight)
     for _ in range(rounds):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +81,57 @@ def test_a_gradient_of_the_right_rank_is_caught_whole(
     ]
     for basis in bases:
         assert P.captured_energy(gradient, basis, side) > 0.9999
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "sketch": lambda gradient, rank, side, **more: P.sketch_basis(sketched(gradient, rank, side)[0], rank, **more),
+    "randomized": partial(P.randomized_basis, oversampling=1.0, power_iterations=2),
+    "svd": P.svd_basis,
+}
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_without_signal_are_not_decided_by_rounding(method: str, side: str) -> None:
+    """A gradient of rank 5, summed in another order, and P of 16 columns: without a rule 11 of them are rounding's."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(n, 5, generator=generator) for n in (96, 64))
+    weights = torch.rand(40, 5, generator=generator)
+    parts = [(left * weight) @ right.T * 1e-6 for weight in weights]
+    gradient, reordered = torch.stack(parts).sum(0), sum(parts[:20]) + sum(parts[20:])
+    assert not torch.equal(gradient, reordered)
+    basis = METHODS[method](gradient, 16, side, seed=1)
+    again = METHODS[method](reordered, 16, side, seed=1)
+    torch.testing.assert_close(again, basis, atol=2e-3, rtol=0)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(16), atol=1e-5, rtol=0)
+    assert P.captured_energy(gradient, basis[:, :5], side) > 0.99999
+    other = METHODS[method](gradient, 16, side, seed=2)  # explores elsewhere, with the same signal
+    torch.testing.assert_close(other[:, :5], basis[:, :5], atol=1e-3, rtol=0)
+    assert P.subspace_overlap(basis[:, 5:], other[:, 5:]) < 0.5
+
+
+def test_the_background_leaves_a_strong_gradient_alone() -> None:
+    gradient = gradient_like(96, 64)
+    left, _, right = torch.linalg.svd(gradient.double())
+    for side, exact in (("input", right.T[:, :8]), ("output", left[:, :8])):
+        basis = P.svd_basis(gradient, 8, side, seed=3).double()
+        assert (basis * exact).sum(0).abs().min() > 0.9999
+
+
+@pytest.mark.parametrize("angle", [1e-2, 1e-4])
+def test_signs_turn_no_more_often_than_any_rule_must(angle: float) -> None:
+    """Columns that rounding has moved by an angle: t / pi of them turn, however flat or pointed they are."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(256, 40000, generator=generator)
+    columns[:, ::2] = columns[:, ::2] ** 3  # few large entries
+    columns = torch.nn.functional.normalize(columns, dim=0)
+    noise = torch.nn.functional.normalize(torch.randn(columns.shape, generator=generator), dim=0)
+    moved = torch.nn.functional.normalize(columns + angle * noise, dim=0)
+    turned = ((P._signed(columns) * P._signed(moved)).sum(0) < 0).float().mean()
+    assert turned < 1e-4 + angle / 2
+    signs = (P._signed(columns) * columns).sum(0).sign()
+    assert abs(float(signs.mean())) < 0.02  # both occur
+    assert torch.equal(P._signed(-columns), P._signed(columns))
 
 
 def test_sketches_add_up_over_ranks_and_micro_batches() -> None:
