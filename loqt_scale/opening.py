@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -87,8 +87,8 @@ class OpenRun:
 
     def _open(self) -> Start:
         self._made = prepare_run_dir(self._run_dir)
-        lock = RunLock(self._run_dir, tell=self._tell)
-        self._lock = lock.__enter__()
+        with self._advice():
+            self._lock = RunLock(self._run_dir, tell=self._tell).__enter__()
         return decide_start(self._config, job=job_name())
 
     def _close(self) -> None:
@@ -102,12 +102,26 @@ class OpenRun:
         start, told = self.start, []
         if start.folder == "new":
             told += self._make_room()
-        if start.folder == "back" and start.own is not None:
-            self._folder.point(start.own)
-        told += self._set_other_lines_aside()
-        start.begun.write(self._run_dir)
-        save_run_config(self._config, self._run_dir / "config.yaml")
+        with self._advice():
+            if start.folder == "back" and start.own is not None:
+                self._folder.point(start.own)
+            told += self._set_other_lines_aside()
+            start.begun.write(self._run_dir)
+            save_run_config(self._config, self._run_dir / "config.yaml")
         return [*start.notes, *told]
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """What the system says of a file, as what to write instead."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:  # it is our own, and says so
+                raise
+            raise PermissionError(
+                f"train.run_dir '{self._run_dir}' cannot be written to ({error.filename}: {error.strerror}); make room "
+                "or write another --train.run_dir"
+            ) from None
 
     def _make_room(self) -> list[str]:
         old = make_room(self._run_dir, "archive" if self.start.again else self._config.train.on_existing_run)

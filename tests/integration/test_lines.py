@@ -452,3 +452,18 @@ def test_a_refused_change_names_a_way_that_works(runs: Runs) -> None:
     runs("other", optim__lr=0.1, loqt__quantization__weight="none", **weights)
     last = [row["eval/loss"] for row in runs.rows() if "eval/loss" in row][-1]
     assert runs.rows("other")[0]["eval/loss"] == pytest.approx(last, abs=1e-4), "it begins with the trained weights"
+
+
+def test_what_stands_where_a_file_of_ours_should_is_named(runs: Runs) -> None:
+    (runs.folder / "run" / "run.lock").mkdir(parents=True)
+    with pytest.raises(
+        PermissionError, match=r"cannot be written to \(.*run\.lock: Is a directory\); make room or"
+    ):
+        runs()
+    (runs.folder / "run" / "run.lock").rmdir()
+    (runs.folder / "run" / "begun.json.new").mkdir()
+    with pytest.raises(
+        PermissionError, match=r"begun\.json\.new: Is a directory\); make room or"
+    ):
+        runs()
+    assert [path.name for path in (runs.folder / "run").iterdir()] == ["begun.json.new"]
