@@ -123,19 +123,22 @@ def test_a_killed_rank_is_named(settings: Job, tmp_path: Path) -> None:
 def test_a_second_job_in_the_folder_is_refused(settings: Job, tmp_path: Path, ranks: int) -> None:
     """By the real commands; the first one loses nothing, and after `kill -9` of it the next one goes on at once."""
     run_dir = tmp_path / "run"
-    words = [*launcher(ranks), TRAIN, *settings(run_dir, "--train.steps=600", "--checkpoint.every=100")]
+    words = [*launcher(ranks), TRAIN, *settings(run_dir, "--train.steps=200", "--checkpoint.every=50")]
     first = start(words)
     while not (run_dir / "checkpoints" / "latest").exists():
         time.sleep(0.05)
+    job = psutil.Process(first.pid)
+    processes = (job, *job.children(recursive=True))  # torchrun's ranks are in sessions of their own
+    for process in processes:
+        process.suspend()  # so that it is not over before the second one starts
     status, output = finish(start([*launcher(ranks), TRAIN, *settings(run_dir, "--checkpoint.resume=never")]))
     assert status != 0 and "is in use by another job (process" in output, output
-    assert first.poll() is None and [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]
-    job = psutil.Process(first.pid)
-    for process in (job, *job.children(recursive=True)):  # torchrun's ranks are in sessions of their own
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]
+    for process in processes:
         process.kill()
     first.communicate()
     status, output = finish(start(words))
-    assert status == 0 and "resumed after step" in output and len(losses(run_dir)) == 600, output
+    assert status == 0 and "resumed after step" in output and len(losses(run_dir)) == 200, output
 
 
 def test_torchrun_goes_on_by_itself(settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from loqt_scale.checkpoint import CheckpointError, Start
 from loqt_scale.command_options import ExportOptions
+from loqt_scale.config import RunConfig
 from loqt_scale.export import export_checkpoint
 from loqt_scale.job import train
 from loqt_scale.opening import OpenRun
@@ -32,21 +34,24 @@ LONG = pytest.mark.long
 class Runs:
     """Runs with the settings of all of these tests."""
 
-    def __init__(self, common: dict[str, Any], folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, common: RunConfig, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
         self.common, self.folder, self._capture = common, folder, capture
+
+    def _config(self, name: str, settings: dict[str, Any]) -> RunConfig:
+        config = self.common
+        for key, value in {"train__run_dir": str(self.folder / name), **settings}.items():
+            config = replaced(config, key.split("__"), value)
+        return config
 
     def __call__(self, name: str = "run", **settings: Any) -> str:
         """One job in a folder; returns what it said. Dots of setting names are written as two underscores."""
-        dotted = {key.replace("__", "."): value for key, value in settings.items()}
         self._capture.readouterr()
-        train(small_config({**self.common, "train.run_dir": str(self.folder / name), **dotted}))
+        train(self._config(name, settings))
         return self._capture.readouterr().out
 
     def prepare(self, name: str = "run", **settings: Any) -> Start:
         """All that a job does to its folder before it trains; nothing is trained."""
-        dotted = {key.replace("__", "."): value for key, value in settings.items()}
-        config = small_config({**self.common, "train.run_dir": str(self.folder / name), **dotted})
-        with OpenRun(config, Strategy(torch.device("cpu")), tell=lambda line: None) as run:
+        with OpenRun(self._config(name, settings), Strategy(torch.device("cpu")), tell=lambda line: None) as run:
             if run.start.finished is None:
                 run.prepare()
             return run.start
@@ -70,9 +75,15 @@ class Runs:
         return {row["step"]: row["train/loss"] for row in rows}
 
 
-@pytest.fixture
-def runs(text_file: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
-    common = {
+def replaced(settings: Any, names: list[str], value: Any) -> Any:
+    """Settings with one of them replaced, which lies below these groups (parsing takes longer than a test may)."""
+    inner = value if len(names) == 1 else replaced(getattr(settings, names[0]), names[1:], value)
+    return replace(settings, **{names[0]: inner})
+
+
+@pytest.fixture(scope="module")
+def common(text_file: Path, cache_dir: Path) -> RunConfig:
+    settings = {
         "data.files": [str(text_file)],
         "data.cache_dir": str(cache_dir),
         "data.max_eval_sequences": 2,
@@ -84,6 +95,11 @@ def runs(text_file: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.Captur
         "checkpoint.every": 1,
         "checkpoint.keep_last": 9,
     }
+    return small_config(settings)
+
+
+@pytest.fixture
+def runs(common: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
     return Runs(common, tmp_path, capsys)
 
 
@@ -306,9 +322,7 @@ def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
 # ---- links, other spellings, strays ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "what", ["checkpoints", pytest.param("run", marks=LONG), pytest.param("step", marks=LONG), "all"]
-)
+@pytest.mark.parametrize("what", [*(pytest.param(what, marks=LONG) for what in ("checkpoints", "run", "step")), "all"])
 def test_links_to_another_disk(runs: Runs, killed: Callable[..., None], what: str) -> None:
     from loqt_scale.trainer import Trainer
 
@@ -423,7 +437,7 @@ def test_train_steps_may_grow(runs: Runs, killed: Callable[..., None]) -> None:
     assert content(runs.folder) == state
 
 
-@pytest.mark.parametrize(("before", "after"), [("float32", "int8"), ("int8", "float32")])
+@pytest.mark.parametrize(("before", "after"), [pytest.param("float32", "int8", marks=LONG), ("int8", "float32")])
 def test_states_may_change(runs: Runs, killed: Callable[..., None], before: str, after: str) -> None:
     from loqt_scale.trainer import Trainer
 
