@@ -1,6 +1,6 @@
 """One training job on this rank, from settings to summary.
 
-    settings -> launcher -> checkpoint to go on from? -> strategy -> corpus, model design -> run folder -> Trainer
+    settings -> launcher -> strategy -> lock, where it starts -> corpus, model design -> run folder -> Trainer
 
 Whatever can be wrong is found in this order; nothing is allocated, moved or overwritten before the run folder's turn.
 """
@@ -10,70 +10,84 @@ from __future__ import annotations
 import json
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import check_tensors, find_resume, open_checkpoint
+from loqt_scale.checkpoint import Start, check_tensors, identity, open_checkpoint
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import dump_run_config, save_run_config
+from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
 from loqt_scale.launcher import join_launcher
 from loqt_scale.metrics import MetricsWriter, Progress
-from loqt_scale.report import banner, summary
-from loqt_scale.rundir import prepare_run_dir
+from loqt_scale.opening import OpenRun
+from loqt_scale.report import already_finished, banner, summary
 from loqt_scale.strategies import Strategy, create_strategy, resolve_device, resolve_strategy
 from loqt_scale.trainer import Trainer
 
 
 def train(config: RunConfig) -> dict[str, float]:
-    """Runs one training job on this rank; every rank of the job calls it.
+    """Runs one training job on this rank; every rank of the job calls it. A run that is over is not repeated.
 
     Returns:
         `eval/loss_before` and `eval/loss_after`, held-out, in nats.
 
     Raises:
         ValueError: Settings that cannot work, before anything is allocated.
+        RunInUse: Another job works in the run's folder.
         NonFiniteLossError: Too many steps in a row had a gradient that was not finite.
         Stopped: A signal asked for it; the run has been saved.
     """
     join_launcher()
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
-    resume = find_resume(config)
     strategy = create_strategy(config, device=device)
     try:
-        _check_agreement(strategy, config, resume)
+        _check_agreement(strategy, dump_run_config(config).splitlines())
         _check_per_layer(config, strategy)
-        checkpoint = None if resume is None else open_checkpoint(resume, strategy)
-        corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
-        design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
-        if checkpoint is not None:
-            check_tensors(checkpoint, design.model, Strategy(device), moments=True)
-        # only now, when the settings have proved to fit, is an older run in this folder moved aside
-        if strategy.is_main:
-            run_dir = Path(config.train.run_dir)
-            going_on = resume is not None and resume.resolve().is_relative_to(run_dir.resolve())
-            prepare_run_dir(run_dir, "keep" if going_on else config.train.on_existing_run)
-            save_run_config(config, run_dir / "config.yaml")
-        strategy.barrier()
-        resume_step = None if checkpoint is None else checkpoint.manifest.step
-        with (
-            MetricsWriter(config.train.run_dir, strategy.is_main, resume_step=resume_step) as writer,
-            Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
-        ):
-            trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
-            if strategy.is_main and strategy.engine_settings is not None:
-                (run_dir / "deepspeed.json").write_text(json.dumps(strategy.engine_settings, indent=2) + "\n")
-            progress.line(banner(trainer.built, trainer.corpus, config, strategy))
-            if checkpoint is not None:
-                trainer.restore(checkpoint)
-            before, after = trainer.run()
-            progress.close()
-        if strategy.is_main:
-            print(summary(config, before, after), flush=True)
+        with OpenRun(config, strategy, tell=_say) as run:
+            _check_agreement(strategy, [f"goes on from: {_place(run.start)}"])
+            before, after = _train_in(run, config, strategy)
         return {"eval/loss_before": before, "eval/loss_after": after}
     finally:
         strategy.close()
+
+
+def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy) -> tuple[float, float]:
+    start = run.start
+    if start.finished is not None:
+        if strategy.is_main:
+            _say(already_finished(config, start.finished))
+        return start.finished.loss_before, start.finished.loss_after
+    checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
+    corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    if checkpoint is not None:
+        check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True)
+    run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    done = None if checkpoint is None else checkpoint.manifest.step
+    resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}
+    with (
+        MetricsWriter(config.train.run_dir, strategy.is_main, **resumed) as writer,
+        Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
+    ):
+        trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
+        if strategy.is_main and strategy.engine_settings is not None:
+            settings = json.dumps(strategy.engine_settings, indent=2)
+            (Path(config.train.run_dir) / "deepspeed.json").write_text(settings + "\n")
+        progress.line(banner(trainer.built, trainer.corpus, config, strategy))
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        before, after = trainer.run()
+        progress.close()
+    if strategy.is_main:
+        _say(summary(config, before, after))
+    run.finish(before, after)
+    return before, after
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
@@ -87,9 +101,18 @@ def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
         )
 
 
-def _check_agreement(strategy: Strategy, config: RunConfig, resume: Path | None) -> None:
+def _place(start: Start) -> str:
+    """Where a run starts, as this rank sees it."""
+    if start.checkpoint is None:
+        return "nothing"
+    try:
+        return f"{start.checkpoint} ({identity(start.checkpoint)[:12]})"
+    except OSError:
+        return f"{start.checkpoint} (not there)"
+
+
+def _check_agreement(strategy: Strategy, lines: list[str]) -> None:
     """Ranks with other settings, or another place to go on from, would wait for one another for ever. Every rank."""
-    lines = [*dump_run_config(config).splitlines(), f"goes on from: {resume}"]
     everyone = strategy.gather_objects(lines)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:

@@ -8,6 +8,7 @@ from loqt_scale.metrics import format_count, format_perplexity
 
 if TYPE_CHECKING:
     from loqt_scale.build import BuiltModel
+    from loqt_scale.checkpoint import Finished
     from loqt_scale.config import RunConfig
     from loqt_scale.data import Corpus
     from loqt_scale.merge import MergeReport
@@ -59,5 +60,18 @@ def summary(config: RunConfig, before: float, after: float) -> str:
             f"held-out perplexity  {format_perplexity(before)} before, {format_perplexity(after)} after training",
             f"metrics              {run_dir}/metrics.jsonl (settings: {run_dir}/config.yaml)",
             f"TensorBoard          tensorboard --logdir {run_dir}",
+        ]
+    )
+
+
+def already_finished(config: RunConfig, finished: Finished) -> str:
+    """That there is nothing to do, how it had ended, and what else can be done."""
+    run_dir, before, after = config.train.run_dir, finished.loss_before, finished.loss_after
+    return "\n".join(
+        [
+            f"{run_dir} holds this run, finished after {finished.step} steps: held-out perplexity "
+            f"{format_perplexity(before)} before, {format_perplexity(after)} after training; nothing is changed",
+            "A larger --train.steps trains it on, --checkpoint.resume never starts it anew, another --train.run_dir "
+            "leaves it as it is",
         ]
     )

@@ -1,6 +1,6 @@
 """The folder of a run: made, found writable, and never silently overwritten.
 
-A folder holds a run if it has a `config.yaml` or a `metrics.jsonl`. Another run is then either refused, or the old
+A folder holds a run if one of `RUN_FILES` is in it. A run that is not gone on with is then either refused, or its
 folder is moved aside to `<name>.old-1`, `.old-2`, … All of this happens before anything is allocated: a full disk or a
 typo in the path should cost a second, not the time to load 13B parameters. One rank only may call it.
 """
@@ -13,31 +13,23 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-RUN_FILES = ("config.yaml", "metrics.jsonl")
-OnExisting = Literal["refuse", "archive", "keep"]
+RUN_FILES = ("config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest")
+OnExisting = Literal["refuse", "archive"]
 
 
-def prepare_run_dir(path: str | os.PathLike[str], on_existing: OnExisting = "archive") -> Path:
-    """Make the folder of a new run (parents too).
-
-    Args:
-        path: The folder; it may exist, empty or with files that are no run's.
-        on_existing: What to do if it already holds a run: refuse, archive = rename the old folder, or keep = go on in
-            it.
+def prepare_run_dir(path: str | os.PathLike[str]) -> list[Path]:
+    """Makes the folder of a run (parents too), or finds it, and finds it writable.
 
     Returns:
-        The folder, existing and writable.
+        The folders that were not there before, the innermost first.
 
     Raises:
-        FileExistsError: It holds a run and `on_existing` is refuse (or it is the working directory, which is never
-            moved).
         NotADirectoryError: The path, or a parent of it, is a file.
-        PermissionError: It cannot be created, moved or written to.
+        PermissionError: It cannot be created or written to.
     """
     folder = Path(path)
     _check_is_folder(folder)
-    if holds_run(folder) and on_existing != "keep":
-        _make_room(folder, on_existing)
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The only reliable question is to write: access() is wrong for root, ACLs and read-only mounts.
@@ -45,11 +37,30 @@ def prepare_run_dir(path: str | os.PathLike[str], on_existing: OnExisting = "arc
             probe.write(b"\0")
     except OSError as error:
         raise PermissionError(_advice(folder, "cannot be written to", error)) from None
-    return folder
+    return missing
+
+
+def make_room(path: str | os.PathLike[str], on_existing: OnExisting = "archive") -> Path | None:
+    """Moves a folder aside that holds a run.
+
+    Args:
+        path: The folder; it may be empty, or hold files that are no run's, or not exist.
+        on_existing: What to do if it holds a run: refuse, or archive = rename it.
+
+    Returns:
+        Where the old folder is now; None if it held no run and is where it was.
+
+    Raises:
+        FileExistsError: It holds a run and `on_existing` is refuse (or it is the working directory, which is never
+            moved).
+        PermissionError: It cannot be moved.
+    """
+    folder = Path(path)
+    return _move_aside(folder, on_existing) if holds_run(folder) else None
 
 
 def holds_run(path: str | os.PathLike[str]) -> bool:
-    """Whether the folder has a config.yaml or a metrics.jsonl."""
+    """Whether one of `RUN_FILES` is in the folder."""
     return any((Path(path) / name).exists() for name in RUN_FILES)
 
 
@@ -63,7 +74,7 @@ def _check_is_folder(folder: Path) -> None:
             )
 
 
-def _make_room(folder: Path, on_existing: OnExisting) -> None:
+def _move_aside(folder: Path, on_existing: OnExisting) -> Path:
     # Not resolve(): of a symbolic link the link is moved, so that its name is free again.
     absolute, here = Path(os.path.abspath(folder)), Path.cwd()
     if on_existing == "refuse":
@@ -82,6 +93,7 @@ def _make_room(folder: Path, on_existing: OnExisting) -> None:
         absolute.rename(target)
     except OSError as error:
         raise PermissionError(_advice(folder, f"cannot be moved to '{target}'", error)) from None
+    return target
 
 
 def _advice(folder: Path, what: str, error: OSError) -> str:

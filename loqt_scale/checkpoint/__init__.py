@@ -3,8 +3,10 @@
 state.py     the tensors of a run, whatever the strategy: every rank its share of each one's rows
 store.py     those shares to safetensors files (torch.distributed.checkpoint)
 saver.py     saves a run now and then, in the background if asked to
-folder.py    folders and names: written beside, published by one rename
-resume.py    which checkpoint a run goes on from, and whether it may
+folder.py    folders and names: written beside, published by one rename; lines that a run leaves are set aside
+records.py   how a run began and how it ended
+changes.py   which settings may change on the way
+resume.py    where a run starts: from nothing, from a checkpoint, or not at all
 
 A checkpoint may come from a stranger, so it is read by other means than it is written:
 
@@ -16,11 +18,12 @@ load.py      its tensors into a model, once everything about them has been check
 """
 
 from loqt_scale.checkpoint.files import CheckpointError
-from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, locate_checkpoint
+from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, CheckpointFolder, locate_checkpoint
 from loqt_scale.checkpoint.load import check_tensors, load_checkpoint, open_checkpoint, read_tensors, verify_checkpoint
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from loqt_scale.checkpoint.opened import Checkpoint, read_settings
-from loqt_scale.checkpoint.resume import find_resume
+from loqt_scale.checkpoint.records import Begun, Finished, identity
+from loqt_scale.checkpoint.resume import Start, decide_start
 from loqt_scale.checkpoint.saver import CheckpointSaver
 
 __all__ = [
@@ -29,12 +32,17 @@ __all__ = [
     "DATA",
     "FORMAT",
     "HUGGINGFACE",
+    "Begun",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFolder",
     "CheckpointSaver",
+    "Finished",
     "Manifest",
+    "Start",
     "check_tensors",
-    "find_resume",
+    "decide_start",
+    "identity",
     "load_checkpoint",
     "locate_checkpoint",
     "open_checkpoint",

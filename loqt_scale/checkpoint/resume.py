@@ -1,72 +1,195 @@
-"""Which checkpoint a run goes on from, and whether its settings allow that."""
+"""Where a run starts: from nothing, from one of its own checkpoints, from another run's, or not at all, being over.
+
+`decide_start` only reads. What it decides for each state of the run's folder and each `checkpoint.resume` is the table
+in docs/checkpoints.md.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from loqt_scale.checkpoint.changes import Changes, changed_settings, check_changes, describe, of_another_run
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CHECKPOINTS, CheckpointFolder, locate_checkpoint
 from loqt_scale.checkpoint.manifest import read_manifest
-from loqt_scale.checkpoint.opened import Checkpoint
+from loqt_scale.checkpoint.records import Begun, Finished, identity, read_record
 from loqt_scale.config import RunConfig
-from loqt_scale.config_keys import flat_settings
-
-# settings that may change between a checkpoint and what goes on from it: they do not change the numbers
-FREE = (
-    "checkpoint.",
-    "parallel.",
-    "model.compile",
-    "model.activation_checkpointing",
-    "data.cache_dir",
-    "train.run_dir",
-    "train.on_existing_run",
-    "train.device",
-    "train.micro_batch_size",
-    "train.eval_every",
-    "train.log_every",
-    "train.progress",
-    "train.wire_counter",
-)
 
 
-def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint that a run goes on from; None if it starts anew. Reads manifests and settings, no tensors.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts.
 
     Args:
-        config: The run. Under `auto` a finished run in its folder does not count.
+        folder: What becomes of the run's folder. new = a run that it holds is another one's, which must make room;
+            kept = the run in it goes on; back = it goes back to an earlier checkpoint, or to one set aside; over = the
+            run in it is finished, nothing is to be done.
+        begun: What to write down of how it began.
+        checkpoint: What it goes on from; None: nothing.
+        identity: That checkpoint's.
+        own: The same checkpoint where it lies among the run's own; None if it is another run's.
+        finished: How it ended, if it is over.
+        again: Whether the run in the folder is an earlier attempt of this very job, which has saved nothing.
+        notes: Lines for people.
+    """
+
+    folder: Literal["new", "kept", "back", "over"]
+    begun: Begun
+    checkpoint: Path | None = None
+    identity: str = ""
+    own: Path | None = None
+    finished: Finished | None = None
+    again: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def decide_start(config: RunConfig, environment: Mapping[str, str] = os.environ, *, job: str = "") -> Start:
+    """Decides where a run starts. Reads manifests and settings, no tensors. One rank.
+
+    Args:
+        config: The run.
+        environment: Where launchers say whether this is a restart.
+        job: What names the job, the same in each of its restarts.
 
     Raises:
-        CheckpointError: There is one, and it cannot be used; or settings have changed since (named, old and new).
+        CheckpointError: What it should go on from cannot be used, or settings have changed since (named, old and new).
     """
-    wanted = config.checkpoint.resume
-    if wanted == "never":
-        return None
-    if wanted == "auto":
-        found = CheckpointFolder(Path(config.train.run_dir) / CHECKPOINTS).latest()
-        if found is None or read_manifest(found).step >= config.train.steps:
+    return _Decision(config, job, restarted=_is_restart(environment)).start()
+
+
+def _is_restart(environment: Mapping[str, str]) -> bool:
+    return any(
+        environment.get(key, "0") not in ("", "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
+
+
+class _Decision:
+    """One decision; `again`: an earlier attempt of this very job began the run in the folder."""
+
+    def __init__(self, config: RunConfig, job: str, *, restarted: bool) -> None:
+        self.config, self.job = config, job
+        self.run_dir = Path(config.train.run_dir)
+        self.folder = CheckpointFolder(self.run_dir / CHECKPOINTS)
+        self.before = read_record(self.run_dir, Begun)
+        self.again = restarted and self.before is not None and self.before.job == job != ""
+
+    def start(self) -> Start:
+        wanted = self.config.checkpoint.resume
+        if wanted == "never" and not self.again:
+            return self._anew("never")
+        if wanted in ("auto", "never"):
+            return self._own(may_be_another=True) or self._where_it_began() or self._anew(wanted)
+        return self._from_path(Path(wanted))
+
+    def _anew(self, asked: str, *notes: str) -> Start:
+        return Start(folder="new", begun=Begun(asked=asked, job=self.job), again=self.again, notes=notes)
+
+    def _own(self, *, may_be_another: bool) -> Start | None:
+        """Going on with the run in the folder; None if it has saved nothing."""
+        newest = self.folder.latest()
+        if newest is None:
             return None
-    else:
-        found = Path(wanted)
-        if not found.is_dir():
+        changes = changed_settings(newest, self.config)
+        finished = self._finished(newest)
+        if finished is not None and may_be_another and (other := of_another_run(changes)):
+            return self._anew("auto", f"{self.run_dir} holds a finished run with other settings ({describe(other)})")
+        start = self._going_on(newest, changes, "kept")
+        start = replace(start, own=newest, begun=self.before or start.begun)
+        if finished is not None and finished.step == self.config.train.steps:
+            return replace(start, folder="over", finished=finished)
+        return start
+
+    def _where_it_began(self) -> Start | None:
+        """A run that began from another run's checkpoint, and was killed before it saved one of its own."""
+        before = self.before
+        if before is None or not before.checkpoint:
+            return None
+        found = Path(before.checkpoint)
+        if not found.is_dir() or identity(found) != before.identity:
             raise CheckpointError(
-                f"checkpoint.resume is '{wanted}', which is no folder; write auto, never or a checkpoint's folder, "
+                f"the run in {self.run_dir} began from {found}, which is not there any more, and has saved nothing; "
+                "write --checkpoint.resume PATH with another checkpoint, or --checkpoint.resume never to start anew"
+            )
+        return replace(self._going_on(found, changed_settings(found, self.config), "kept"), begun=before)
+
+    def _from_path(self, path: Path) -> Start:
+        """PATH is where a run begins: what its folder holds that came of it goes before."""
+        asked = os.path.realpath(path)
+        here = self.before is not None and self.before.asked == asked
+        if not path.is_dir():
+            return self._without_path(path, here)
+        found = locate_checkpoint(path)
+        read_manifest(found)
+        name = identity(found)
+        newest = self._newest_or_none()
+        came_of_it = here or (self.before is not None and self.before.identity == name)
+        saved = newest is not None and identity(newest) not in (name, self.before.identity if self.before else "")
+        if came_of_it and saved:
+            return self._own_rather(path)
+        begun = Begun(asked=asked, job=self.job, checkpoint=os.path.abspath(found), identity=name)
+        if newest is not None and identity(newest) == name:
+            start = self._own(may_be_another=False)
+            assert start is not None
+            return replace(start, checkpoint=found, begun=begun)
+        return self._begin(found, begun, came_of_it=came_of_it)
+
+    def _begin(self, found: Path, begun: Begun, *, came_of_it: bool) -> Start:
+        changes = changed_settings(found, self.config)
+        own = next((path for path in self.folder.everything() if identity(path) == begun.identity), None)
+        if own is not None:
+            return replace(self._going_on(found, changes, "back"), begun=begun, own=own)
+        if not came_of_it and found.resolve().is_relative_to(self.run_dir.resolve()):
+            raise CheckpointError(
+                f"checkpoint.resume is '{found}', which lies inside train.run_dir '{self.run_dir}' but is none of the "
+                "checkpoints of its run; write another --train.run_dir"
+            )
+        return replace(self._going_on(found, changes, "kept" if came_of_it else "new"), begun=begun)
+
+    def _own_rather(self, path: Path) -> Start:
+        start = self._own(may_be_another=False)
+        assert start is not None
+        note = (
+            f"{self.run_dir} holds a run that began from {path}: it goes on from {start.checkpoint}; to begin there "
+            "once more, write another --train.run_dir"
+        )
+        return start if start.folder == "over" else replace(start, notes=(note, *start.notes))
+
+    def _without_path(self, path: Path, here: bool) -> Start:
+        """PATH has been pruned, or moved away, since a run began there."""
+        start = self._own_rather(path) if here and self._newest_or_none() is not None else None
+        if start is None:
+            raise CheckpointError(
+                f"checkpoint.resume is '{path}', which is no folder; write auto, never or a checkpoint's folder, "
                 f"e.g. RUN_DIR/{CHECKPOINTS}/step-00001000"
             )
-        found = locate_checkpoint(found)
-    checkpoint = Checkpoint(found)
-    step = checkpoint.manifest.step
-    _check_settings(checkpoint, config)
-    if step > config.train.steps:
-        raise CheckpointError(f"{found} is after step {step}, but train.steps is {config.train.steps}; write more")
-    return found
+        return start
 
+    def _newest_or_none(self) -> Path | None:
+        """What `latest` names, if that is there: a PATH is the way on where it is not."""
+        try:
+            return self.folder.latest()
+        except CheckpointError:
+            if self.folder.root.is_dir():
+                return None
+            raise
 
-def _check_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
-    old, new = flat_settings(checkpoint.settings()), flat_settings(config)
-    changed = [key for key in new if old[key] != new[key] and not key.startswith(FREE)]
-    if changed:
-        lines = "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in changed)
-        raise CheckpointError(
-            f"settings have changed since {checkpoint.path}: {lines}. Write the old values to go on, or "
-            "--checkpoint.resume never to start anew"
+    def _finished(self, newest: Path) -> Finished | None:
+        record = read_record(self.run_dir, Finished)
+        return record if record is not None and record.identity == identity(newest) else None
+
+    def _going_on(self, checkpoint: Path, changes: Changes, folder: Literal["kept", "back", "new"]) -> Start:
+        step, steps = read_manifest(checkpoint).step, self.config.train.steps
+        notes = check_changes(checkpoint, step, changes)
+        if step > steps:
+            raise CheckpointError(
+                f"{checkpoint} is after step {step}, but train.steps is {steps}; write {step} or more to go on, or "
+                "--checkpoint.resume never to start anew"
+            )
+        begun = Begun(asked=self.config.checkpoint.resume, job=self.job)
+        return Start(
+            folder=folder, begun=begun, checkpoint=checkpoint, identity=identity(checkpoint), notes=tuple(notes)
         )

@@ -92,6 +92,12 @@ class CheckpointSaver:
         try:
             save_checkpoint(self._folder, manifest, write_documents, shares, channel)
             if self._strategy.is_main:
-                self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+                self._prune()
         except BaseException as error:  # told, or raised, where it is waited for
             self._error = error
+
+    def _prune(self) -> None:
+        try:
+            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+        except OSError as error:
+            self._warn(f"WARNING: an old checkpoint cannot be removed: {error}")

@@ -210,9 +210,9 @@ class TrainConfig:
     """The loop.
 
     Args:
-        steps: Optimizer steps of the run.
+        steps: Optimizer steps of the run. More than before: it is trained on, finished or not.
         run_dir: Folder of this run's config, metrics and TensorBoard events.
-        on_existing_run: What to do if run_dir already holds a run: refuse, or archive = move the old one aside.
+        on_existing_run: What to do if run_dir holds a run that is not gone on with: refuse, or archive = move it aside.
         seed: Seed of initial weights, data order and sketches.
         device: auto = cuda if there is one, else cpu.
         global_batch_size: Sequences per optimizer step, over all ranks.
@@ -251,8 +251,8 @@ class CheckpointConfig:
         background: Write files while training goes on; only the copy to host memory holds it up.
         keep_last: Keep the newest so many checkpoints.
         keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
-        resume: auto = go on from the newest checkpoint of an unfinished run in train.run_dir, if there is one; never =
-            start anew; else a checkpoint's folder.
+        resume: auto = go on with the run in train.run_dir, if there is one; never = start anew; else a checkpoint's
+            folder, from which the run begins (what train.run_dir holds that came of it goes first).
     """
 
     every: int = 1000

@@ -31,19 +31,25 @@ class MetricsWriter:
         run_dir: Existing folder of the run.
         enabled: False on all ranks but one: every call then does nothing, so that the caller needs no `if`.
         resume_step: Step after which a run goes on: what the files say of later steps is removed. None: a new run.
+        evaluates_again: Whether the run begins with an evaluation after that step: one that is there is removed too.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
     def __init__(
-        self, run_dir: str | os.PathLike[str], enabled: bool = True, *, resume_step: int | None = None
+        self,
+        run_dir: str | os.PathLike[str],
+        enabled: bool = True,
+        *,
+        resume_step: int | None = None,
+        evaluates_again: bool = False,
     ) -> None:
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
         if enabled:
             if resume_step is not None:
-                _forget_after(Path(run_dir) / METRICS_FILE, resume_step)
+                _forget_after(Path(run_dir) / METRICS_FILE, resume_step, evaluation=evaluates_again)
             self._board = _open_board(Path(run_dir) / TENSORBOARD_FOLDER, resume_step)
             self._file = (Path(run_dir) / METRICS_FILE).open("a", encoding="utf-8")
 
@@ -85,14 +91,15 @@ class MetricsWriter:
         self.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Removes lines of later steps, and a last line that a killed run has not finished."""
+def _forget_after(path: Path, step: int, *, evaluation: bool) -> None:
+    """Removes lines of later steps (of this step too, if of an evaluation), and a last one that was not finished."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and not (evaluation and "eval/loss" in row)):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loqt_scale.runlock import RunLock
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.test_equivalence import ODD, strategy_settings
 from tests.unit.test_foreign_checkpoint import edit_tensors
@@ -191,11 +192,19 @@ def test_auto_goes_on_in_the_same_folder(saved: SavedRuns, tmp_path: Path) -> No
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}.old*"))
 
 
-def test_a_finished_run_is_moved_aside(saved: SavedRuns, tmp_path: Path) -> None:
+def test_ranks_find_the_same_in_their_folder(saved: SavedRuns, tmp_path: Path) -> None:
+    """In use, finished, to go back: rank 0 decides, all of them do it."""
     run_dir = tmp_path / "run"
-    first = saved.run(1, "single", run_dir)
-    assert saved.run(1, "single", run_dir) == first
-    assert (tmp_path / "run.old-1" / "checkpoints" / "latest").read_text() == "step-00000040\n"
+    job = {"train.steps": 6, "checkpoint.every": 2, "checkpoint.keep_last": 9}
+    first = saved.run(2, "fsdp", run_dir, **job)
+    with RunLock(run_dir), pytest.raises(RankFailed, match=r"rank [01]:[\s\S]*is in use by another job \(process"):
+        saved.run(2, "fsdp", run_dir, **job)
+    rows = (run_dir / "metrics.jsonl").read_text()
+    assert saved.run(2, "fsdp", run_dir, **job) == first and (run_dir / "metrics.jsonl").read_text() == rows
+    path = run_dir / "checkpoints" / "step-00000002"
+    assert saved.run(2, "fsdp", run_dir, **job, **{"checkpoint.resume": str(path)}) == first
+    assert sorted(path.name for path in run_dir.rglob("step-*")).count("step-00000006") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_changed_settings_are_named(saved: SavedRuns, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.pool import RankPool
@@ -82,13 +83,14 @@ def launcher(ranks: int, *options: str) -> list[str]:
 @pytest.mark.parametrize(
     ("ranks", "point", "call"),
     # rank 0 takes the digests of five files in each save: the 10th is its second shard's, before it counts;
-    # `_sync` runs for the manifest, five files and two folders of each save: the 9th call is the first save's pointer
+    # `_sync` runs for begun.json and its folder, then for manifest, five files and two folders of each save: the 11th
+    # call is the first save's pointer
     [
         (1, "merge", 4),
         pytest.param(1, "save begins", 2, marks=pytest.mark.long),
         pytest.param(1, "save writes", 10, marks=pytest.mark.long),
         pytest.param(1, "save publishes", 3, marks=pytest.mark.long),
-        (1, "save points", 9),
+        (1, "save points", 11),
         pytest.param(2, "merge", 20, marks=pytest.mark.long),
         pytest.param(2, "save writes", 10, marks=pytest.mark.long),
         pytest.param(2, "save publishes", 3, marks=pytest.mark.long),
@@ -102,7 +104,7 @@ def test_killed_at_the_worst_moments(
     status, output = finish(start(words))
     assert (status == -signal.SIGKILL if ranks == 1 else status != 0) and marker.exists(), output
     status, output = finish(start(words))
-    saved_before = (point, call) not in (("merge", 4), ("save points", 9))
+    saved_before = (point, call) not in (("merge", 4), ("save points", 11))
     assert status == 0 and ("resumed after step" in output) == saved_before, output
     assert losses(run_dir) == unbroken(ranks)
 
@@ -114,6 +116,29 @@ def test_a_killed_rank_is_named(settings: Job, tmp_path: Path) -> None:
     status, output = finish(start(words))
     assert status != 0 and "rank      : 0" in output and "Signal 9 (SIGKILL)" in output, output
     assert time.monotonic() - began < 60, "long before parallel.timeout_seconds"
+
+
+@pytest.mark.long  # the lock by itself is in tests/unit, what a start does about it in tests/integration
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_job_in_the_folder_is_refused(settings: Job, tmp_path: Path, ranks: int) -> None:
+    """By the real commands; the first one loses nothing, and after `kill -9` of it the next one goes on at once."""
+    run_dir = tmp_path / "run"
+    words = [*launcher(ranks), TRAIN, *settings(run_dir, "--train.steps=200", "--checkpoint.every=50")]
+    first = start(words)
+    while not (run_dir / "checkpoints" / "latest").exists():
+        time.sleep(0.05)
+    job = psutil.Process(first.pid)
+    processes = (job, *job.children(recursive=True))  # torchrun's ranks are in sessions of their own
+    for process in processes:
+        process.suspend()  # so that it is not over before the second one starts
+    status, output = finish(start([*launcher(ranks), TRAIN, *settings(run_dir, "--checkpoint.resume=never")]))
+    assert status != 0 and "is in use by another job (process" in output, output
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]
+    for process in processes:
+        process.kill()
+    first.communicate()
+    status, output = finish(start(words))
+    assert status == 0 and "resumed after step" in output and len(losses(run_dir)) == 200, output
 
 
 def test_torchrun_goes_on_by_itself(settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path) -> None:

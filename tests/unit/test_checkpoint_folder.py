@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loqt_scale.checkpoint.files import CheckpointError, ListedFiles, file_digest
-from loqt_scale.checkpoint.folder import CONFIG, CheckpointFolder
+from loqt_scale.checkpoint.folder import CONFIG, CheckpointFolder, locate_checkpoint
 from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 
 
@@ -49,8 +52,76 @@ def test_killed_between_publishing_and_pointing(tmp_path: Path) -> None:
     new = write(folder, 20)
     (tmp_path / "latest").write_text("step-00000010\n")
     assert folder.latest() == old
+    assert folder.line() == [10] and folder.steps() == [10, 20]
     (new / "junk").write_text("from before")
     assert write(folder, 20) == new == folder.latest() and not (new / "junk").exists()
+    assert (tmp_path / "abandoned-1" / "step-00000020" / "junk").exists(), "nothing is removed that may have counted"
+
+
+def test_the_step_that_counts_may_be_saved_again(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    first = write(folder, 10).joinpath("manifest.json").stat()
+    assert write(folder, 10).joinpath("manifest.json").stat() == first
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000010"]
+
+
+def test_pruning_follows_the_line_not_the_numbers(tmp_path: Path) -> None:
+    """After going back to 20 what comes next is the newest, whatever numbers lie beside it."""
+    folder = CheckpointFolder(tmp_path)
+    for step in (10, 20, 50, 60):
+        write(folder, step)
+    folder.point(folder.path(20))
+    write(folder, 30)
+    folder.prune(keep_last=1, keep_every=0)
+    assert folder.latest() == folder.path(30) and folder.line() == [30] and folder.steps() == [30, 50, 60]
+
+
+def test_a_line_that_is_set_aside_can_be_used_from_there(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (10, 20, 30):
+        write(folder, step)
+    folder.point(folder.path(10))
+    assert folder.set_aside([]) is None
+    aside = folder.set_aside([folder.path(20), folder.path(30)], lambda where: where.joinpath("more").touch())
+    assert aside == tmp_path / "abandoned-1" and (aside / "more").exists()
+    assert locate_checkpoint(aside) == aside / "step-00000030" and read_manifest(aside / "step-00000020").step == 20
+    folder.point(aside / "step-00000020")
+    assert folder.latest() == aside / "step-00000020" and folder.line() == [] and len(folder.everything()) == 3
+    folder.prune(keep_last=1, keep_every=0)
+    assert len(folder.everything()) == 3
+    write(folder, 40)
+    assert folder.latest() == folder.path(40)
+
+
+def test_pruning_takes_the_link_not_what_it_points_to(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    write(folder, 10).rename(tmp_path / "moved")
+    folder.path(10).symlink_to(tmp_path / "moved")
+    write(folder, 20)
+    folder.prune(keep_last=1, keep_every=0)
+    assert folder.steps() == [20] and (tmp_path / "moved" / "manifest.json").exists()
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(["save", "go back", "die before pointing"]), max_size=12), st.integers(1, 3))
+def test_the_line_is_what_was_saved_since_the_last_way_back(events: list[str], keep: int) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        folder, kept = CheckpointFolder(root), list[int]()
+        for event in events:
+            following = kept[-1] + 1 if kept else 1
+            if event == "save":
+                write(folder, following)
+                folder.prune(keep_last=keep, keep_every=0)
+                kept = [*kept, following][-keep:]
+            elif event == "go back" and kept:
+                folder.point(folder.path(kept[0]))
+                kept = kept[:1]
+                folder.set_aside([folder.path(step) for step in folder.steps() if step not in folder.line()])
+            elif event == "die before pointing" and kept:
+                pointer = (folder.root / "latest").read_text()
+                write(folder, following)
+                (folder.root / "latest").write_text(pointer)
+            assert folder.line() == kept and folder.latest() == (folder.path(kept[-1]) if kept else None)
 
 
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
@@ -63,7 +134,9 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     assert folder.steps() == [50]
 
 
-@pytest.mark.parametrize("text", ["step-00000099", "../elsewhere", "", "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["step-00000099", "../elsewhere", "", "\x00\xff", "abandoned-1/step-00000010", "step-1"]
+)
 def test_a_pointer_to_nothing_is_refused(tmp_path: Path, text: str) -> None:
     folder = CheckpointFolder(tmp_path)
     write(folder, 10)

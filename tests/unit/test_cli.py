@@ -301,16 +301,16 @@ def _run(monkeypatch, function):
 
 
 def test_errors_of_this_package_are_one_line_and_others_keep_their_traceback(capsys, monkeypatch, tmp_path):
-    from loqt_scale.rundir import prepare_run_dir
+    from loqt_scale.rundir import make_room
 
     (tmp_path / "config.yaml").touch()
-    assert _run(monkeypatch, lambda argv, prog: prepare_run_dir(tmp_path, "refuse")) == 2
+    assert _run(monkeypatch, lambda argv, prog: make_room(tmp_path, "refuse")) == 2
     assert "already holds a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="invalid literal"):
         _run(monkeypatch, lambda argv, prog: int("x"))
     monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
     with pytest.raises(FileExistsError):
-        _run(monkeypatch, lambda argv, prog: prepare_run_dir(tmp_path, "refuse"))
+        _run(monkeypatch, lambda argv, prog: make_room(tmp_path, "refuse"))
 
 
 def test_entry_script_works_from_anywhere_without_torch(tmp_path):

@@ -8,38 +8,42 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale.rundir import holds_run, prepare_run_dir
+from loqt_scale.rundir import holds_run, make_room, prepare_run_dir
 
 
 def make_run(folder: Path, name: str = "config.yaml") -> Path:
-    folder.mkdir(parents=True)
+    (folder / name).parent.mkdir(parents=True)
     (folder / name).write_text("method: loqt\n")
     return folder
 
 
 def test_makes_folder_and_parents_and_leaves_it_empty(tmp_path):
-    folder = prepare_run_dir(tmp_path / "runs" / "a", "refuse")
+    folder = tmp_path / "runs" / "a"
+    assert prepare_run_dir(folder) == [folder, folder.parent] and prepare_run_dir(folder) == []
     assert folder.is_dir() and not list(folder.iterdir())
 
 
 def test_a_folder_without_a_run_is_used_as_it_is(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert prepare_run_dir(tmp_path, "refuse") == tmp_path
+    (tmp_path / "checkpoints").mkdir()  # made for this run, on a larger disk perhaps
+    assert make_room(tmp_path, "refuse") is None and prepare_run_dir(tmp_path) == []
     assert (tmp_path / "notes.txt").exists() and not holds_run(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest"])
 def test_refuses_an_old_run_and_says_what_to_write(tmp_path, name):
     folder = make_run(tmp_path / "a", name)
     with pytest.raises(FileExistsError, match=r"already holds a run; write another --train\.run_dir, or .* archive"):
-        prepare_run_dir(folder, "refuse")
+        make_room(folder, "refuse")
     assert (folder / name).exists()
 
 
 def test_archives_old_runs_in_order(tmp_path):
     folder = tmp_path / "a"
     for number in range(3):
-        prepare_run_dir(folder, "archive")
+        old = make_room(folder, "archive")
+        assert old == (tmp_path / f"a.old-{number}" if number else None)
+        prepare_run_dir(folder)
         (folder / "config.yaml").write_text(str(number))
     assert (folder / "config.yaml").read_text() == "2"
     assert [(tmp_path / f"a.old-{n}" / "config.yaml").read_text() for n in (1, 2)] == ["0", "1"]
@@ -49,7 +53,8 @@ def test_archives_the_link_not_what_it_points_to(tmp_path):
     real = make_run(tmp_path / "disk" / "real")
     link = tmp_path / "a"
     link.symlink_to(real)
-    prepare_run_dir(link, "archive")
+    make_room(link, "archive")
+    prepare_run_dir(link)
     assert (tmp_path / "a.old-1").is_symlink() and holds_run(real)
     assert link.is_dir() and not link.is_symlink() and not holds_run(link)
 
@@ -57,7 +62,7 @@ def test_archives_the_link_not_what_it_points_to(tmp_path):
 def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
-    assert prepare_run_dir("a/", "archive") == Path("a")
+    assert make_room("a/", "archive") == tmp_path / "a.old-1" and prepare_run_dir("a/") == [Path("a")]
     assert holds_run("a.old-1") and not holds_run("a")
 
 
@@ -67,7 +72,7 @@ def test_the_working_directory_is_never_moved(tmp_path, monkeypatch):
     for place, path in ((here, "."), (here / "below", "..")):
         monkeypatch.chdir(place)
         with pytest.raises(FileExistsError, match="contains the working directory"):
-            prepare_run_dir(path, "archive")
+            make_room(path, "archive")
     assert holds_run(here)
 
 
@@ -75,7 +80,7 @@ def test_the_working_directory_is_never_moved(tmp_path, monkeypatch):
 def test_a_file_in_the_way(tmp_path, tail):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"'.*file' is not a folder; write another --train\.run_dir"):
-        prepare_run_dir(tmp_path / tail, "archive")
+        prepare_run_dir(tmp_path / tail)
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -84,7 +89,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # as root no mode bit refuses anything
     with pytest.raises(PermissionError, match=r"cannot be written to \(Read-only file system\); write another"):
-        prepare_run_dir(tmp_path / "a", "refuse")
+        prepare_run_dir(tmp_path / "a")
 
 
 def test_an_old_run_that_cannot_be_moved(tmp_path, monkeypatch):
@@ -94,4 +99,4 @@ def test_an_old_run_that_cannot_be_moved(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "a")
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError, match=r"cannot be moved to '.*a\.old-1' \(Permission denied\)"):
-        prepare_run_dir(folder, "archive")
+        make_room(folder, "archive")

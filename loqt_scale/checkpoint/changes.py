@@ -1,0 +1,103 @@
+"""Which settings may change between a checkpoint and the run that goes on from it, and what works for the others.
+
+Free are those that do not change the numbers. Two that do may change as well, and it is said: `train.steps` may grow,
+and `optim.states` may be another. Every other change is refused, with the ways that lead on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.opened import Checkpoint
+from loqt_scale.config import RunConfig
+from loqt_scale.config_keys import flat_settings
+
+FREE = (
+    "checkpoint.",
+    "parallel.",
+    "model.compile",
+    "model.activation_checkpointing",
+    "data.cache_dir",
+    "train.run_dir",
+    "train.on_existing_run",
+    "train.device",
+    "train.micro_batch_size",
+    "train.eval_every",
+    "train.log_every",
+    "train.progress",
+    "train.wire_counter",
+)
+_MAY_CHANGE = ("train.steps", "optim.states")
+_OF_THE_MODEL = ("model.preset", "model.path", "model.weights", "model.overrides", "data.tokenizer", "data.bpe_vocab")
+Changes = dict[str, tuple[Any, Any]]
+
+
+def changed_settings(checkpoint: Path, config: RunConfig) -> Changes:
+    """Settings that are not free and have changed since a checkpoint: its value and the run's, by dotted key.
+
+    Raises:
+        CheckpointError: Its manifest or its settings cannot be read.
+    """
+    old, new = flat_settings(Checkpoint(checkpoint).settings()), flat_settings(config)
+    return {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(FREE)}
+
+
+def of_another_run(changes: Changes) -> Changes:
+    """Those that a run cannot go on with."""
+    return {key: pair for key, pair in changes.items() if key not in _MAY_CHANGE}
+
+
+def describe(changes: Changes) -> str:
+    """For people: `optim.lr was 0.1, is 0.2; ...`."""
+    return "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+
+
+def check_changes(checkpoint: Path, step: int, changes: Changes) -> list[str]:
+    """Refuses changes that a run cannot go on with.
+
+    Args:
+        checkpoint: What it would go on from.
+        step: Steps that had been done there.
+        changes: See `changed_settings`.
+
+    Returns:
+        Lines for people on those that it can go on with.
+
+    Raises:
+        CheckpointError: Others; each is named, and so are the ways that do work.
+    """
+    wrong = of_another_run(changes)
+    if wrong:
+        raise CheckpointError(
+            f"settings have changed since {checkpoint}: {describe(wrong)}. {_ways(checkpoint, wrong)}"
+        )
+    before, steps = changes.get("train.steps", (0, 0))
+    if steps < before:
+        raise CheckpointError(
+            f"train.steps was {before} in {checkpoint} (after step {step}), is {steps}: it may grow but not shrink, "
+            f"since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume never to "
+            "start anew"
+        )
+    return _notes(step, changes)
+
+
+def _notes(step: int, changes: Changes) -> list[str]:
+    what = {"train.steps": "learning rates and merges", "optim.states": "Adam's moments"}
+    return [
+        f"{key} was {changes[key][0]}, is {changes[key][1]}: from step {step + 1} on, {whose} are those of such a run"
+        for key, whose in what.items()
+        if key in changes
+    ]
+
+
+def _ways(checkpoint: Path, wrong: Changes) -> str:
+    anew = "--checkpoint.resume never to start anew"
+    if any(key.startswith(_OF_THE_MODEL) for key in wrong):
+        return f"Write the old values to go on, or {anew}"
+    return (
+        "Write the old values to go on; or train its weights as a new run: loqt-scale export --checkpoint "
+        f"{checkpoint} --out DIR --dtype float32, then --model.path DIR --model.weights pretrained "
+        f"--model.overrides {{}} with another --train.run_dir; or {anew}"
+    )

@@ -1,0 +1,175 @@
+"""A run's folder while a job works in it: locked, its start decided, prepared, and marked when the run is over.
+
+    lock -> decide where the run starts (read only) -> prepare: what must make room is moved, never removed -> finish
+
+Rank 0 does it and tells the others, errors too, so all ranks start from the same place or none does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import psutil
+
+from loqt_scale.checkpoint import CHECKPOINTS, CheckpointFolder, Finished, Start, decide_start, identity, read_manifest
+from loqt_scale.config import RunConfig
+from loqt_scale.config_io import save_run_config
+from loqt_scale.rundir import make_room, prepare_run_dir
+from loqt_scale.runlock import LOCK, RunLock
+from loqt_scale.strategies import Strategy
+
+T = TypeVar("T")
+
+
+class OpenRun:
+    """The folder of a run, open for this job; a context of every rank.
+
+    Args:
+        config: The run.
+        strategy: How it is spread over ranks.
+        tell: Takes a line for people.
+
+    Raises:
+        RunInUse: On entry, on all ranks: another job works in the folder.
+        CheckpointError: On entry, on all ranks: see `decide_start`.
+        OSError: On entry, on all ranks: the folder cannot be made or written to.
+    """
+
+    def __init__(self, config: RunConfig, strategy: Strategy, *, tell: Callable[[str], None]) -> None:
+        self._config, self._strategy, self._tell = config, strategy, tell
+        self._run_dir = Path(config.train.run_dir)
+        self._folder = CheckpointFolder(self._run_dir / CHECKPOINTS)
+        self._made: list[Path] = []
+        self._lock: RunLock | None = None
+        self.start: Start
+
+    def __enter__(self) -> Self:
+        try:
+            self.start = on_main(self._strategy, self._open)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def prepare(self) -> None:
+        """Makes the folder ready for the run that starts as decided. Every rank.
+
+        Raises:
+            OSError: On all ranks; see `make_room`.
+            CheckpointError: On all ranks: a checkpoint of another line cannot be moved.
+        """
+        for line in on_main(self._strategy, self._prepare):
+            if self._strategy.is_main:
+                self._tell(line)
+
+    def finish(self, loss_before: float, loss_after: float) -> None:
+        """Marks the run as over, if its last step is saved. Every rank; rank 0 acts."""
+        if not self._strategy.is_main:
+            return
+        newest, steps = self._folder.latest(), self._config.train.steps
+        if newest is None or read_manifest(newest).step != steps:
+            self._tell(f"the run is not marked as finished: step {steps}, its last, is not saved")
+            return
+        done = Finished(step=steps, identity=identity(newest), loss_before=loss_before, loss_after=loss_after)
+        done.write(self._run_dir)
+
+    def _open(self) -> Start:
+        self._made = prepare_run_dir(self._run_dir)
+        with self._advice():
+            self._lock = RunLock(self._run_dir, tell=self._tell).__enter__()
+        return decide_start(self._config, job=job_name())
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+        for folder in self._made:
+            with suppress(OSError):  # only what is empty goes
+                folder.rmdir()
+
+    def _prepare(self) -> list[str]:
+        start, told = self.start, []
+        if start.folder == "new":
+            told += self._make_room()
+        with self._advice():
+            if start.folder == "back" and start.own is not None:
+                self._folder.point(start.own)
+            told += self._set_other_lines_aside()
+            start.begun.write(self._run_dir)
+            save_run_config(self._config, self._run_dir / "config.yaml")
+        return [*start.notes, *told]
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """What the system says of a file, as what to write instead."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:  # it is our own, and says so
+                raise
+            raise PermissionError(
+                f"train.run_dir '{self._run_dir}' cannot be written to ({error.filename}: {error.strerror}); make room "
+                "or write another --train.run_dir"
+            ) from None
+
+    def _make_room(self) -> list[str]:
+        old = make_room(self._run_dir, "archive" if self.start.again else self._config.train.on_existing_run)
+        if old is None:
+            return []
+        assert self._lock is not None
+        prepare_run_dir(self._run_dir)
+        self._lock.take()
+        self._lock.release(old / LOCK)
+        told = [f"{self._run_dir} held another run, which is now {old}"]
+        if (old / CHECKPOINTS).is_symlink():
+            told.append(f"its checkpoints are on another disk; this run's are written to {self._folder.root}")
+        return told
+
+    def _set_other_lines_aside(self) -> list[str]:
+        line = self._folder.line()
+        others = [step for step in self._folder.steps() if step not in line]
+        aside = self._folder.set_aside(map(self._folder.path, others), self._copy_history)
+        if aside is None:
+            return []
+        return [
+            f"{len(others)} checkpoint(s), of step {others[0]} to {others[-1]}, are not of the line that the run goes "
+            f"on with, and have been moved to {aside}; --checkpoint.resume {aside} goes back to them"
+        ]
+
+    def _copy_history(self, aside: Path) -> None:
+        for name in ("metrics.jsonl", Finished.FILE):
+            if (self._run_dir / name).is_file():
+                shutil.copyfile(self._run_dir / name, aside / name)
+
+
+def on_main(strategy: Strategy, work: Callable[[], T]) -> T:
+    """What a call on rank 0 returns, or raises, on every rank. Every rank."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if strategy.is_main:
+        try:
+            outcome = (work(), None)
+        except Exception as error:
+            outcome = (None, error)
+    result, failure = strategy.gather_objects(outcome)[0]
+    if failure is not None:
+        raise failure
+    return result
+
+
+def job_name(environment: Mapping[str, str] = os.environ) -> str:
+    """What is the same in all attempts of one job: SLURM's number of it, or the process that starts them."""
+    if "SLURM_JOB_ID" in environment:
+        return f"SLURM {environment['SLURM_JOB_ID']}"
+    parent = psutil.Process(os.getppid())
+    return f"{socket.gethostname()} {parent.pid} {parent.create_time():.0f}"

@@ -1,0 +1,479 @@
+"""What a start finds in its run folder, and what it does then: real runs, one after another in one folder."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loqt_scale.checkpoint import CheckpointError, Start
+from loqt_scale.command_options import ExportOptions
+from loqt_scale.config import RunConfig
+from loqt_scale.export import export_checkpoint
+from loqt_scale.job import train
+from loqt_scale.opening import OpenRun
+from loqt_scale.runlock import RunInUse
+from loqt_scale.strategies import Strategy
+from tests.distributed.tasks import small_config
+from tests.unit.test_runlock import another_job
+
+STEPS = 6
+FINISHED = "finished after"
+LONG = pytest.mark.long
+
+
+class Runs:
+    """Runs with the settings of all of these tests."""
+
+    def __init__(self, common: RunConfig, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.common, self.folder, self._capture = common, folder, capture
+
+    def _config(self, name: str, settings: dict[str, Any]) -> RunConfig:
+        config = self.common
+        for key, value in {"train__run_dir": str(self.folder / name), **settings}.items():
+            config = replaced(config, key.split("__"), value)
+        return config
+
+    def __call__(self, name: str = "run", **settings: Any) -> str:
+        """One job in a folder; returns what it said. Dots of setting names are written as two underscores."""
+        self._capture.readouterr()
+        train(self._config(name, settings))
+        return self._capture.readouterr().out
+
+    def prepare(self, name: str = "run", **settings: Any) -> Start:
+        """All that a job does to its folder before it trains; nothing is trained."""
+        with OpenRun(self._config(name, settings), Strategy(torch.device("cpu")), tell=lambda line: None) as run:
+            if run.start.finished is None:
+                run.prepare()
+            return run.start
+
+    def checkpoint(self, step: int, name: str = "run") -> Path:
+        return self.folder / name / "checkpoints" / f"step-{step:08d}"
+
+    def saved(self, name: str = "run") -> list[int]:
+        found = (self.folder / name / "checkpoints").glob("step-*")
+        return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+    def latest(self, name: str = "run") -> str:
+        return (self.folder / name / "checkpoints" / "latest").read_text().strip()
+
+    def rows(self, name: str = "run") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self, name: str = "run") -> dict[int, float]:
+        rows = [row for row in self.rows(name) if "train/loss" in row]
+        assert len({row["step"] for row in rows}) == len(rows), "a step is there twice"
+        return {row["step"]: row["train/loss"] for row in rows}
+
+
+def replaced(settings: Any, names: list[str], value: Any) -> Any:
+    """Settings with one of them replaced, which lies below these groups (parsing takes longer than a test may)."""
+    inner = value if len(names) == 1 else replaced(getattr(settings, names[0]), names[1:], value)
+    return replace(settings, **{names[0]: inner})
+
+
+@pytest.fixture(scope="module")
+def common(text_file: Path, cache_dir: Path) -> RunConfig:
+    settings = {
+        "data.files": [str(text_file)],
+        "data.cache_dir": str(cache_dir),
+        "data.max_eval_sequences": 2,
+        "model.overrides": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+        "train.steps": STEPS,
+        "train.global_batch_size": 2,
+        "optim.warmup_steps": 1,
+        "loqt.merge.gap": 3,
+        "checkpoint.every": 1,
+        "checkpoint.keep_last": 9,
+    }
+    return small_config(settings)
+
+
+@pytest.fixture
+def runs(common: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Runs:
+    return Runs(common, tmp_path, capsys)
+
+
+class Killed(BaseException):
+    """What a kill is to a test that goes on: nothing of ours catches it."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs something with a function that raises on its n-th call from there on."""
+
+    def run(owner: Any, name: str, call: int, job: Callable[[], Any]) -> None:
+        alive, calls = getattr(owner, name), 0
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= call:
+                raise Killed
+            return alive(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, deadly)
+            with pytest.raises(Killed):
+                job()
+
+    return run
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+# ---- a run that is over ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
+    first = runs()
+    before = content(runs.folder)
+    again = runs()
+    assert FINISHED not in first and f"{FINISHED} {STEPS} steps" in again and "--checkpoint.resume never" in again
+    assert content(runs.folder) == before and not (runs.folder / "run" / "run.lock").exists()
+    # settings that change no number change nothing about that
+    assert FINISHED in runs(checkpoint__keep_last=1, train__eval_every=2) and content(runs.folder) == before
+
+
+def test_a_run_that_ended_before_its_last_evaluation_is_evaluated(runs: Runs, killed: Callable[..., None]) -> None:
+    """By a kill in it, or after it, but before the mark; at every later start too."""
+    from loqt_scale import job, trainer
+
+    killed(trainer, "evaluate", 2, runs)
+    losses = runs.losses()
+    assert list(losses) == list(range(1, STEPS + 1)) and not (runs.folder / "run" / "finished.json").exists()
+    killed(job, "summary", 1, runs)
+    said = runs()
+    assert f"resumed after step {STEPS}" in said and "held-out perplexity" in said and FINISHED not in said
+    assert runs.losses() == losses and [row["step"] for row in runs.rows() if "eval/loss" in row] == [0, STEPS]
+    assert FINISHED in runs() and [path.name for path in runs.folder.iterdir()] == ["run"]
+
+
+def test_a_finished_run_is_trained_anew_if_told_so(runs: Runs) -> None:
+    runs()
+    losses = runs.losses()
+    said = runs(checkpoint__resume="never")
+    assert "held another run" in said and runs.losses() == losses == runs.losses("run.old-1")
+    assert FINISHED in runs()
+    with pytest.raises(FileExistsError, match=r"already holds a run; write another --train\.run_dir"):
+        runs(checkpoint__resume="never", train__on_existing_run="refuse")
+    assert runs.losses() == losses and not (runs.folder / "run.old-2").exists()
+
+
+def test_a_finished_run_makes_room_for_another_one(runs: Runs) -> None:
+    runs()
+    said = runs(optim__lr=1e-3)
+    assert "finished run with other settings (optim.lr was 0.005, is 0.001)" in said and "run.old-1" in said
+    assert runs.losses() != runs.losses("run.old-1")
+
+
+# ---- an earlier checkpoint -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=LONG)])
+def test_going_back_keeps_both_lines(runs: Runs, background: bool) -> None:
+    runs()
+    losses, old = runs.losses(), runs.checkpoint(5).joinpath("manifest.json").read_bytes()
+    saves = {"checkpoint__keep_last": 2, "checkpoint__keep_every": 4, "checkpoint__background": background}
+    said = runs(checkpoint__resume=str(runs.checkpoint(2)), optim__states="float32", **saves)
+    aside = runs.folder / "run" / "checkpoints" / "abandoned-1"
+    assert "of step 3 to 6" in said and str(aside) in said and "resumed after step 2" in said
+    assert runs.saved() == [4, 5, 6] and runs.latest() == "step-00000006"
+    assert sorted(path.name for path in aside.glob("step-*")) == [f"step-{n:08d}" for n in (3, 4, 5, 6)]
+    assert (aside / "step-00000005" / "manifest.json").read_bytes() == old
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == STEPS + 2 and (aside / "finished.json").exists()
+    assert runs.losses() == losses, "the same steps again, bit for bit"
+    # the line that was left can be gone back to, and then the other one is set aside
+    shutil.rmtree(aside / "step-00000006")
+    (aside / "latest").write_text("step-00000005\n")
+    said = runs(checkpoint__resume=str(aside), **saves)
+    assert "resumed after step 5" in said and runs.latest() == "step-00000006" and runs.saved() == [6]
+    assert (aside.with_name("abandoned-2") / "step-00000004").is_dir() and runs.losses() == losses
+
+
+def test_going_back_survives_a_kill_at_every_write(runs: Runs, killed: Callable[..., None]) -> None:
+    """Whichever command comes next: nothing is lost, and what goes on is one line."""
+    runs("whole", train__steps=4)
+    back = {"checkpoint__resume": str(runs.checkpoint(2)), "train__steps": 4}
+    # two checkpoints are moved; three files replaced: `latest`, the one of the line that is left, and begun.json
+    for name, calls in (("rename", 2), ("replace", 3)):
+        for call, after in itertools.product(range(1, calls + 1), (back, {"train__steps": 4})):
+            shutil.rmtree(runs.folder / "run", ignore_errors=True)
+            shutil.copytree(runs.folder / "whole", runs.folder / "run")
+            killed(Path, name, call, lambda: runs.prepare(**back))
+            start = runs.prepare(**after)
+            assert start.checkpoint is not None
+            went_back = start.checkpoint.name == "step-00000002"
+            assert went_back or (start.finished is not None and after is not back)
+            assert runs.saved() == ([1, 2] if went_back else [1, 2, 3, 4])
+            found = list((runs.folder / "run").rglob("step-*"))
+            assert sorted(path.name for path in found) == [f"step-{n:08d}" for n in (1, 2, 3, 4)]
+            assert all((path / "manifest.json").exists() for path in found)
+
+
+def test_restarts_of_a_run_that_began_from_a_path(runs: Runs, killed: Callable[..., None]) -> None:
+    """PATH is where the run begins; what came of it in the run's own folder goes before it, pruned or not."""
+    from loqt_scale.trainer import Trainer
+
+    runs(train__steps=STEPS)
+    losses = runs.losses()
+    path = str(runs.checkpoint(2))
+    job: Callable[[], str] = lambda: runs("other", checkpoint__resume=path)  # noqa: E731
+    killed(Trainer, "step", 1, job)  # nothing saved yet
+    said = runs.losses("other") == {} and runs.folder.joinpath("other.old-1").exists()
+    assert not said
+    killed(Trainer, "step", 3, job)
+    assert runs.saved("other") == [3, 4]
+    said = job()
+    assert "resumed after step 4" in said and f"began from {path}" in said
+    assert runs.losses("other") == {step: loss for step, loss in losses.items() if step > 2}
+    assert FINISHED in job() and sorted(path.name for path in runs.folder.iterdir()) == ["other", "run"]
+    # in its own folder: first it goes back, then it goes on, even when PATH has been pruned
+    pruned: Callable[[], str] = lambda: runs(checkpoint__resume=path, checkpoint__keep_last=1)  # noqa: E731
+    killed(Trainer, "step", 3, pruned)
+    assert runs.saved() == [4] and not Path(path).exists()
+    assert "resumed after step 4" in pruned() and runs.losses() == losses and FINISHED in pruned()
+    # without PATH the run goes on as well
+    assert FINISHED in runs() and FINISHED in runs("other")
+
+
+def test_a_run_that_began_elsewhere_goes_on_there_without_its_path(runs: Runs, killed: Callable[..., None]) -> None:
+    from loqt_scale.trainer import Trainer
+
+    runs()
+    killed(Trainer, "step", 1, lambda: runs("other", checkpoint__resume=str(runs.checkpoint(2))))
+    assert "resumed after step 2" in runs("other") and not runs.folder.joinpath("other.old-1").exists()
+    killed(Trainer, "step", 1, lambda: runs("third", checkpoint__resume=str(runs.checkpoint(2))))
+    shutil.rmtree(runs.checkpoint(2))
+    with pytest.raises(CheckpointError, match="which is not there any more, and has saved nothing; write"):
+        runs("third")
+
+
+def test_never_in_a_restart_goes_on(runs: Runs, killed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that starts the same command anew after a failure must not begin at 0 each time."""
+    from loqt_scale.trainer import Trainer
+
+    runs()
+    job: Callable[[], str] = lambda: runs(checkpoint__resume="never", train__on_existing_run="archive")  # noqa: E731
+    killed(Trainer, "step", 3, job)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "resumed after step 2" in job() and FINISHED in job()
+    assert sorted(path.name for path in runs.folder.iterdir()) == ["run", "run.old-1"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "resumed" not in job() and runs.folder.joinpath("run.old-2").exists()
+
+
+def test_a_path_is_the_way_on_where_latest_names_nothing(runs: Runs) -> None:
+    runs(train__steps=4)
+    shutil.rmtree(runs.checkpoint(4))
+    with pytest.raises(CheckpointError, match=r"names 'step-00000004'.*write --checkpoint\.resume PATH.*step-00000003"):
+        runs(train__steps=4)
+    said = runs(train__steps=4, checkpoint__resume=str(runs.checkpoint(3)))
+    assert "resumed after step 3" in said and FINISHED in runs(train__steps=4)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if str(target).endswith(".pruned"):
+            raise OSError(16, "Device or resource busy", str(self))
+        return alive(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    said = runs(train__steps=3, checkpoint__keep_last=1)
+    assert said.count("cannot be removed: [Errno 16] Device or resource busy") == 2 and runs.saved() == [1, 2, 3]
+
+
+# ---- two jobs in one folder ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
+    runs: Runs, killed: Callable[..., None], resume: str
+) -> None:
+    from loqt_scale.trainer import Trainer
+
+    killed(Trainer, "step", 3, runs)
+    with another_job(runs.folder / "run") as job:
+        before = content(runs.folder)
+        with pytest.raises(RunInUse, match=rf"process {job.pid} on .*write another --train\.run_dir"):
+            runs(checkpoint__resume=resume)
+        assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
+        job.kill()
+        said = runs(checkpoint__resume=resume)
+    assert ("resumed after step 2" in said) == (resume == "auto") and list(runs.losses()) == list(range(1, STEPS + 1))
+    assert (runs.folder / "run.old-1").exists() == (resume == "never")
+    assert not list(runs.folder.rglob("run.lock*"))
+
+
+# ---- links, other spellings, strays ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [*(pytest.param(what, marks=LONG) for what in ("checkpoints", "run", "step")), "all"])
+def test_links_to_another_disk(runs: Runs, killed: Callable[..., None], what: str) -> None:
+    from loqt_scale.trainer import Trainer
+
+    runs("unbroken")
+    disk, run_dir = runs.folder / "disk", runs.folder / "run"
+    disk.mkdir()
+    if what in ("run", "all"):
+        (disk / "run").mkdir()
+        run_dir.symlink_to(disk / "run")
+    if what in ("checkpoints", "all"):
+        (disk / "checkpoints").mkdir()
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "checkpoints").symlink_to(disk / "checkpoints")
+    killed(Trainer, "step", 4, runs)
+    if what in ("step", "all"):
+        for step in (2, 3):
+            shutil.move(runs.checkpoint(step), disk / f"moved-{step}")
+            runs.checkpoint(step).symlink_to(disk / f"moved-{step}")
+    spelled = os.path.relpath(run_dir) if what == "run" else f"{runs.folder}/./run/../run"
+    assert "resumed after step 3" in runs(train__run_dir=spelled, checkpoint__keep_last=1)
+    assert runs.saved() == [6] and FINISHED in runs() and not (runs.folder / "run.old-1").exists()
+    assert runs.losses() == runs.losses("unbroken")
+    assert what not in ("step", "all") or (disk / "moved-2" / "manifest.json").exists()
+
+
+@pytest.mark.long
+def test_a_bind_mount(runs: Runs, killed: Callable[..., None]) -> None:
+    """The same folder under two paths that no resolving of links makes one."""
+    from loqt_scale.trainer import Trainer
+
+    disk, run_dir = runs.folder / "disk", runs.folder / "run"
+    disk.mkdir()
+    run_dir.mkdir()
+    if subprocess.run(["mount", "--bind", disk, run_dir], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount")
+    try:
+        killed(Trainer, "step", 4, runs)
+        with another_job(disk), pytest.raises(RunInUse):
+            runs()
+        said = runs(checkpoint__resume=str(disk / "checkpoints" / "step-00000002"))
+        assert "of step 3 to 3" in said and "resumed after step 2" in said and FINISHED in runs("disk")
+        with pytest.raises(PermissionError, match=r"cannot be moved to .*busy.*write another"):
+            runs(checkpoint__resume="never")
+        assert FINISHED in runs()
+    finally:
+        subprocess.run(["umount", run_dir], check=True)
+
+
+def test_a_path_through_a_link_is_the_runs_own(runs: Runs) -> None:
+    runs()
+    (runs.folder / "elsewhere").symlink_to(runs.folder / "run")
+    said = runs(checkpoint__resume=str(runs.folder / "elsewhere" / "checkpoints" / "step-00000004"))
+    assert "abandoned-1" in said and not (runs.folder / "run.old-1").exists() and FINISHED in runs()
+
+
+def test_checkpoints_on_a_disk_that_is_not_there(runs: Runs) -> None:
+    runs()
+    checkpoints = runs.folder / "run" / "checkpoints"
+    shutil.move(checkpoints, runs.folder / "disk")
+    checkpoints.symlink_to(runs.folder / "vanished")
+    before = content(runs.folder)
+    with pytest.raises(CheckpointError, match=r"is a link to .*vanished, which is not there; mount its disk"):
+        runs()
+    assert content(runs.folder) == before
+
+
+def test_strays_are_left_alone(runs: Runs) -> None:
+    run_dir = runs.folder / "run"
+    strays = ["step-1", "step-²", "step-000000001x", "step-00000001.bak", ".step-1.partial", "abandoned-1"]
+    strays.append("step-00000002")
+    for name in strays:
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+        (run_dir / "checkpoints" / name / "mine").touch()
+    (run_dir / "checkpoints" / "step-00000003").touch()
+    (run_dir / "finished.json").mkdir()
+    (run_dir / "begun.txt").write_text("not ours")
+    said = runs(checkpoint__keep_last=1)
+    assert "WARNING" not in said and runs.latest() == "step-00000006"
+    found = [path for path in (runs.folder).rglob("mine")]
+    assert len(found) == len(strays)
+
+
+# ---- more steps, other settings --------------------------------------------------------------------------------------
+
+
+def test_train_steps_may_grow(runs: Runs, killed: Callable[..., None]) -> None:
+    """Of a run that is finished or not; from there on rates and merges are those of a run of the new length."""
+    from loqt_scale.trainer import Trainer
+
+    runs("long")
+
+    def rates(name: str) -> list[float]:
+        return [row["train/lr_low_rank"] for row in runs.rows(name) if "train/loss" in row]
+
+    def steps_with(key: str, name: str) -> list[int]:
+        return [row["step"] for row in runs.rows(name) if key in row]
+
+    runs("done", train__steps=4)
+    killed(Trainer, "step", 3, lambda: runs("cut", train__steps=4))
+    for name, done in (("done", 4), ("cut", 2)):
+        before = rates(name)[:done]
+        said = runs(name)
+        assert f"resumed after step {done}" in said and "train.steps was 4, is 6: from step" in said
+        assert rates(name) == [*before, *rates("long")[done:]]
+        assert steps_with("merge/seconds", name) == steps_with("merge/seconds", "long")
+        assert steps_with("eval/loss", name)[-1] == STEPS
+        assert FINISHED in runs(name)
+    assert rates("done")[3] != rates("long")[3]
+    state = content(runs.folder)
+    with pytest.raises(CheckpointError, match=r"may grow but not shrink.*Write 6 or more to go on, or --checkpoint"):
+        runs("done", train__steps=5)
+    assert content(runs.folder) == state
+
+
+@pytest.mark.parametrize(("before", "after"), [pytest.param("float32", "int8", marks=LONG), ("int8", "float32")])
+def test_states_may_change(runs: Runs, killed: Callable[..., None], before: str, after: str) -> None:
+    from loqt_scale.trainer import Trainer
+
+    killed(Trainer, "step", 5, lambda: runs(loqt__rank=32, optim__states=before))
+    said = runs(loqt__rank=32, optim__states=after)
+    assert f"optim.states was {before}, is {after}: from step 5 on" in said and "resumed after step 4" in said
+    runs("all", loqt__rank=32, optim__states=before)
+    assert runs.losses()[5] == runs.losses("all")[5], "the next loss depends on what is trained only"
+    assert runs.losses()[6] == pytest.approx(runs.losses("all")[6], abs=0.05)
+
+
+def test_a_refused_change_names_a_way_that_works(runs: Runs) -> None:
+    runs(train__steps=4)
+    path = str(runs.checkpoint(4))
+    state = content(runs.folder)
+    with pytest.raises(
+        CheckpointError, match=r"optim\.lr was 0\.005, is 0\.1.*--out DIR --dtype float32, then"
+    ) as refused:
+        runs("other", checkpoint__resume=path, optim__lr=0.1)
+    with pytest.raises(CheckpointError, match=r"model\.overrides was .*loqt\.rank was 8, is 4. .* to go on, or --ch"):
+        runs("other", checkpoint__resume=path, model__overrides={}, loqt__rank=4)
+    assert content(runs.folder) == state and not (runs.folder / "other").exists()
+    assert f"--checkpoint {path} " in str(refused.value)
+    export_checkpoint(ExportOptions(checkpoint=path, out=str(runs.folder / "DIR"), dtype="float32"))
+    weights = {"model__path": str(runs.folder / "DIR"), "model__weights": "pretrained", "model__overrides": {}}
+    runs("other", optim__lr=0.1, loqt__quantization__weight="none", **weights)
+    last = [row["eval/loss"] for row in runs.rows() if "eval/loss" in row][-1]
+    assert runs.rows("other")[0]["eval/loss"] == pytest.approx(last, abs=1e-4), "it begins with the trained weights"
+
+
+def test_what_stands_where_a_file_of_ours_should_is_named(runs: Runs) -> None:
+    (runs.folder / "run" / "run.lock").mkdir(parents=True)
+    with pytest.raises(PermissionError, match=r"cannot be written to \(.*run\.lock: Is a directory\); make room or"):
+        runs()
+    (runs.folder / "run" / "run.lock").rmdir()
+    (runs.folder / "run" / "begun.json.new").mkdir()
+    with pytest.raises(PermissionError, match=r"begun\.json\.new: Is a directory\); make room or"):
+        runs()
+    assert [path.name for path in (runs.folder / "run").iterdir()] == ["begun.json.new"]
