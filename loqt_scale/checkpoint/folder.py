@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
 
-from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.files import CheckpointError, read_inside
 from loqt_scale.checkpoint.manifest import MANIFEST, Manifest
 
 CONFIG, LATEST = "config.yaml", "latest"
 CHECKPOINTS = "checkpoints"  # in a run's folder
 HUGGINGFACE, DATA = "huggingface", "data.json"  # in a checkpoint
 _ASIDE = "abandoned-"
+_LONGEST_NAME = 200  # bytes read of `latest`
 _STEP = re.compile(r"step-(0\d{7}|[1-9]\d{7,})", re.ASCII)
 _LEFT_OVER = re.compile(rf"\.{_STEP.pattern}\.(partial|pruned)", re.ASCII)
 
@@ -184,7 +185,7 @@ class CheckpointFolder:
         """What `latest` says; None if there is no such file."""
         pointer = self.root / LATEST
         try:
-            return pointer.read_text(encoding="utf-8", errors="replace").strip()
+            return read_inside(self.root, LATEST, _LONGEST_NAME).decode("utf-8", "replace").strip()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -19,7 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loqt_scale.checkpoint import Checkpoint, CheckpointError, load_checkpoint, open_checkpoint, read_tensors
+from loqt_scale.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    locate_checkpoint,
+    open_checkpoint,
+    read_tensors,
+)
 from loqt_scale.checkpoint.folder import CheckpointFolder
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.state import read_state
@@ -312,6 +319,13 @@ def test_what_is_no_regular_file_is_refused_at_once(copy: Path, make: Callable[[
     make(copy / name)
     with pytest.raises(CheckpointError, match=f"{name}.*(no regular file|is missing|directory)|it has no {name}"):
         load(copy)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("x")], ids=["pipe", "dir", "link"])
+def test_latest_is_a_regular_file(copy: Path, make: Callable[[Path], None]) -> None:
+    make(copy.parent / "latest")
+    with pytest.raises(CheckpointError, match="latest cannot be read"):
+        locate_checkpoint(copy.parent)
 
 
 def test_unlisted_files_are_told_and_never_read(
