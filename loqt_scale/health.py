@@ -12,6 +12,10 @@ class NonFiniteLossError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+class UnreadableDataError(ValueError):
+    """A rank could not read its share of a step. Nobody has applied that step."""
+
+
 class OutOfStepError(ValueError):
     """Ranks disagree on the step they are at, or on whether a merge follows it."""
 
@@ -88,3 +92,8 @@ class Health:
             f"{what}, {self.in_a_row} in a row. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, "
             "lengthen optim.warmup_steps, or look at the data of this step"
         )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and message, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
