@@ -53,6 +53,32 @@ class StepPlace:
             )
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a rank has to tell the others, one number that rides along when the losses are summed, as its place does.
+
+    Args:
+        stops: It is told to stop; of a sum: how many are.
+        faults: It could not read its share of the step; of a sum: how many could not.
+        saves: It asks all to save, which only rank 0 may.
+    """
+
+    stops: int
+    faults: int
+    saves: int
+
+    def number(self, world_size: int) -> float:
+        """Sums of up to 2895 ranks' numbers are exact in float32."""
+        return float(self.saves + 2 * (self.stops + (world_size + 1) * self.faults))
+
+    @classmethod
+    def of_sum(cls, total: float, world_size: int) -> Words:
+        """What the ranks' numbers add up to."""
+        rest, saves = divmod(int(total), 2)
+        faults, stops = divmod(rest, world_size + 1)
+        return cls(stops, faults, saves)
+
+
 class Health:
     """What the last steps were like. Every rank sees the same numbers, and so decides the same.
 

@@ -42,7 +42,7 @@ from loqt_scale.config_io import save_run_config
 from loqt_scale.data import Batch, Corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.health import Health, StepPlace, UnreadableDataError, one_line
+from loqt_scale.health import Health, StepPlace, UnreadableDataError, Words, one_line
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config
@@ -291,12 +291,13 @@ class Trainer:
     def _settle(self, pending: PendingStep | None) -> None:
         if pending is None:
             return
-        loss, marks, stops, faults, saves, norm = pending.numbers.values()
+        loss, marks, told, norm = pending.numbers.values()
+        words = Words.of_sum(told, self.strategy.world_size)
         step, merging = pending.place.step, pending.place.merging
         pending.place.check(marks, self.strategy.world_size)
-        if faults > 0:
+        if words.faults:
             self._take_back(step)
-        self.stopping, self.save_again = self.stopping or stops > 0, self.save_again or saves > 0
+        self.stopping, self.save_again = self.stopping or words.stops > 0, self.save_again or words.saves > 0
         values = {"train/loss": loss, "train/grad_norm": norm} | pending.metrics
         warning = self.health.judge(step + 1, loss, norm)
         if warning is None:
@@ -313,8 +314,7 @@ class Trainer:
         """Forward and backward over this rank's share. Every rank.
 
         Returns:
-            (5,) float32, sums over ranks: mean loss per token, marks (see `StepPlace`), and how many are told to stop,
-            could not read their share, and ask all to save.
+            (3,) float32, sums over ranks: mean loss per token, marks (see `StepPlace`), numbers of `Words`.
         """
         train, strategy = self.config.train, self.strategy
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
@@ -333,9 +333,10 @@ class Trainer:
                     loss = loss * math.nan  # a step that no rank applies
                 strategy.backward(self.model, loss)
             total += loss.detach()
-        save_asked = strategy.is_main and self.saver.overdue()
-        words = (self.place(step).mark, self.stop.number is not None, self.data_fault is not None, save_asked)
-        return strategy.sum(torch.stack([total, *(total.new_full((), float(word)) for word in words)]))
+        asked, faulty = self.stop.number is not None, self.data_fault is not None
+        words = Words(stops=asked, faults=faulty, saves=strategy.is_main and self.saver.overdue())
+        numbers = (float(self.place(step).mark), words.number(strategy.world_size))
+        return strategy.sum(torch.stack([total, *(total.new_full((), number) for number in numbers)]))
 
     def _read(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of a step. Several ranks: stand-ins if that fails, and all learn of it later.
