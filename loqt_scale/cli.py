@@ -25,6 +25,7 @@ from loqt_scale.command_options import (
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.config_keys import ConfigError
 from loqt_scale.launcher import join_launcher
+from loqt_scale.stopping import StopRequest
 
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "LOQT_SCALE_TRACEBACK"
@@ -39,11 +40,16 @@ class Command:
 
 
 def _train(argv: Sequence[str], prog: str) -> None:
-    join_launcher()  # first: of several ranks only one reports a wrong setting
-    config = parse_run_config(argv, prog=prog)
-    from loqt_scale.job import train  # late: torch takes seconds to import, --help and errors should not
-
-    train(config)
+    with StopRequest() as stop:
+        join_launcher()  # first: of several ranks only one reports a wrong setting
+        try:
+            config = parse_run_config(argv, prog=prog)
+        except ConfigError as error:
+            _tell_other_ranks(error)
+            raise
+        with stop.patience():  # torch, interrupted while it loads, could not be loaded again to tell the other ranks
+            from loqt_scale.job import train  # late: torch takes seconds to import, --help and errors should not
+        train(config, stop)
 
 
 def _export(argv: Sequence[str], prog: str) -> None:
@@ -132,6 +138,14 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
 def _overview(prog: str) -> str:
     lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([f"usage: {prog} COMMAND ...", "", *lines, "", f"{prog} COMMAND --help lists the settings."])
+
+
+def _tell_other_ranks(error: ConfigError) -> None:
+    """One rank's file may be missing, or be another one: the others would wait for it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from loqt_scale.together import leave_word
+
+        leave_word(error)
 
 
 def _fail(prog: str, message: str, every_rank: bool = False) -> int:

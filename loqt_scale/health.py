@@ -12,6 +12,10 @@ class NonFiniteLossError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+class UnreadableDataError(ValueError):
+    """A rank could not read its share of a step. Nobody has applied that step."""
+
+
 class OutOfStepError(ValueError):
     """Ranks disagree on the step they are at, or on whether a merge follows it."""
 
@@ -47,6 +51,32 @@ class StepPlace:
                 "rank is elsewhere (its own message says where); nothing was saved since. Start all ranks with the "
                 "same code and settings; they go on from the last checkpoint"
             )
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a rank has to tell the others, one number that rides along when the losses are summed, as its place does.
+
+    Args:
+        stops: It is told to stop; of a sum: how many are.
+        faults: It could not read its share of the step; of a sum: how many could not.
+        saves: It asks all to save, which only rank 0 may.
+    """
+
+    stops: int
+    faults: int
+    saves: int
+
+    def number(self, world_size: int) -> float:
+        """Sums of up to 2895 ranks' numbers are exact in float32."""
+        return float(self.saves + 2 * (self.stops + (world_size + 1) * self.faults))
+
+    @classmethod
+    def of_sum(cls, total: float, world_size: int) -> Words:
+        """What the ranks' numbers add up to."""
+        rest, saves = divmod(int(total), 2)
+        faults, stops = divmod(rest, world_size + 1)
+        return cls(stops, faults, saves)
 
 
 class Health:
@@ -88,3 +118,8 @@ class Health:
             f"{what}, {self.in_a_row} in a row. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, "
             "lengthen optim.warmup_steps, or look at the data of this step"
         )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and message, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -8,6 +8,7 @@ Whatever can be wrong is found in this order; nothing is allocated, moved or ove
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,28 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
 from loqt_scale.launcher import join_launcher
-from loqt_scale.metrics import MetricsWriter, Progress
+from loqt_scale.metrics import Console, MetricsWriter, Progress
 from loqt_scale.opening import OpenRun
 from loqt_scale.report import already_finished, banner, summary
-from loqt_scale.strategies import Strategy, create_strategy, resolve_device, resolve_strategy
+from loqt_scale.stopping import StopRequest
+from loqt_scale.strategies import (
+    Store,
+    Strategy,
+    create_strategy,
+    launched_world_size,
+    resolve_device,
+    resolve_strategy,
+)
+from loqt_scale.together import one_for_all
 from loqt_scale.trainer import Trainer
 
 
-def train(config: RunConfig) -> dict[str, float]:
+def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float]:
     """Runs one training job on this rank; every rank of the job calls it. A run that is over is not repeated.
+
+    Args:
+        config: The run.
+        stop: Hears of signals already; default: they are heard of from here on, in the main thread.
 
     Returns:
         `eval/loss_before` and `eval/loss_after`, held-out, in nats.
@@ -36,24 +50,36 @@ def train(config: RunConfig) -> dict[str, float]:
         ValueError: Settings that cannot work, before anything is allocated.
         RunInUse: Another job works in the run's folder.
         NonFiniteLossError: Too many steps in a row had a gradient that was not finite.
-        Stopped: A signal asked for it; the run has been saved.
+        UnreadableDataError: A rank could not read its share of a step; the run has been saved.
+        LostRankError: Another rank is missing or has ended; which one, where, and why if it is known.
+        CheckpointError: A checkpoint cannot be used; or, at the end, the trained model could not be saved.
+        Stopped: A signal asked for it; the run has been saved if there was something to save.
     """
     join_launcher()
+    with nullcontext(stop) if stop is not None else StopRequest() as listening:
+        if launched_world_size() == 1:
+            return _train(config, listening, store=None)
+        with one_for_all(config.parallel.timeout_seconds) as roll:
+            return _train(config, listening, store=roll.store)
+
+
+def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict[str, float]:
+    stop.check()  # while this module was loaded
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
-    strategy = create_strategy(config, device=device)
+    strategy = create_strategy(config, device=device, store=store)
     try:
         _check_agreement(strategy, dump_run_config(config).splitlines())
         _check_per_layer(config, strategy)
         with OpenRun(config, strategy, tell=_say) as run:
             _check_agreement(strategy, [f"goes on from: {_place(run.start)}"])
-            before, after = _train_in(run, config, strategy)
+            before, after = _train_in(run, config, strategy, stop)
         return {"eval/loss_before": before, "eval/loss_after": after}
     finally:
         strategy.close()
 
 
-def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy) -> tuple[float, float]:
+def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopRequest) -> tuple[float, float]:
     start = run.start
     if start.finished is not None:
         if strategy.is_main:
@@ -68,10 +94,10 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy) -> tuple[floa
     done = None if checkpoint is None else checkpoint.manifest.step
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}
     with (
-        MetricsWriter(config.train.run_dir, strategy.is_main, **resumed) as writer,
         Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
+        MetricsWriter(config.train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
     ):
-        trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer)
+        trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
         if strategy.is_main and strategy.engine_settings is not None:
             settings = json.dumps(strategy.engine_settings, indent=2)
             (Path(config.train.run_dir) / "deepspeed.json").write_text(settings + "\n")
@@ -80,14 +106,13 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy) -> tuple[floa
             trainer.restore(checkpoint)
         before, after = trainer.run()
         progress.close()
-    if strategy.is_main:
-        _say(summary(config, before, after))
+        progress.line(summary(config, before, after))
     run.finish(before, after)
     return before, after
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    Console().line(line)
 
 
 def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:

@@ -43,7 +43,7 @@ class PendingStep:
 
     Args:
         place: Which one it is.
-        numbers: (4,): sums over ranks of loss, places' marks, requests to stop; and the gradient's norm.
+        numbers: (4,): sums over ranks of loss, places' marks, words' numbers; and the gradient's norm.
         metrics: What the host knows of it already.
     """
 

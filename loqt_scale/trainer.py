@@ -3,14 +3,18 @@
     share of the batch -> forward, backward (micro-steps) -> clip -> AdamW -> settle: merge, on merge steps; metrics
 
 A step is settled when its numbers have reached the host, while the next one runs (see `outcome`).
+Faults have helpers beside this loop: `health` (what can be wrong with a step), `stopping` (signals), `rescue` (an error
+is let go only when the run is saved), `checkpoint.saver` (a disk that takes nothing).
 Whatever talks to other ranks goes through the strategy, whatever knows about subspaces through the MergeCoordinator.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +32,17 @@ from loqt_scale.checkpoint import (
     FORMAT,
     HUGGINGFACE,
     Checkpoint,
+    CheckpointError,
     CheckpointSaver,
     Manifest,
     load_checkpoint,
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
-from loqt_scale.data import Corpus
+from loqt_scale.data import Batch, Corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.health import Health, StepPlace
+from loqt_scale.health import Health, StepPlace, UnreadableDataError, Words, one_line
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config
@@ -51,6 +56,7 @@ from loqt_scale.optim import (
 )
 from loqt_scale.outcome import HostCopy, PendingStep
 from loqt_scale.report import merge_line
+from loqt_scale.rescue import saved_first
 from loqt_scale.stopping import Stopped, StopRequest
 from loqt_scale.strategies import Strategy
 from loqt_scale.strategies.wire import WireCounter
@@ -66,6 +72,7 @@ class Trainer:
         strategy: How it is spread over ranks.
         progress: Where lines for people go.
         writer: Where numbers go.
+        stop: Hears of signals; default: nobody does.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Trainer:
         strategy: Strategy,
         progress: Progress,
         writer: MetricsWriter,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.strategy, self.progress, self.writer = config, strategy, progress, writer
         train = config.train
@@ -104,7 +112,10 @@ class Trainer:
         self.rates = RateMeter()
         self.done = 0  # steps
         self.pending: PendingStep | None = None
-        self.stop, self.stopping = StopRequest(), False  # asked of this rank, agreed by all
+        self.stop, self.stopping = stop or StopRequest(), False  # asked of this rank, agreed by all
+        self.save_again = False  # agreed by all, after a save that failed
+        self.data_fault: Exception | None = None  # why this rank cannot read its share of a step
+        self.half_done: str | None = None  # what is changing the state, or was interrupted in it
         self.updates = 0  # steps that were not skipped
         self.counted: set[str] = set()  # whose bytes on the wire
         self.tokens = 0
@@ -112,7 +123,7 @@ class Trainer:
         # what the backward pass has applied cannot be skipped any more: the first such step ends the run
         self.health = Health(1 if config.optim.per_layer else config.optim.max_skipped_steps)
         folder = Path(train.run_dir) / CHECKPOINTS
-        self.saver = CheckpointSaver(folder, config.checkpoint, strategy, warn=progress.line)
+        self.saver = CheckpointSaver(folder, config.checkpoint, strategy, tell=progress.line)
 
     def _create_merges(self) -> MergeCoordinator:
         return MergeCoordinator(
@@ -130,27 +141,54 @@ class Trainer:
 
         Raises:
             Stopped: A signal asked for it; the run has been saved.
+            CheckpointError: The trained model could not be saved, at the end either.
         """
-        train, every = self.config.train, self.config.checkpoint.every
         if self.eval_before is None:
             self.eval_before = self.evaluate(0)
-        with self.stop, self.saver:
-            while self.done < train.steps:
+        with self.stop.patience(), self.saver, saved_first(self):
+            while self.done < self.config.train.steps:
                 self.step(self.done)
-                if train.eval_every and self.done % train.eval_every == 0 and self.done < train.steps:
-                    self.evaluate(self.done)
-                stopping = self.stopping
-                if stopping or self.done == train.steps or (every and self.done % every == 0):
-                    self.save()
-                if stopping and self.done < train.steps:
-                    self.progress.line(f"stopped after step {self.done}; the same command goes on from there")
-                    raise Stopped(self.stop.number or signal.SIGTERM)
-        return self.eval_before, self.evaluate(train.steps)
+                self.between_steps()
+        self.stop.doing = f"after step {self.done}, the last, which is saved; the same command evaluates it"
+        self.stop.check()
+        after = self.evaluate(self.done)
+        self.save_at_last()
+        return self.eval_before, after
 
-    def save(self) -> None:
-        """Saves a checkpoint, or begins to. Every rank."""
+    def between_steps(self) -> None:
+        """Evaluates and saves if it is time, and stops if that was asked for. Every rank.
+
+        Raises:
+            Stopped: The run has been saved.
+        """
+        train, every = self.config.train, self.config.checkpoint.every
+        last = self.done == train.steps
+        if train.eval_every and self.done % train.eval_every == 0 and not last:
+            self.evaluate(self.done)
+        if last or self.stopping or self.save_again or (every and self.done % every == 0):
+            self.save()
+        if self.stopping:
+            self.saver.wait()
+            self.progress.line(f"stopped after step {self.done}; {self.saver.way_on(self.done)}")
+            raise Stopped(self.stop.number or signal.SIGTERM, together=True)
+
+    def save_at_last(self) -> None:
+        """Saves what is trained, if that has failed until now. Every rank.
+
+        Raises:
+            CheckpointError: It fails again.
+        """
+        if self.saver.saved != self.done:
+            self.save()
+            self.saver.wait()
+        if self.saver.failure is not None:
+            raise CheckpointError(f"{self.saver.failure}. Make room: {self.saver.way_on(self.done)}")
+
+    def save(self, *, keep_all: bool = False) -> None:
+        """Saves a checkpoint, or begins to; `keep_all` removes no older one for it. Every rank."""
         assert self.eval_before is not None
         self.settle()
+        self.save_again = False
         manifest = Manifest(
             format=FORMAT,
             step=self.done,
@@ -165,8 +203,8 @@ class Trainer:
         )
         with self.rates.paused():
             # of now: the documents are written later, while training reads on
-            write = partial(self._write_documents, position=self.corpus.train.position())
-            self.saver.save(manifest, write, self.built.model, self.optimizer)
+            write = partial(self._write_documents, position=self.corpus.train.position(self.done))
+            self.saver.save(manifest, write, self.built.model, self.optimizer, keep_all=keep_all)
 
     def _write_documents(self, folder: Path, *, position: dict[str, Any] | None) -> None:
         """What a checkpoint holds besides tensors: settings, data position, what makes a Hugging Face model of it."""
@@ -194,7 +232,7 @@ class Trainer:
         self.strategy.set_schedule_position(manifest.updates)
         self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
         self.updates, self.health.skipped = manifest.updates, manifest.step - manifest.updates
-        self.health.in_a_row = manifest.skipped_in_a_row
+        self.health.in_a_row, self.saver.saved = manifest.skipped_in_a_row, manifest.step
         if self.merges is not None and manifest.merge_is_due:
             self.merges.require(self.done)
         self.progress.line(
@@ -218,14 +256,16 @@ class Trainer:
                 stack.enter_context(counter)
             if self.merges is not None:
                 self.merges.prepare(step, backward_passes=self.micro_steps)
-            sums = self.accumulate(step)
+            with self._changing("an update" if self.per_layer is not None else None):
+                sums = self.accumulate(step)
             metrics = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-            norm = self.update()
+            with self._changing("an update"):
+                norm = self.update()
         numbers = HostCopy(torch.cat([sums, norm.reshape(1).to(sums)]))
-        self.settle()  # the step before: its numbers are there by now
         self.done, self.tokens = step + 1, self.tokens + self.tokens_per_step
         metrics |= {"train/tokens": self.tokens, **self._wire_values("wire/step", counter)}
-        self.pending = PendingStep(place, numbers, metrics)
+        before, self.pending = self.pending, PendingStep(place, numbers, metrics)
+        self._settle(before)  # its numbers are there by now
         if place.merging:  # it must be known whether there is something to merge
             self.settle()
         if self.scheduler is not None:
@@ -242,15 +282,22 @@ class Trainer:
 
         Raises:
             OutOfStepError: Another rank was at another step, or disagrees on whether it ends in a merge.
+            UnreadableDataError: A rank could not read its share of the step, which nobody has applied.
             NonFiniteLossError: The step was one too many in a row that could not be applied.
         """
         pending, self.pending = self.pending, None
+        self._settle(pending)
+
+    def _settle(self, pending: PendingStep | None) -> None:
         if pending is None:
             return
-        loss, marks, stops, norm = pending.numbers.values()
+        loss, marks, told, norm = pending.numbers.values()
+        words = Words.of_sum(told, self.strategy.world_size)
         step, merging = pending.place.step, pending.place.merging
         pending.place.check(marks, self.strategy.world_size)
-        self.stopping = self.stopping or stops > 0
+        if words.faults:
+            self._take_back(step)
+        self.stopping, self.save_again = self.stopping or words.stops > 0, self.save_again or words.saves > 0
         values = {"train/loss": loss, "train/grad_norm": norm} | pending.metrics
         warning = self.health.judge(step + 1, loss, norm)
         if warning is None:
@@ -267,13 +314,13 @@ class Trainer:
         """Forward and backward over this rank's share. Every rank.
 
         Returns:
-            (3,) float32, sums over ranks: mean loss per token, marks (see `StepPlace`), ranks that are told to stop.
+            (3,) float32, sums over ranks: mean loss per token, marks (see `StepPlace`), numbers of `Words`.
         """
         train, strategy = self.config.train, self.strategy
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
         torch.manual_seed(stable_seed("step", train.seed, step, strategy.rank))
         start, stop = share(train.global_batch_size, strategy.rank, strategy.world_size)
-        batch = self.corpus.train.sequences(step, start, stop)
+        batch = self._read(step, start, stop)
         steps = self.micro_steps
         total = torch.zeros((), device=strategy.device)
         pieces = micro_batches(batch, steps=steps, micro_batch_size=train.micro_batch_size, device=strategy.device)
@@ -282,10 +329,50 @@ class Trainer:
                 with strategy.autocast():
                     logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
+                if self.data_fault is not None:
+                    loss = loss * math.nan  # a step that no rank applies
                 strategy.backward(self.model, loss)
             total += loss.detach()
-        mark, stop_asked = self.place(step).mark, self.stop.number is not None
-        return strategy.sum(torch.stack([total, *(total.new_full((), float(one)) for one in (mark, stop_asked))]))
+        asked, faulty = self.stop.number is not None, self.data_fault is not None
+        words = Words(stops=asked, faults=faulty, saves=strategy.is_main and self.saver.overdue())
+        numbers = (float(self.place(step).mark), words.number(strategy.world_size))
+        return strategy.sum(torch.stack([total, *(total.new_full((), number) for number in numbers)]))
+
+    def _read(self, step: int, start: int, stop: int) -> Batch:
+        """Sequences [start, stop) of a step. Several ranks: stand-ins if that fails, and all learn of it later.
+
+        This rank cannot leave alone: the others would wait for it in the next collective. With updates inside the
+        backward pass it must, for those apply whatever comes.
+
+        Raises:
+            UnreadableDataError: They cannot be read, and this rank is alone.
+        """
+        try:
+            if self.data_fault is None:
+                return self.corpus.train.sequences(step, start, stop)
+        except Exception as error:
+            if self.strategy.world_size == 1 or self.per_layer is not None:
+                self.half_done = None  # nothing has begun
+                raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {one_line(error)}") from error
+            self.data_fault = error
+        blank = torch.zeros((stop - start, self.config.data.seq_len), dtype=torch.int64)
+        return Batch(blank, blank)
+
+    def _take_back(self, step: int) -> None:
+        """Ends the run at the end of the step before, from which on nothing was applied on any rank. Every rank."""
+        self.pending = None
+        self.done, self.tokens = step, self.tokens - (self.done - step) * self.tokens_per_step
+        mine = None if self.data_fault is None else one_line(self.data_fault)
+        reasons = enumerate(self.strategy.gather_objects(mine))
+        who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
+        raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}") from self.data_fault
+
+    @contextmanager
+    def _changing(self, what: str | None) -> Iterator[None]:
+        """What is left of `half_done` after an error says that the state is of no whole step."""
+        self.half_done = what
+        yield
+        self.half_done = None
 
     @property
     def micro_steps(self) -> int:
@@ -311,6 +398,7 @@ class Trainer:
         assert self.merges is not None
         counter = self._wire_counter("wire/merge")
         with ExitStack() as stack:
+            stack.enter_context(self._changing("a merge"))
             if counter is not None:
                 stack.enter_context(counter)
             report = self.merges.finish(step)

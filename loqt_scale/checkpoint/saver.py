@@ -5,12 +5,14 @@
              its own, so that its talk cannot get between the training's collectives
 
 One checkpoint is written at a time; the next one waits for it. A copy that is being written is apart from the model's
-memory, so what is saved is the step that it was asked for. What fails is told, and training goes on.
+memory, so what is saved is the step that it was asked for. What fails is told, and training goes on; it is due again
+some seconds later, then twice as many, and so on (`overdue`), so that a disk which has room again gets a checkpoint.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +26,10 @@ from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.state import Shares, read_state
 from loqt_scale.checkpoint.store import save_checkpoint
 from loqt_scale.config import CheckpointConfig
+from loqt_scale.metrics import Reminder
 from loqt_scale.strategies import Channel, Strategy
+
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds from a save that failed until it is tried again
 
 
 class CheckpointSaver:
@@ -34,13 +39,17 @@ class CheckpointSaver:
         root: Folder of the run's checkpoints; need not exist.
         config: What is kept, and whether files are written in the background.
         strategy: How the model is spread.
-        warn: Takes a line for people.
+        tell: Takes a line for people.
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, strategy: Strategy, *, warn: Callable[[str], None]
+        self, root: Path, config: CheckpointConfig, strategy: Strategy, *, tell: Callable[[str], None]
     ) -> None:
-        self._folder, self._config, self._strategy, self._warn = CheckpointFolder(root), config, strategy, warn
+        self._folder, self._config, self._strategy, self._tell = CheckpointFolder(root), config, strategy, tell
+        self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
+        self.failure: CheckpointError | None = None  # of the last save
+        self._reminder = Reminder(tell)
+        self._pause, self._retry_at = FIRST_PAUSE, 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -50,6 +59,8 @@ class CheckpointSaver:
         write_documents: Callable[[Path], None],
         model: nn.Module,
         optimizer: Optimizer,
+        *,
+        keep_all: bool = False,
     ) -> None:
         """Saves a checkpoint, or begins to. Every rank.
 
@@ -58,10 +69,11 @@ class CheckpointSaver:
             write_documents: Writes what is not tensors into the folder it gets; one rank, perhaps in the background.
             model: The model, without its strategy's wrapper.
             optimizer: Its optimizer.
+            keep_all: Remove no older checkpoint for it.
         """
         self.wait()
         shares = read_state(model, optimizer, self._strategy)
-        arguments = (manifest, write_documents, shares, self._strategy.side_channel())
+        arguments = (manifest, write_documents, shares, self._strategy.side_channel(), keep_all)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.background:
@@ -69,14 +81,31 @@ class CheckpointSaver:
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. Local, though the writing may wait for other ranks."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.join()
         error, self._error = self._error, None
-        if isinstance(error, CheckpointError):
-            self._warn(f"WARNING: {error}; training goes on")
-        elif error is not None:
+        if error is None:
+            self._succeeded()
+        elif isinstance(error, CheckpointError):
+            self._failed(error)
+        else:
             raise error
+
+    def overdue(self) -> bool:
+        """Whether the last save has failed some time ago: it is time that all ranks save again. Local, waits never."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        return self._thread is None and self.failure is not None and time.monotonic() > self._retry_at
+
+    def way_on(self, done: int) -> str:
+        """Where the run goes on after `done` steps, for people; nothing is being written."""
+        if self.saved == done:
+            return "it is saved, and the same command goes on from there"
+        if self.saved is None:
+            return "nothing has been saved, the same command starts anew"
+        return f"it is not saved, the same command goes on from step {self.saved}"
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -84,14 +113,34 @@ class CheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.wait()
+        try:
+            self.wait()
+        except Exception:
+            if error is None:  # else: what ends the run ends the writing too, and is what people should hear of
+                raise
+
+    def _succeeded(self) -> None:
+        self.failure, self._pause = None, FIRST_PAUSE
+        self._reminder.over(f"checkpoint of step {self.saved} saved: checkpoints can be written again")
+
+    def _failed(self, error: CheckpointError) -> None:
+        self._reminder.trouble(f"{error}; training goes on, and will try again")
+        self.failure = error
+        self._retry_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def _write(
-        self, manifest: Manifest, write_documents: Callable[[Path], None], shares: Shares, channel: Channel
+        self,
+        manifest: Manifest,
+        write_documents: Callable[[Path], None],
+        shares: Shares,
+        channel: Channel,
+        keep_all: bool,
     ) -> None:
         try:
             save_checkpoint(self._folder, manifest, write_documents, shares, channel)
-            if self._strategy.is_main:
+            self.saved = manifest.step
+            if self._strategy.is_main and not keep_all:
                 self._prune()
         except BaseException as error:  # told, or raised, where it is waited for
             self._error = error
@@ -100,4 +149,4 @@ class CheckpointSaver:
         try:
             self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
         except OSError as error:
-            self._warn(f"WARNING: an old checkpoint cannot be removed: {error}")
+            self._tell(f"WARNING: an old checkpoint cannot be removed: {error}")

@@ -6,6 +6,7 @@ code. Every rank writes one file of its own. How they are read again: `load.py`.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +42,23 @@ def save_checkpoint(
         channel: To the other ranks.
 
     Raises:
-        CheckpointError: A rank could not write: on all ranks, and nothing was published.
+        CheckpointError: A rank could not write: on all ranks; nothing was published, and nothing keeps the disk full.
     """
+    try:
+        _save(folder, manifest, write_documents, shares, channel)
+    except CheckpointError:
+        if channel.rank == 0:
+            shutil.rmtree(folder.partial(manifest.step), ignore_errors=True)
+        raise
+
+
+def _save(
+    folder: CheckpointFolder,
+    manifest: Manifest,
+    write_documents: Callable[[Path], None],
+    shares: Shares,
+    channel: Channel,
+) -> None:
     partial = folder.partial(manifest.step)
     digests: dict[str, str] = {}
     with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"):

@@ -54,8 +54,12 @@ class TrainStream(Protocol):
             ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
         """
 
-    def position(self) -> dict[str, Any] | None:
-        """What `seek` needs to go on after the last step that was read, plain data; None if it needs nothing."""
+    def position(self, step: int | None = None) -> dict[str, Any] | None:
+        """What `seek` needs to go on with `step`, plain data; None if it needs nothing.
+
+        Args:
+            step: The step after the last one that was read (default), or one of the last few before it.
+        """
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
         """Makes `step` the next one, on a stream that has not been read yet.
@@ -102,7 +106,7 @@ class StoredSequences:
             windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
 
-    def position(self) -> None:
+    def position(self, step: int | None = None) -> None:
         """See `TrainStream`: nothing is needed."""
 
     def seek(self, step: int, position: dict[str, Any]) -> None:

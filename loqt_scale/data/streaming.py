@@ -27,6 +27,7 @@ from loqt_scale.data.batches import Batch, batch_of, check_range
 from loqt_scale.data.packing import Int64Array
 
 _CHUNKS_AHEAD = 8
+_STEPS_KNOWN = 4  # a step may be taken back when the next one has been read
 _STOP_CHECK_SECONDS = 0.1
 _JOIN_SECONDS = 5.0
 
@@ -73,6 +74,7 @@ class StreamedSequences:
         self._reader: _Reader | None = None
         self._closed = False
         self._place = Place()
+        self._begins: dict[int, Place] = {}  # where the last few steps begin
         self._pending: Int64Array | None = None
         self._error: Exception | None = None
         self._step = -1
@@ -87,14 +89,18 @@ class StreamedSequences:
                 "the corpus anew to go back (or download the data set and write data.files)"
             )
         while self._step < step:
+            self._begins[self._step + 1] = self._place
+            self._begins.pop(self._step + 1 - _STEPS_KNOWN, None)
             self._batch = self._next_batch()
             self._step += 1
         assert self._batch is not None
         return batch_of(self._batch[start:stop])
 
-    def position(self) -> dict[str, Any]:
-        """See `TrainStream`."""
-        return asdict(self._place)
+    def position(self, step: int | None = None) -> dict[str, Any]:
+        """See `TrainStream`. A step that could not be read, or not wholly, begins where it did before that."""
+        following = self._step + 1
+        begins = {following: self._place} | self._begins
+        return asdict(begins[following if step is None else step])
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
         """See `TrainStream`."""

@@ -9,17 +9,22 @@
 Nothing in here waits for a device or talks to another rank: every value is a plain number that the caller already has.
 """
 
+from loqt_scale.metrics.console import Console
 from loqt_scale.metrics.meters import RateMeter, memory_metrics
 from loqt_scale.metrics.progress import Progress, ProgressMode
+from loqt_scale.metrics.reminder import Reminder, Tell
 from loqt_scale.metrics.text import format_bytes, format_count, format_duration, format_perplexity, perplexity
 from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter
 
 __all__ = [
     "METRICS_FILE",
+    "Console",
     "MetricsWriter",
     "Progress",
     "ProgressMode",
     "RateMeter",
+    "Reminder",
+    "Tell",
     "format_bytes",
     "format_count",
     "format_duration",

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
+from loqt_scale.metrics.console import Console
 from loqt_scale.metrics.text import format_count, format_duration, format_perplexity
 
 ProgressMode = Literal["auto", "on", "off"]
@@ -37,6 +38,7 @@ class Progress:
     ) -> None:
         self._total, self._initial, self._enabled = total_steps, initial_step, enabled
         self._begin = time.perf_counter()
+        self._console = Console()
         self._every = max(1, math.ceil(total_steps / PLAIN_LINES))
         self._next_plain = initial_step + 1
         self._loss: float | None = None
@@ -60,8 +62,7 @@ class Progress:
         self._loss = self._loss if loss is None else loss
         fields = self._fields(tokens_per_second)
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(fields), refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._draw(self._bar, step, fields)
         elif step >= self._next_plain or step >= self._total:
             self._next_plain = (step // self._every + 1) * self._every
             self.line("  ".join([f"step {step}/{self._total}", *fields, f"eta {format_duration(self._eta(step))}"]))
@@ -70,18 +71,35 @@ class Progress:
         """Print one line on stdout, above the bar if there is one."""
         if not self._enabled:
             return
+        if self._bar is None:
+            self._console.line(text)
+            return
+        try:
+            with self._bar.external_write_mode(file=sys.stdout):
+                self._console.line(text)
+        except OSError:
+            self._drop_bar()
+
+    def _draw(self, bar: tqdm[Any], step: int, fields: list[str]) -> None:
+        bar.set_postfix_str("  ".join(fields), refresh=False)
+        try:
+            bar.update(step - bar.n)
+        except OSError:  # its terminal has gone
+            self._drop_bar()
+
+    def _drop_bar(self) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            print(text, flush=True)
+            self._bar.disable = True  # else it would draw itself once more when it is freed
+        self._bar = None
 
     def close(self) -> None:
-        """Leave the bar as it is and release the terminal line; a second call does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        self._enabled = False
+        """Leave the bar as it is and release the terminal line; a second call does nothing. Lines can still follow."""
+        try:
+            if self._bar is not None:
+                self._bar.close()
+        except OSError:
+            pass
+        self._drop_bar()
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,8 @@
 
     {"step": 3, "train/loss": 5.25, "train/tokens_per_second": 12034.5}
 
-Each line is flushed as it is written, so a run that is killed keeps all but its last line, and `tail -f` follows it.
+Each line is written at once, so a run that is killed keeps all but its last line, and `tail -f` follows it. What a full
+disk does not take waits in memory (see `lasting`).
 JSON has no NaN or infinity; such values are written as the strings "nan", "inf" and "-inf", which every strict parser
 accepts and `float()` reads back (null would not say which of them a diverged run reached).
 """
@@ -15,10 +16,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import Any, Self
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from loqt_scale.metrics.events import EventFile
+from loqt_scale.metrics.lasting import LastingFile
+from loqt_scale.metrics.reminder import Tell
+from loqt_scale.stderr import warn
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -32,9 +35,11 @@ class MetricsWriter:
         enabled: False on all ranks but one: every call then does nothing, so that the caller needs no `if`.
         resume_step: Step after which a run goes on: what the files say of later steps is removed. None: a new run.
         evaluates_again: Whether the run begins with an evaluation after that step: one that is there is removed too.
+        tell: Takes a line for people, when the files cannot be written; default: stderr.
 
     Raises:
         ImportError: tensorboard is not installed.
+        OSError: The files cannot be opened. (What cannot be written later is not raised.)
     """
 
     def __init__(
@@ -44,14 +49,16 @@ class MetricsWriter:
         *,
         resume_step: int | None = None,
         evaluates_again: bool = False,
+        tell: Tell = warn,
     ) -> None:
-        self._file: TextIO | None = None
-        self._board: SummaryWriter | None = None
+        self._file: LastingFile | None = None
+        self._board: EventFile | None = None
         if enabled:
             if resume_step is not None:
                 _forget_after(Path(run_dir) / METRICS_FILE, resume_step, evaluation=evaluates_again)
-            self._board = _open_board(Path(run_dir) / TENSORBOARD_FOLDER, resume_step)
-            self._file = (Path(run_dir) / METRICS_FILE).open("a", encoding="utf-8")
+            purge_step = None if resume_step is None else resume_step + 1
+            self._board = EventFile(Path(run_dir) / TENSORBOARD_FOLDER, purge_step, tell)
+            self._file = LastingFile(Path(run_dir) / METRICS_FILE, tell)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of scalars.
@@ -69,13 +76,11 @@ class MetricsWriter:
             raise ValueError("a metric is called 'step', which names the step itself; write another name")
         scalars = {name: _scalar(value) for name, value in values.items()}
         line = {"step": int(step), **{name: _json_value(value) for name, value in scalars.items()}}
-        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, global_step=int(step))
+        self._file.write((json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        self._board.log(int(step), scalars)
 
     def close(self) -> None:
-        """Flush and close both files; a second call does nothing."""
+        """Close both files; a second call does nothing."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -92,29 +97,30 @@ class MetricsWriter:
 
 
 def _forget_after(path: Path, step: int, *, evaluation: bool) -> None:
-    """Removes lines of later steps (of this step too, if of an evaluation), and a last one that was not finished."""
+    """Removes lines of later steps (of this step too, if of an evaluation), and a last one that was not finished.
+
+    Needs no room on the disk.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] < step or (row["step"] == step and not (evaluation and "eval/loss" in row)):
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_until(line, step, evaluation)]
+    if kept == lines[: len(kept)]:
+        os.truncate(path, sum(map(len, kept)))
+        return
     replacement = path.with_suffix(".new")
-    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.write_bytes(b"".join(kept))
     replacement.replace(path)
 
 
-def _open_board(folder: Path, resume_step: int | None) -> SummaryWriter:
+def _is_until(line: bytes, step: int, evaluation: bool) -> bool:
+    """Whether this is a whole line, of a step up to that one, and no evaluation of that one if those are left out."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("metrics need tensorboard; run: pip install tensorboard") from error
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(log_dir=str(folder), flush_secs=30, purge_step=purge_step)
+        row = json.loads(line)
+        last = row["step"] == step and not (evaluation and "eval/loss" in row)
+        return line.endswith(b"\n") and (row["step"] < step or last)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _scalar(value: Any) -> float:

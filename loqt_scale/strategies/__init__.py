@@ -1,18 +1,29 @@
 """How one training step, and one merge, is spread over ranks: single, ddp, fsdp and zero behind one protocol."""
 
+from torch.distributed.distributed_c10d import Store
+
 from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy, shard_range
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.process_group import launched_world_size
+from loqt_scale.strategies.rendezvous import agent_hosts_store, hosts_store, open_store
+from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 
 __all__ = [
     "DTYPES",
     "Channel",
+    "LostRankError",
     "Reducer",
+    "RollCall",
+    "StoppedElsewhere",
+    "Store",
     "Strategy",
+    "agent_hosts_store",
     "create_strategy",
+    "hosts_store",
     "is_offloaded",
     "launched_world_size",
+    "open_store",
     "resolve_device",
     "resolve_strategy",
     "shard_range",

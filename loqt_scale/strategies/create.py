@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.strategies.base import DTYPES, Strategy
@@ -61,12 +62,13 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
     return torch.device("cuda", index)
 
 
-def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
+def create_strategy(config: RunConfig, *, device: torch.device, store: Store | None = None) -> Strategy:
     """Makes the strategy of a run and joins its process group. Every rank.
 
     Args:
         config: The run.
         device: This rank's device.
+        store: What only this job's ranks see (a roll call's); default: the launcher's.
 
     Raises:
         ValueError: Settings of `zero` that cannot work, or DeepSpeed is not installed; nothing has been joined yet.
@@ -80,13 +82,14 @@ def create_strategy(config: RunConfig, *, device: torch.device) -> Strategy:
     if name == "single":
         return Strategy(device, compute_dtype)
     if name == "ddp":
-        return DDPStrategy(device, compute_dtype, parallel.timeout_seconds)
+        return DDPStrategy(device, compute_dtype, parallel.timeout_seconds, store=store)
     if name == "zero":
-        return ZeroStrategy(device, config)
+        return ZeroStrategy(device, config, store=store)
     return FSDPStrategy(
         device,
         compute_dtype,
         parallel.timeout_seconds,
         reshard_after_forward=parallel.reshard_after_forward,
         kept=parallel.kept_between_passes,
+        store=store,
     )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -40,6 +41,7 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         reshard_after_forward: Free gathered blocks between forward and backward.
         kept: What stays whole between the micro-batches of a step.
         timeout_seconds: Limit of a collective.
+        store: What only this job's ranks see; default: the launcher's.
     """
 
     name = "fsdp"
@@ -52,8 +54,9 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         *,
         reshard_after_forward: bool = True,
         kept: Kept = "gradients",
+        store: Store | None = None,
     ) -> None:
-        super().__init__(device, compute_dtype, timeout_seconds)
+        super().__init__(device, compute_dtype, timeout_seconds, store=store)
         self._reshard_after_forward, self._kept = reshard_after_forward, kept
         self._kept_gathered: list[FSDPModule] = []
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard
 
 from loqt_scale.strategies.base import Channel, Reducer, Strategy
-from loqt_scale.strategies.rendezvous import fresh_store
+from loqt_scale.strategies.rendezvous import open_store
 
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
@@ -24,16 +24,19 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("WORLD_SIZE", "1"))
 
 
-def join_process_group(device: torch.device, timeout_seconds: int) -> bool:
-    """Joins the launcher's process group: nccl for CUDA, gloo for the CPU. True if this call joined it. Every rank."""
+def join_process_group(device: torch.device, timeout_seconds: int, store: Store | None = None) -> bool:
+    """Joins the launcher's process group: nccl for CUDA, gloo for the CPU. True if this call joined it. Every rank.
+
+    Args:
+        device: Where this rank computes.
+        timeout_seconds: Limit of a collective.
+        store: What only this job's ranks see; default: the launcher's.
+    """
     if dist.is_initialized():
         return False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=timeout)
-        return True
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store = fresh_store(store, rank, world_size, timeout)
+    store = open_store(timeout_seconds) if store is None else store
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return True
 
@@ -85,13 +88,21 @@ class DistributedStrategy(Strategy):
         device: Where this rank computes.
         compute_dtype: float32 or bfloat16.
         timeout_seconds: Limit of a collective.
+        store: What only this job's ranks see; default: the launcher's.
     """
 
     name = "distributed"
 
-    def __init__(self, device: torch.device, compute_dtype: torch.dtype, timeout_seconds: int = 600) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        timeout_seconds: int = 600,
+        *,
+        store: Store | None = None,
+    ) -> None:
         super().__init__(device, compute_dtype)
-        self._joined = join_process_group(device, timeout_seconds)
+        self._joined = join_process_group(device, timeout_seconds, store)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._timeout = timedelta(seconds=timeout_seconds)
         self._host_mesh: DeviceMesh | None = None

@@ -1,8 +1,11 @@
-"""One attempt's ranks finding each other in a store that still holds what killed attempts left in it.
+"""A job's ranks finding each other: the key-value store of the launcher, or rank 0's.
 
-`torchrun --max-restarts` starts new ranks, but its agent keeps one key-value store for all attempts, and torch does not
-tell their keys apart: a new rank may read the address of a dead one ("Connection refused", or a wait for ever). The
-restart count is no remedy, agents on several nodes count their own restarts only. So the ranks agree on a fresh prefix:
+`open_store` waits in steps of a second, between which Python hears a signal: torch's own waits do not.
+
+One attempt's ranks must find each other in a store that still holds what killed attempts left in it. `torchrun
+--max-restarts` starts new ranks, but its agent keeps one key-value store for all attempts, and torch does not tell
+their keys apart: a new rank may read the address of a dead one ("Connection refused", or a wait for ever). The restart
+count is no remedy, agents on several nodes count their own restarts only. So the ranks agree on a fresh prefix:
 
     rank r > 0   writes a random word to hello/r; waits for a welcome with that word in it; answers with welcome's key
     rank 0       writes a welcome (a random key, the word read from each rank) until all have answered with its key
@@ -13,13 +16,74 @@ Nothing stale is ever taken: an old welcome lacks r's new word, an old answer ra
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 _POLL_SECONDS = 0.02
+
+
+def hosts_store(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the store lives in this process: on rank 0, unless torchrun's agent keeps it."""
+    return environment["RANK"] == "0" and not agent_hosts_store(environment)
+
+
+def open_store(timeout_seconds: float, environment: Mapping[str, str] = os.environ) -> Store:
+    """The store that the ranks of this attempt share. Every rank; only torchrun's wait for each other here.
+
+    Args:
+        timeout_seconds: How long to wait for rank 0, or for torchrun's agent; then the limit of a wait for a key.
+        environment: MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE.
+
+    Raises:
+        ConnectionError: It cannot be reached, or rank 0 cannot listen at the port.
+    """
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    deadline, timeout = time.monotonic() + timeout_seconds, timedelta(seconds=timeout_seconds)
+    store = _serve(host, port) if hosts_store(environment) else _connect(host, port, deadline)
+    store.set_timeout(timeout)
+    if not agent_hosts_store(environment):
+        return store
+    return fresh_store(store, int(environment["RANK"]), int(environment["WORLD_SIZE"]), timeout)
+
+
+def agent_hosts_store(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the store lives in torchrun's agent, which outlives the ranks."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _serve(host: str, port: int) -> Store:
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank 0 cannot listen at MASTER_PORT {port} ({_first_line(error)}); set MASTER_PORT to a free port, the "
+            "same on all ranks"
+        ) from None
+
+
+def _connect(host: str, port: int, deadline: float) -> Store:
+    while True:
+        try:  # torch's own attempts print a page of C++ frames each; it is asked when somebody listens
+            socket.create_connection((host, port), timeout=1.0).close()
+            return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"rank 0 cannot be reached at MASTER_ADDR {host}, MASTER_PORT {port} ({_first_line(error)}); its "
+                    "own output says why, or the address is wrong"
+                ) from None
+            time.sleep(_POLL_SECONDS)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip()
 
 
 def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear
@@ -78,6 +79,7 @@ class ZeroStrategy(DistributedStrategy):
     Args:
         device: Where this rank computes.
         config: The run; its settings become DeepSpeed's (see `zero_config`).
+        store: What only this job's ranks see; default: the launcher's.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -85,9 +87,9 @@ class ZeroStrategy(DistributedStrategy):
 
     name = "zero"
 
-    def __init__(self, device: torch.device, config: RunConfig) -> None:
+    def __init__(self, device: torch.device, config: RunConfig, *, store: Store | None = None) -> None:
         self._deepspeed: Any = import_deepspeed(device, config.parallel.zero_log_level)
-        super().__init__(device, DTYPES[config.model.dtype], config.parallel.timeout_seconds)
+        super().__init__(device, DTYPES[config.model.dtype], config.parallel.timeout_seconds, store=store)
         # DeepSpeed's own view of the group that has just been joined
         self._deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._config = config

@@ -121,3 +121,26 @@ def run_with_a_bad_disk(**settings: Any) -> list[str]:
     finally:
         store.file_digest, Progress.line = digest, line
     return told
+
+
+def run_with_unreadable_data(rank: int, step: int, **settings: Any) -> tuple[str, str]:
+    """A run in which one rank cannot read its share of a step (from 0); its error, and what that came from."""
+    import os
+
+    from loqt_scale.data.batches import StoredSequences
+
+    whole = StoredSequences.sequences
+
+    def sequences(self: StoredSequences, asked: int, start: int, stop: int) -> Any:
+        if os.environ["RANK"] == str(rank) and asked == step:
+            raise ConnectionError("the hub is away")
+        return whole(self, asked, start, stop)
+
+    StoredSequences.sequences = sequences  # type: ignore[method-assign]
+    try:
+        train_run(**settings)
+    except ValueError as error:
+        return str(error), repr(error.__cause__)
+    finally:
+        StoredSequences.sequences = whole  # type: ignore[method-assign]
+    return "nothing", ""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.test_launchers import OURS, ROOT, executable, losses
 
 KILLED = str(ROOT / "tests" / "distributed" / "killed.py")
+FULL = str(ROOT / "tests" / "distributed" / "full.py")
 TRAIN = str(ROOT / "launch" / "train.py")
 STEPS = 9  # merges after steps 1 and 5 (counted from 1), saves after 2, 4, 6, 8 and 9
 Job = Callable[..., list[str]]
@@ -215,9 +216,10 @@ def test_no_room_for_checkpoints_does_not_end_the_run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     status, output = finish(start([*launcher(1), TRAIN, *settings(run_dir)], preexec_fn=limit))
-    assert status == 0 and output.count("WARNING: checkpoint of step") == 5, output
+    assert status == 2 and output.count("WARNING: checkpoint of step") == 3, "five saves and one at last: 1, 2, 4"
+    assert "Make room: nothing has been saved, the same command starts anew" in output.splitlines()[-1]
     assert losses(run_dir) == unbroken(1)
-    assert not (run_dir / "checkpoints" / "latest").exists()
+    assert not list((run_dir / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -230,7 +232,8 @@ def test_a_rank_that_cannot_write_is_named(
     task = "tests.distributed.tasks:run_with_a_bad_disk"
     told = ranks.run(2, task, **common, **saves, **{"optim.warmup_steps": 1})[0]
     assert told == [
-        "WARNING: checkpoint of step 6 not saved: rank 1: OSError: [Errno 28] No space left on device; training goes on"
+        "WARNING: checkpoint of step 6 not saved: rank 1: OSError: [Errno 28] No space left on device; training goes "
+        "on, and will try again"
     ]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*step-*")) == [
         "step-00000003",
@@ -258,3 +261,27 @@ def test_ranks_that_disagree_stop_before_the_merge(
     else:  # rank 0, which is about to merge, finds that only it has announced that; the other loses its peer
         assert ended[0].startswith("OutOfStepError: here it is step 5, after which no merge follows (after the next: a")
         assert ended[1] != "nothing" and max(steps) == 5
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MB, which one checkpoint fits on but not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("a small disk can only be mounted as root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while(
+    settings: Job, unbroken: Callable[[int], list[float]], small_disk: Path
+) -> None:
+    """Whatever fills it meanwhile: the run goes on, says so, and writes all of it when there is room again."""
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    process = start([*launcher(1), FULL, str(filler), "3", "6", *settings(run_dir)])
+    status, output = finish(process)
+    assert status == 0 and "checkpoints can be written again" in output, output
+    assert "WARNING: checkpoint of step 4 not saved" in output and "Traceback" not in output, output
+    assert losses(run_dir) == unbroken(1)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-1] == f"step-{STEPS:08d}"

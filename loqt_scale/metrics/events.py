@@ -1,0 +1,68 @@
+"""TensorBoard's event files, written by tensorboard's own record writer.
+
+Its `SummaryWriter` hands events to a thread that a full disk ends, and with it every event that comes later; so the
+events go through a `LastingFile` instead.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from loqt_scale.metrics.lasting import LastingFile
+from loqt_scale.metrics.reminder import Tell
+
+_FORMAT = "brain.Event:2"
+
+
+class EventFile:
+    """One event file, `events.out.tfevents.TIME.HOST.PID`.
+
+    Args:
+        folder: Where it is made; the folder too.
+        purge_step: From this step on TensorBoard forgets what earlier files say; None: nothing.
+        tell: Takes a line for people.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None, tell: Tell) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise ImportError("metrics need tensorboard; run: pip install tensorboard") from error
+        self._event, self._session = event_pb2.Event, event_pb2.SessionLog
+        self._summary = summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = LastingFile(folder / _file_name(folder), tell)
+        self._records = RecordWriter(self._file)
+        self._begin(purge_step)
+
+    def _begin(self, purge_step: int | None) -> None:
+        self._add(file_version=_FORMAT, step=purge_step or 0)
+        if purge_step is not None:
+            self._add(session_log=self._session(status=self._session.START), step=purge_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars of one step, one event for all of them."""
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(summary=self._summary(value=scalars), step=step)
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        self._file.close()
+
+    def _add(self, **fields: object) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _file_name(folder: Path) -> str:
+    """A name that no other file has: TensorBoard reads a folder's files in the order of their names."""
+    begun = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+    return f"{begun}.{len(list(folder.glob(begun + '.*')))}"
