@@ -23,6 +23,7 @@ from common import ROOT  # noqa: F401  (puts the checkout on the path)
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
+_UNFLUSHED = 120  # how the interpreter itself ends when its last words cannot be written
 
 Words = Sequence[str] | Callable[[int], Sequence[str]]
 
@@ -159,7 +160,13 @@ def _rank(
         prepare(rank)
     from loqt_scale.cli import main
 
-    sys.exit(main(words))
+    status = main(words)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        os._exit(_UNFLUSHED)
+    sys.exit(status)
 
 
 def _redirect(log: Path) -> None:
