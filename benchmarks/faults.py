@@ -222,13 +222,21 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     unknown = [name for name in layouts if name not in LAYOUTS]
     if unknown:
         raise SystemExit(f"no layout is called {', '.join(unknown)}; write some of: {', '.join(LAYOUTS)}")
-    named = [k for k in dict.fromkeys(f.kind for f in FAULTS if allowed(f, layouts)) if options.only in k]
+    named = [k for k in dict.fromkeys(f.kind for f in FAULTS if allowed(f, layouts)) if _asked(k, options.only)]
     kinds = [kind for kind in named for _ in range(SHARES.get(kind, 1))]
     if options.each:
-        return [case for case in every_variant(options.seed, layouts) if options.only in f"{case.kind}: {case.variant}"]
+        return [
+            case
+            for case in every_variant(options.seed, layouts)
+            if _asked(f"{case.kind}: {case.variant}", options.only)
+        ]
     numbers = [options.case] if options.case is not None else range(options.count)
     known = [case for case in known_faults(options.seed) if case.number == options.case or options.known]
     return known + [draw(number, options.seed, layouts, kinds) for number in numbers if number < KNOWN_FROM]
+
+
+def _asked(name: str, only: str) -> bool:
+    return any(part in name for part in only.split(","))
 
 
 def weighted_layouts() -> list[str]:
@@ -243,7 +251,9 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="this one only")
     parser.add_argument("--each", action="store_true", help="every variant once, on the first layout that will do")
     parser.add_argument("--known", action="store_true", help="before the others, the faults that ended badly once")
-    parser.add_argument("--only", default="", help="kinds (with --each: variants) whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="kinds (with --each: variants) whose name contains one of these: TEXT,TEXT"
+    )
     parser.add_argument("--layouts", help=f"some of: {', '.join(LAYOUTS)}")
     parser.add_argument("--quick", action="store_true", help="a few cases on one process")
     parser.add_argument("--workers", type=int, default=2, help="cases at a time")
