@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -175,4 +176,6 @@ def _redirect(log: Path) -> None:
     for target in (1, 2):
         os.dup2(descriptor, target)
     os.close(descriptor)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    # as the interpreter makes them for a file: only standard error is unbuffered
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), write_through=True)  # noqa: SIM115
