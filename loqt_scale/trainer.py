@@ -285,7 +285,8 @@ class Trainer:
                 strategy.backward(self.model, loss)
             total += loss.detach()
         mark, stop_asked = self.place(step).mark, self.stop.number is not None
-        return strategy.sum(torch.stack([total, *(total.new_full((), float(one)) for one in (mark, stop_asked))]))
+        numbers = torch.stack([total, *(total.new_full((), float(one)) for one in (mark, stop_asked))])
+        return strategy.sum_step(numbers, self.parameters)
 
     @property
     def micro_steps(self) -> int:

@@ -18,7 +18,7 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
 *P is a stable function of its input*: rounding does not choose it. A gradient may hold fewer than r directions above
 rounding (a batch of fewer than r different tokens does), and singular vectors know no sign. Therefore
 
-* every matrix M gets a **background**: P is of [M, c ||M||_F D], with seeded directions D and c a little above rounding.
+* every matrix M gets a **background**: P is of [M, c ||M||_F D], D seeded directions and c a little above rounding.
   Where the gradient is stronger, the background moves nothing; where it holds nothing, P's columns come from D,
   orthogonal to the gradient's own, instead of from rounding. There is no threshold that a value could cross.
 * every column gets the **sign** that makes its inner product with one fixed dense direction positive (`_signed`).
