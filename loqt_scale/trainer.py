@@ -336,7 +336,8 @@ class Trainer:
         asked, faulty = self.stop.number is not None, self.data_fault is not None
         words = Words(stops=asked, faults=faulty, saves=strategy.is_main and self.saver.overdue())
         numbers = (float(self.place(step).mark), words.number(strategy.world_size))
-        return strategy.sum(torch.stack([total, *(total.new_full((), number) for number in numbers)]))
+        sums = torch.stack([total, *(total.new_full((), number) for number in numbers)])
+        return strategy.sum_step(sums, self.parameters)
 
     def _read(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of a step. Several ranks: stand-ins if that fails, and all learn of it later.

@@ -14,13 +14,14 @@ and in `finish`, layer by layer,
     transport  B's Adam moments into the new basis
 
 `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):
-then it is all-gathered, which is still low-rank. At step 0, W is read once more from its source, so that the first
-quantization's error is compensated too instead of being lost.
+then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells, W is read once more
+from its source, so that the first quantization's error is compensated too instead of being lost.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from typing import Protocol
 
 import torch
@@ -80,28 +81,30 @@ class MergeCoordinator:
         merge = config.merge
         last = int(merge.last_step_fraction * (total_steps - 1))
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
-        self._index_of_step = {step: index for index, step in enumerate(steps)}
+        self._schedule, self._steps = steps, set(steps)
         self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
 
     @property
     def steps(self) -> list[int]:
-        """All merge steps of the run."""
-        return list(self._index_of_step)
+        """All merge steps of the run, ascending."""
+        return sorted(self._steps)
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
-        return step in self._index_of_step
+        return step in self._steps
 
     def require(self, step: int) -> None:
         """Makes a step a merge step, if it is none (a merge was postponed to it before a resume). Local."""
-        index = sum(known < step for known in self._index_of_step)
-        self._index_of_step.setdefault(step, max(0, index - 1))
+        self._steps.add(step)
 
     def postpone(self, step: int) -> None:
-        """Moves the merge of a step that was skipped to the next step, and drops what was collected. Every rank."""
-        index = self._index_of_step.pop(step)
-        self._index_of_step.setdefault(step + 1, index)
+        """Moves the merge of a step that was skipped to the next step, and drops what was collected. Every rank.
+
+        If the next step ends in a merge anyway, the two are one.
+        """
+        self._steps.remove(step)
+        self._steps.add(step + 1)
         self._search.drop()
 
     def prepare(self, step: int, *, backward_passes: int | None = None) -> None:
@@ -123,18 +126,17 @@ class MergeCoordinator:
         if not self.is_merge_step(step):
             return None
         started = time.perf_counter()
-        first = self._index_of_step[step] == 0  # before it P and B are zero
         diagnostics: dict[str, Tensor] = {}
         sketch_bytes = self._search.sent_bytes - self._sent_before
         self._search.finish()
         for name, owner in self._search.owners.items():
             with self._strategy.editing(self._layers[name].merged_parameters()):
-                diagnostics[name] = self._merge_layer(name, owner, self._search.take(name), first=first)
+                diagnostics[name] = self._merge_layer(name, owner, self._search.take(name))
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
             step=step,
-            index=self._index_of_step[step],
+            index=bisect_right(self._schedule, step) - 1,
             seconds=time.perf_counter() - started,
             sketch_bytes=sketch_bytes,
             layers=layers,
@@ -155,7 +157,7 @@ class MergeCoordinator:
             strategy.store(layer.projection.scales, found.scales)
         return unpack(found.codes, found.scales, layout, torch.float32), found.energy
 
-    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None, *, first: bool) -> Tensor:
+    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor:
         """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank.
 
         In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
@@ -164,11 +166,12 @@ class MergeCoordinator:
         spec = layer.spec
         rows = spec.base.rows_of_groups(*strategy.rows(spec.base.groups))
         old_basis = self._gather_basis(layer)
+        merged_before = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
         old_factor = self._factor_for_rows(layer, rows)
         new_basis, energy = self._share_basis(layer, owner, mine)
         local_old, local_new = (b if spec.side == "input" else b[slice(*rows)] for b in (old_basis, new_basis))
 
-        weight = self._merged_rows(name, rows, local_old, old_factor, first=first)
+        weight = self._merged_rows(name, rows, local_old, old_factor, merged_before=merged_before)
         result = compensate(
             weight,
             spec.base,
@@ -190,11 +193,9 @@ class MergeCoordinator:
             scale=spec.scale,
         )
         self._store(layer, result)
-        # an old basis of zeros means that there was none: nothing to carry over, nothing to compare with
-        known = not first and bool(old_basis.any())
-        self._carry_state(layer, basis_rotation(old_basis, new_basis) if known else None)
+        self._carry_state(layer, basis_rotation(old_basis, new_basis) if merged_before else None)
         nan = energy.new_full((), float("nan"))
-        overlap = subspace_overlap(old_basis, new_basis) if known else nan
+        overlap = subspace_overlap(old_basis, new_basis) if merged_before else nan
         return torch.stack([result.error_before, result.error, energy, overlap, *sums])
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -220,11 +221,13 @@ class MergeCoordinator:
             return strategy.read(factor).detach().float().clone()
         return strategy.gather(factor)[slice(*rows)].float().clone()
 
-    def _merged_rows(self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, first: bool) -> Tensor:
-        """This rank's rows of W = dequant(W_q) + s L(B), float32; at step 0 W_q is the true initial weight. Local."""
+    def _merged_rows(
+        self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, merged_before: bool
+    ) -> Tensor:
+        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge the true initial ones. Local."""
         layer = self._layers[name]
         layout = layer.spec.base
-        if first and self._initial_weights is not None:  # P and B are still zero: there is nothing to add
+        if not merged_before and self._initial_weights is not None:  # P and B are zero: there is nothing to add
             return self._initial_weights.rows(f"{name}.weight", *rows).to(self._strategy.device)
         scales = None if layer.base.scales is None else self._strategy.read(layer.base.scales)
         codes = self._strategy.read(layer.base.codes)

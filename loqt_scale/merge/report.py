@@ -13,7 +13,7 @@ class MergeReport:
 
     Args:
         step: The merge step.
-        index: How many merges came before it.
+        index: Its place in the schedule, from 0; a postponed merge keeps its own, unless it falls on the next one.
         seconds: Wall time of `finish` on this rank.
         sketch_bytes: Payload of what was reduced to the layers' owners before `finish`, in the backward passes.
         layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`

@@ -39,7 +39,7 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
         return Traffic(0, 0)
     trained = [p for p in shapes.parameters if p.trains]
     if strategy == "ddp":
-        reduced = sum(p.nbytes() for p in trained) + 3 * FLOAT
+        reduced = sum(p.nbytes() for p in trained) + 4 * FLOAT  # the loss with its two companions, the gradient's norm
         return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
     compute, gathered, parallel = DTYPES[config.model.dtype], 0, config.parallel
     for p in shapes.parameters:

@@ -7,7 +7,7 @@ A strategy answers four questions and nothing else in the package asks them:
 2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
-   micro_step, after_forward_only, autocast, backward, update
+   micro_step, after_forward_only, autocast, backward, sum_step, update
 4. *talk*: sums, broadcasts, barriers.
    sum, open_reducer, broadcast, barrier
 
@@ -239,6 +239,20 @@ class Strategy:
         """Adds a loss's gradients to those of this step. Every rank."""
         loss.backward()
 
+    def sum_step(self, numbers: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Sums a step's numbers over ranks, between its last backward pass and `update`. Every rank. One all-reduce.
+
+        What else ranks must agree on before the update, so that they judge its gradients alike, travels with them.
+
+        Args:
+            numbers: Any, float32 (n,).
+            parameters: Everything that trains, with its gradients.
+
+        Returns:
+            (n,), the same on all ranks.
+        """
+        return self.sum(numbers)
+
     def update(
         self,
         model: nn.Module,
@@ -263,14 +277,18 @@ class Strategy:
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scales gradients to a global norm of at most `max_norm` (0: not at all); returns the old norm. Every rank."""
         kept = [p for p in parameters if p.grad is not None]
-        norm = self.norm(torch.nn.utils.get_total_norm([self.local(p.grad) for p in kept if p.grad is not None]))
+        norm = self.norm(kept)
         if max_norm > 0.0:
             torch.nn.utils.clip_grads_with_norm_(kept, max_norm, norm)
         return norm
 
-    def norm(self, stored: Tensor) -> Tensor:
-        """Norm of all gradients from that of the rows that this rank stores. Every rank."""
-        return stored
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of all gradients, the same on all ranks. Every rank."""
+        return self.stored_norm(parameters)
+
+    def stored_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Norm of the rows of gradients that this rank stores. Local."""
+        return torch.nn.utils.get_total_norm([self.local(p.grad) for p in parameters if p.grad is not None])
 
     # ---- talk --------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,12 @@
 """DDP: everything replicated, gradients all-reduced, and merges still shared out by rows.
 
 Replicas must not drift: each rank merges only its share of a layer's rows and the packed bytes are gathered, which is
-both N times less work and the reason why all replicas hold the same bits whatever their kernels do.
+both N times less work and the reason why all replicas hold the same bits whatever their kernels do. And a step is
+judged once: the norm by which all clip, and which tells whether the step is applied, is rank 0's, and is not a number
+if any rank's is not (a flipped bit after the all-reduce would otherwise be skipped by one replica alone).
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +22,7 @@ class DDPStrategy(DistributedStrategy):
     """See the module's docstring."""
 
     name = "ddp"
+    _norm: Tensor | None = None  # of this step's gradients, as agreed
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wraps in DistributedDataParallel, with a hook that sums instead of averaging. Every rank."""
@@ -37,6 +41,19 @@ class DDPStrategy(DistributedStrategy):
         """Skips the all-reduce in all but the last micro-step."""
         assert isinstance(model, DistributedDataParallel)
         return nullcontext() if last else model.no_sync()
+
+    def sum_step(self, numbers: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See `Strategy.sum_step`: the gradients' norm travels with them. Every rank. One all-reduce."""
+        own = self.stored_norm(parameters)
+        said = own if self.rank == 0 else own * 0.0  # of what is not finite: NaN
+        summed = self.sum(torch.cat([numbers, said.reshape(1).to(numbers)]))
+        self._norm = summed[-1].to(own)
+        return summed[:-1]
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """What `sum_step` has agreed on; without it this rank's own."""
+        agreed, self._norm = self._norm, None
+        return self.stored_norm(parameters) if agreed is None else agreed
 
 
 def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

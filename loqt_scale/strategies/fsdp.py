@@ -125,6 +125,6 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""
         return nullcontext()
 
-    def norm(self, stored: Tensor) -> Tensor:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""
-        return self.sum(stored.square()).sqrt()
+        return self.sum(self.stored_norm(parameters).square()).sqrt()

@@ -144,3 +144,41 @@ def run_with_unreadable_data(rank: int, step: int, **settings: Any) -> tuple[str
     finally:
         StoredSequences.sequences = whole  # type: ignore[method-assign]
     return "nothing", ""
+
+
+def flipped_bits(flipped: list[int], **settings: Any) -> dict[str, Any]:
+    """Six steps, in some of which a value of rank 1's gradients turns NaN after they were summed. Every rank.
+
+    Args:
+        flipped: Those steps.
+        settings: Of the run.
+
+    Returns:
+        updates: Steps applied.
+        merges: Merge steps, as they are at the end.
+        state: Parameters that train, packed bytes and moments, as this rank holds them.
+    """
+    import torch
+
+    from tests.distributed.footprint_tasks import make_trainer
+
+    trainer = make_trainer(small_config(settings))
+    strategy = trainer.strategy
+    sum_step = strategy.sum_step
+
+    def flip(numbers: Any, parameters: Any) -> Any:
+        if strategy.rank == 1 and trainer.done in flipped:
+            strategy.local(parameters[3].grad).view(-1)[5] = float("nan")
+        return sum_step(numbers, parameters)
+
+    strategy.sum_step = flip  # type: ignore[method-assign]
+    try:
+        for step in range(6):
+            trainer.step(step)
+        trainer.settle()
+        assert trainer.merges is not None
+        moments = [m for state in trainer.optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
+        tensors = [strategy.local(t.detach()).clone() for t in (*trainer.built.model.parameters(), *moments)]
+        return {"updates": trainer.updates, "merges": trainer.merges.steps, "state": tensors}
+    finally:
+        strategy.close()

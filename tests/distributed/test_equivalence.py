@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import SMALL_RUN
@@ -274,3 +275,23 @@ PER_LAYER = {"optim.per_layer": True, "optim.clip_norm": 0.0}
 def test_updates_in_the_backward_pass_change_nothing(runs: Runs, world_size: int, strategy: str) -> None:
     losses = runs.losses(world_size, strategy, **PER_LAYER, **UNQUANTIZED)
     assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED, **{"optim.clip_norm": 0.0}), exact=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_bit_that_flips_on_one_rank_is_judged_alike_by_all(
+    ranks: RankPool, text_file: Path, cache_dir: Path, tmp_path: Path, strategy: str
+) -> None:
+    """In a merge step and in one without; nothing is applied anywhere, the merge is postponed, no replica drifts."""
+    settings = {
+        "data.files": [str(text_file)],
+        "data.cache_dir": str(cache_dir),
+        "train.run_dir": str(tmp_path / "run"),
+    }
+    settings |= {**strategy_settings(strategy), "loqt.merge.gap": 3, "loqt.merge.schedule": "constant"}
+    task = "tests.distributed.tasks:flipped_bits"
+    first, second = ranks.run(2, task, flipped=[0, 2], **settings)
+    for result in (first, second):
+        assert result["updates"] == 4 and result["merges"][:2] == [1, 3]
+        assert all(tensor.float().isfinite().all() for tensor in result["state"])
+    if strategy == "ddp":
+        assert all(torch.equal(a, b) for a, b in zip(first["state"], second["state"], strict=True))

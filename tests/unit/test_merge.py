@@ -123,6 +123,76 @@ def test_a_gradient_that_is_not_finite_is_left_for_the_trainer_to_judge() -> Non
     assert report is not None and report.means()["gradient_energy"] > 0.0
 
 
+class Counted(Dense):
+    """Counts how often the true weights are read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.read: list[str] = []
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        self.read.append(name)
+        return super().rows(name, start, stop)
+
+
+@pytest.mark.parametrize("gap", [1, 2, 5])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_first_merge_reads_the_true_weights_whenever_it_comes(gap: int, resumed: bool) -> None:
+    """Also if steps 0 and 1 were skipped, on whatever their merges fall, and if the run was resumed in between."""
+    settings = LoQTConfig(rank=RANK, scale=SCALE, merge=MergeConfig(gap=gap, schedule="constant"))
+    torch.manual_seed(0)
+    model = Small()
+    source = Counted(model)
+    convert_to_loqt(model, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def coordinator() -> MergeCoordinator:
+        return MergeCoordinator(model, optimizer, settings, total_steps=100, seed=3, initial_weights=source)
+
+    merges = coordinator()
+    for step in (0, 1):
+        merges.prepare(step)
+        merges.postpone(step)
+    assert merges.steps[:2] == [2, 2 + (gap if gap != 5 else 3)] and not source.read
+    if resumed:
+        merges = coordinator()
+        merges.require(2)
+    indices = []
+    for step in range(2, 12):
+        merges.prepare(step)
+        loss_of(model, step).backward()
+        report = merges.finish(step)
+        optimizer.zero_grad()
+        if report is not None:
+            indices.append(report.index)
+            assert len(source.read) == len(dict(loqt_layers(model))), step  # once, in the first
+    assert indices == {1: list(range(2, 12)), 2: [1, 2, 3, 4, 5], 5: [0, 1, 2]}[gap]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_postponed_merge_later_on_reads_them_no_more(resumed: bool) -> None:
+    """The merge of the last step, too, may be postponed: to a step that comes if the run is extended."""
+    model, merges, optimizer = make(config("sketch"))
+    train(model, merges, optimizer, range(5))
+    merges.prepare(5)
+    merges.postpone(5)
+    before = {name: layer.effective_weight() for name, layer in loqt_layers(model)}
+    if resumed:
+        source = Counted(Small())
+        merges = MergeCoordinator(model, optimizer, config("sketch"), total_steps=100, initial_weights=source)
+        merges.require(6)
+    merges.prepare(6)
+    loss_of(model, 6).backward()
+    report = merges.finish(6)
+    assert report is not None and report.index == 1 and report.means()["subspace_overlap"] >= 0.0
+    assert not resumed or not source.read
+    for name, layer in loqt_layers(model):
+        assert (layer.effective_weight() - before[name]).norm() < 0.2 * before[name].norm()
+    merges.prepare(merges.steps[-1])
+    merges.postpone(last := merges.steps[-1])
+    assert merges.steps[-1] == last + 1
+
+
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
