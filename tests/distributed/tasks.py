@@ -121,3 +121,18 @@ def run_with_a_bad_disk(**settings: Any) -> list[str]:
     finally:
         store.file_digest, Progress.line = digest, line
     return told
+
+
+def run_on_own_copy(folder: str, **settings: Any) -> str:
+    """A run that each rank starts in a working directory of its own, `folder`/RANK; what ended it."""
+    import os
+
+    before = Path.cwd()
+    os.chdir(Path(folder) / os.environ["RANK"])
+    try:
+        train_run(**settings)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.chdir(before)
+    return "nothing"
