@@ -24,7 +24,7 @@ from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
 from loqt_scale.models import (
     build_meta_model,
-    check_overrides,
+    check_widths,
     decoder_blocks,
     init_buffers,
     load_model_config,
@@ -84,7 +84,7 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
     hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
     with explained(f"no model can be built from {model_source(config.model)}"):
         model = build_meta_model(hf_config)
-    check_overrides(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    check_widths(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()

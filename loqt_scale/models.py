@@ -33,6 +33,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from loqt_scale.config import ModelConfig
 from loqt_scale.errors import MissingFileError, UserError, explained, reason_of, shortened
 
+_SHAPES = re.compile(r"size of tensor|shape|mat1 and mat2|dimension")  # in what torch says of widths that do not fit
+
 
 class LlamaShape(NamedTuple):
     """Widths and depth of a LLaMA model."""
@@ -261,26 +263,31 @@ def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = 
         return model
 
 
-def check_overrides(config: ModelConfig, *, vocab_size: int, seq_len: int) -> None:
+def check_widths(config: ModelConfig, *, vocab_size: int, seq_len: int) -> None:
     """Takes a forward pass on fake tensors, which hold no values: widths that do not go together show there.
 
-    Models that fake tensors cannot follow (some mixtures of experts) fail without overrides too; they are not judged.
+    Fake tensors cannot follow every model (some mixtures of experts). So a model is refused only if another one of its
+    kind passes: the one without overrides, or without those the config class's own. A preset as it is needs no check.
 
     Args:
-        config: Which model; without overrides there is nothing to check.
+        config: Which model.
         vocab_size: As for `load_model_config`.
         seq_len: Likewise.
 
     Raises:
-        UserError: The model computes without the overrides, but not with them.
+        UserError: The other one computes, this one does not.
     """
-    if not config.overrides:
+    if config.path is None and not config.overrides:
         return
-    error = _forward_error(load_model_config(config, vocab_size=vocab_size, seq_len=seq_len))
-    if error is None:
+    hf_config = load_model_config(config, vocab_size=vocab_size, seq_len=seq_len)
+    error = _forward_error(hf_config)
+    if error is None or (not config.overrides and not _SHAPES.search(str(error))):
         return
-    own_vocabulary = 0 if config.path else vocab_size
-    if _forward_error(load_model_config(replace(config, overrides={}), vocab_size=own_vocabulary, seq_len=1)) is None:
+    reference = type(hf_config)()
+    if config.overrides:
+        own_vocabulary = 0 if config.path else vocab_size
+        reference = load_model_config(replace(config, overrides={}), vocab_size=own_vocabulary, seq_len=1)
+    if _forward_error(reference) is None:
         raise UserError(f"no model can be built from {model_source(config)}: {reason_of(error)}") from error
 
 
