@@ -96,6 +96,9 @@ def machine_error(error: BaseException) -> str | None:
         )
     if "Duplicate GPU detected" in str(error):
         return "two ranks use one GPU; start as many ranks per node as GPUs, or let the launcher show each task its own"
+    # torch.distributed's own, by name: this module imports no torch
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__.startswith("Dist"):
+        return f"the ranks do not reach one another ({reason_of(error)}); look at what other ranks say, at MASTER_ADDR"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return None

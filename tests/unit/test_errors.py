@@ -71,6 +71,7 @@ def test_what_the_machine_does_is_told_from_bugs() -> None:
     assert "loqt-scale plan" in (machine_error(MemoryError()) or "") or machine_error(MemoryError())
     assert "loqt-scale plan" in (machine_error(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) or "")
     assert machine_error(ValueError("invalid literal")) is None
+    assert "do not reach one another" in (machine_error(TimeoutError("rank 1 did not join")) or "")
     assert machine_error(KeyError("x")) is None
 
 
