@@ -18,10 +18,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loqt_scale.config import ModelConfig, RunConfig
+from loqt_scale.errors import explained
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
-from loqt_scale.models import build_meta_model, decoder_blocks, init_buffers, load_model_config, resolve_weights_folder
+from loqt_scale.models import (
+    build_meta_model,
+    check_widths,
+    decoder_blocks,
+    init_buffers,
+    load_model_config,
+    model_source,
+    resolve_weights_folder,
+)
 from loqt_scale.strategies import DTYPES, Strategy
 from loqt_scale.weights import RandomWeights, WeightSource, pretrained_weights
 
@@ -73,7 +82,9 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
         ValueError: Settings that do not fit the model (see `models` and `layers.convert`).
     """
     hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
-    model = build_meta_model(hf_config)
+    with explained(f"no model can be built from {model_source(config.model)}"):
+        model = build_meta_model(hf_config)
+    check_widths(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
@@ -125,7 +136,8 @@ def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
 def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
     if config.model.weights == "random":
         return RandomWeights(model, config.train.seed)
-    return pretrained_weights(resolve_weights_folder(config.model), model)
+    with explained(f"the weights of model.path {config.model.path} cannot be read"):
+        return pretrained_weights(resolve_weights_folder(config.model), model)
 
 
 def allocate(model: nn.Module, strategy: Strategy) -> None:

@@ -1,14 +1,20 @@
 """The console command: `loqt-scale COMMAND [--config FILE] [--key VALUE ...]`.
 
 A command is one line in `COMMANDS`: a function of the remaining arguments, imported when it is called, so that `--help`
-answers without loading torch. What the user can mend (a wrong setting, a run folder in the way) ends as one line on
-stderr and exit status 2; anything else keeps its traceback.
+answers without loading torch. `run_command` alone decides what a person sees of an exception, whatever raised it:
+
+    UserError                     one line, status 2: something that the person can mend
+    full memory, a disk           one line, status 2, and the traceback in the error log
+    anything else                 one line, status 1, and the traceback in the error log: a bug of ours
+
+The error log is in the run's folder, one for each rank (see `error_log`). LOQT_SCALE_TRACEBACK=1 shows every traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,11 +29,12 @@ from loqt_scale.command_options import (
     take_options,
 )
 from loqt_scale.config_io import parse_run_config
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.error_log import keep_errors_in, log_error
+from loqt_scale.errors import ConfigError, UserError, explained, machine_error, shortened
 from loqt_scale.launcher import join_launcher
 from loqt_scale.stopping import StopRequest
 
-USER_ERROR = 2
+USER_ERROR, BUG = 2, 1
 TRACEBACK_VARIABLE = "LOQT_SCALE_TRACEBACK"
 
 
@@ -56,7 +63,8 @@ def _export(argv: Sequence[str], prog: str) -> None:
     options = parse_options(ExportOptions, argv, prog)
     from loqt_scale.export import export_checkpoint
 
-    done = export_checkpoint(options, progress=print)
+    with explained(f"{options.checkpoint} cannot be exported to {options.out}", of=(OSError,)):
+        done = export_checkpoint(options, progress=print)
     print(f"exported to {done.folder}: {done.files} file(s), {done.size / 2**20:.1f} MiB")
 
 
@@ -107,7 +115,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "loqt-scale") -> int:
         prog: Program name shown in messages.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend (its message is on stderr).
+        Exit status: 0; 2 after an error that a person can mend; 1 after a bug. Its line is on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -123,16 +131,32 @@ def main(argv: Sequence[str] | None = None, prog: str = "loqt-scale") -> int:
 
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one subcommand by name with the arguments that follow it; returns the exit status as `main` does."""
+    keep_errors_in(None)
     try:
         COMMANDS[name].run(argv, prog)
-    except ConfigError as error:
-        return _fail(prog, str(error))
-    except (ValueError, OSError, ArithmeticError) as error:
-        if TRACEBACK_VARIABLE in os.environ or not (place := _raised_here(error)):
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted", status=128 + signal.SIGINT)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
-        # Not once per host as above: a rank may fail alone (its disk, its share of the data).
-        return _fail(prog, f"{error} ({place}; {TRACEBACK_VARIABLE}=1 shows the traceback)", every_rank=True)
+        return _report(prog, error)
     return 0
+
+
+def _report(prog: str, error: Exception) -> int:
+    """Say what happened on one line; keep the traceback of what no message was written for."""
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))  # where the run goes on, say
+    if isinstance(error, UserError):
+        # ranks of one host read the same settings; but a rank may be alone with its disk, its share of the data
+        return _fail(prog, f"{error}{notes}", every_rank=not isinstance(error, ConfigError))
+    log, machine = log_error(error), machine_error(error)
+    where = f"the traceback is in {log}" if log else "its traceback is above, there is nowhere to keep it"
+    if log is None:
+        traceback.print_exception(error)
+    if machine is not None:
+        return _fail(prog, f"{machine}{notes} ({where})", every_rank=True)
+    what = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 300)}"
+    return _fail(prog, f"{what}{notes}; a bug, please report it: {where}", every_rank=True, status=BUG)
 
 
 def _overview(prog: str) -> str:
@@ -148,26 +172,14 @@ def _tell_other_ranks(error: ConfigError) -> None:
         leave_word(error)
 
 
-def _fail(prog: str, message: str, every_rank: bool = False) -> int:
+def _fail(prog: str, message: str, every_rank: bool = False, status: int = USER_ERROR) -> int:
     """Print one error line. Ranks of one host read the same files, so the first speaks for all unless told not to."""
     rank = os.environ.get("RANK", "0")
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         who = f"{prog} [rank {rank}]" if "RANK" in os.environ else prog
-        print(f"{who}: error: {message}", file=sys.stderr, flush=True)
-    return USER_ERROR
-
-
-def _raised_here(error: BaseException) -> str | None:
-    """Return module:line if the error was raised by this package itself: then its message is written for the user.
-
-    The same types raised inside torch or the standard library are somebody's bug, and need their traceback.
-    """
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
-        return None
-    frame, line = frames[-1]
-    module = str(frame.f_globals.get("__name__", ""))
-    return f"{module}:{line}" if module.startswith("loqt_scale.") else None
+        line = f"{who}: error: {' '.join(message.split())}"
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from loqt_scale.config_keys import ConfigError, plain_message
+from loqt_scale.config.check import PATH, require, settle
+from loqt_scale.config_keys import plain_message
+from loqt_scale.errors import ConfigError, explained, shortened
 
 T = TypeVar("T")
+
+TEMPERATURES = 1e-4, 1e4  # below, logits have no room in float32 once they are divided by it
+UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
+# bytes of a GPU that torch does not count: the CUDA context, workspaces, fragments; an assumption
+OUTSIDE = 800 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +35,14 @@ class ExportOptions:
         max_shard_size: Size of a file, and about the memory that the export takes, e.g. 500MB or 2GB.
     """
 
-    checkpoint: str
-    out: str
+    checkpoint: str = field(metadata=PATH)
+    out: str = field(metadata=PATH)
     format: Literal["dense", "nf4"] = "dense"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_shard_size: str = "2GB"
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,7 @@ class GenerateOptions:
         device: auto = cuda if there is one, else cpu.
     """
 
-    checkpoint: str
+    checkpoint: str = field(metadata=PATH)
     prompt: str = ""
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -57,12 +68,14 @@ class GenerateOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; write 1 or more")
-        if self.temperature < 0.0:
-            raise ConfigError(f"temperature is {self.temperature}; write 0 (the likeliest token) or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; write a number in (0, 1]")
+        temperature, low, high = self.temperature, *TEMPERATURES
+        require(
+            temperature == 0.0 or low <= temperature <= high,
+            f"temperature is {temperature}; write 0 (the likeliest token) or {low} to {high}",
+        )
+        settle(self)
+        require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; write 1 or more")
+        require(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; write a number in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +93,38 @@ class PlanOptions:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
-            raise ConfigError(f"gpus is {self.gpus}; write 1 or more")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ConfigError(f"vocab_size is {self.vocab_size}; write 1 or more")
+        settle(self)
+        require(1 <= self.gpus <= 2**24, f"gpus is {self.gpus}; write 1 to {2**24}")
+        rows = self.vocab_size
+        require(rows is None or 1 <= rows <= 2**31, f"vocab_size is {rows}; write 1 to {2**31}")
+        if self.gpu_memory is not None:
+            parse_size(self.gpu_memory)
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """`gpu_memory` as a number."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "24GB" (10^9) or "24GiB" (2^30).
+
+    Raises:
+        ConfigError: It is no such size, or no more than what torch does not count of a GPU.
+    """
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{0,12})?)\s*(GiB|MiB|GB|MB)", text.strip(), flags=re.IGNORECASE)
+    if found is None:
+        raise ConfigError(
+            f"gpu_memory is '{shortened(text)}'; write a number above 0 and a unit, e.g. 24GB (10^9 bytes) or 24GiB "
+            "(2^30)"
+        )
+    size = int(float(found[1]) * UNITS[found[2].lower()])
+    if size <= OUTSIDE:
+        raise ConfigError(
+            f"gpu_memory is {text}, but a GPU needs {OUTSIDE >> 20} MiB for what torch does not count (assumed); write "
+            "more"
+        )
+    return size
 
 
 def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
@@ -106,10 +147,11 @@ def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:
         raise ConfigError(f"no --{missing[0]}; write {' '.join(f'--{name} {name.upper()}' for name in required)}")
     parser = ArgumentParser(prog=prog, description=(cls.__doc__ or "").partition("\n")[0], exit_on_error=False)
     parser.add_class_arguments(cls)
-    try:
-        values = parser.parse_args(list(argv)).as_dict()
-    except ArgumentError as error:
-        raise ConfigError(plain_message(str(error), get_type_hints(cls))) from None
+    with explained("the options cannot be read", kind=ConfigError):
+        try:
+            values = parser.parse_args(list(argv)).as_dict()
+        except ArgumentError as error:
+            raise ConfigError(plain_message(str(error), get_type_hints(cls))) from None
     return cls(**values)
 
 
@@ -135,7 +177,10 @@ def take_options(cls: type[Any], argv: Sequence[str]) -> tuple[list[str], list[s
 
 @dataclass(frozen=True)
 class _Saved:
-    checkpoint: str
+    checkpoint: str = field(default="", metadata=PATH)
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def split_checkpoint(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -150,4 +195,4 @@ def split_checkpoint(argv: Sequence[str]) -> tuple[str, list[str]]:
         raise ConfigError(
             "no --checkpoint; write --checkpoint with a checkpoint's, a run's or an exported model's folder"
         )
-    return path, words
+    return _Saved(path).checkpoint, words

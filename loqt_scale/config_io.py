@@ -23,8 +23,8 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
 from loqt_scale.config import RunConfig
+from loqt_scale.config.paths import expand_path
 from loqt_scale.config_keys import (
-    ConfigError,
     accepts_none,
     check_yaml_keys,
     describe_type,
@@ -32,33 +32,50 @@ from loqt_scale.config_keys import (
     plain_message,
     setting_groups,
     setting_types,
+    takes_bool,
     unknown_key_message,
 )
+from loqt_scale.errors import ConfigError, explained, reason_of
 
 T = TypeVar("T")
+
+# Booleans of YAML 1.1. A setting that is true or false takes them, any other one takes the word.
+WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 # YAML 1.1, PyYAML's dialect, reads 5e-3 as text. People and jsonargparse read it as a number, so both the loader and
 # the dumper (which must then quote the text '5e-3') are taught the YAML 1.2 form.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$")
 
 
+class _Word(str):
+    """An unquoted on, off, yes or no: YAML 1.1's booleans, which are the names of some choices here."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-3 as a number and refuses a key that is written twice."""
+    """SafeLoader that reads 5e-3 as a number, on and off as a `_Word`, and refuses a key that is written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"a key is a list or a mapping (line {line}); write a name")
             if key_node.value in seen:
-                line = key_node.start_mark.line + 1
                 raise ConfigError(f"key '{key_node.value}' is written twice (line {line}); keep one of them")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
+        """true and false; other words as they are written."""
+        text = str(self.construct_scalar(node))
+        return _Word(text) if text.lower() in WORDS else super().construct_yaml_bool(node)
 
 
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which would be read back as a number."""
 
 
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
@@ -90,12 +107,12 @@ def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about:
     """
     wants_config, arguments = normalize_argv(argv)
     parser = _build_parser(prog, about)
-    arguments = [word for word in arguments if not word.startswith("--config=") or _holds_settings(word)]
-    try:
-        namespace = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise ConfigError(plain_message(str(error), setting_types())) from None
-    values = namespace.as_dict()
+    files = [_settings_of(word) if word.startswith("--config=") else word for word in arguments]
+    with explained("the settings cannot be read", kind=ConfigError):
+        try:
+            values = parser.parse_args([word for word in files if word is not None]).as_dict()
+        except ArgumentError as error:
+            raise ConfigError(plain_message(str(error), setting_types())) from None
     values.pop("config", None)
     values.pop("print_config", None)
     config = _build(RunConfig, values)
@@ -181,6 +198,8 @@ def _argument(option: _Option) -> str:
         return f"--{key}=[{','.join(values)}]"
     if len(values) > 1:
         raise ConfigError(f"unexpected argument '{values[1]}' after --{key} {values[0]}; write one value")
+    if takes_bool(hint) and values[0].lower() in WORDS:
+        return f"--{key}={str(WORDS[values[0].lower()]).lower()}"
     return f"--{key}={values[0]}"
 
 
@@ -218,30 +237,52 @@ def _build_parser(prog: str, about: str) -> ArgumentParser:
     return parser
 
 
-def _holds_settings(argument: str) -> bool:
-    """Check the file of a `--config=FILE`; False if it is empty, which jsonargparse would refuse."""
-    path = argument.partition("=")[2]
-    try:
-        tree = _read_yaml(path)
-        check_yaml_keys(tree)
-        return bool(tree)
-    except ConfigError as error:
-        message = str(error)
-        raise ConfigError(message if path in message else f"{path}: {message}") from None
+def _settings_of(argument: str) -> str | None:
+    """A `--config=FILE` with the file's checked settings in its place; None if it is empty.
+
+    jsonargparse has another idea of YAML than we have: it gets every value in the one form that both read alike.
+    """
+    path = expand_path(argument.partition("=")[2], "config")
+    tree = _read_yaml(path)
+    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    return f"--config={text}" if tree else None
 
 
-def _read_yaml(path: str | os.PathLike[str]) -> Any:
-    """Parse a YAML file; an empty one is no settings at all."""
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parse and check a YAML file of settings; an empty one is no settings at all."""
+    name = os.fspath(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_Loader)
     except FileNotFoundError:
-        raise ConfigError(f"config file '{os.fspath(path)}' does not exist; write --config FILE") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file '{os.fspath(path)}' cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file '{os.fspath(path)}' is not YAML: {' '.join(str(error).split())}") from None
-    return {} if tree is None else tree
+        raise ConfigError(f"config file '{name}' does not exist; write --config FILE") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config file '{name}' cannot be read: {reason_of(error)}") from None
+    try:
+        # whatever a reader of YAML can stumble over: dates that are none, numbers without end, 5000 brackets
+        with explained(f"config file '{name}' is not YAML", kind=ConfigError):
+            tree = yaml.load(text, Loader=_Loader)
+        tree = {} if tree is None else tree
+        with explained(f"config file '{name}' cannot be read", of=(RecursionError,), kind=ConfigError):
+            check_yaml_keys(tree)
+            return {key: _settled(value, key) for key, value in tree.items()}
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if name in message else f"{name}: {message}") from None
+
+
+def _settled(value: Any, key: str) -> Any:
+    """A value of a YAML tree whose on, off, yes and no are what the setting takes: true or false, or the word."""
+    if isinstance(value, dict):
+        return {name: _settled(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_settled(item, key) for item in value]
+    if not isinstance(value, _Word):
+        return value
+    owner = owner_of(key)
+    means_bool = owner is not None and (
+        takes_bool(setting_types()[owner]) or get_origin(setting_types()[owner]) is dict
+    )
+    return WORDS[value.lower()] if means_bool else str(value)
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -259,14 +300,10 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         elif get_origin(hint) is tuple:
             value = tuple(value)
         elif hint is float or (accepts_none(hint) and float in typing.get_args(hint) and value is not None):
-            value = float(value)
+            with explained(f"{prefix}{item.name} is no number", kind=ConfigError):
+                value = float(value)
         arguments[item.name] = value
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    return cls(**arguments)
 
 
 def _plain(value: Any) -> Any:

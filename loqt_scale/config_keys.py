@@ -22,10 +22,7 @@ from functools import cache, reduce
 from typing import Any, Literal, Union, get_args, get_origin
 
 from loqt_scale.config import RunConfig
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names its key and what to write instead."""
+from loqt_scale.errors import ConfigError, shortened
 
 
 @cache
@@ -71,6 +68,11 @@ def accepts_none(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
+def takes_bool(hint: Any) -> bool:
+    """Whether true and false are what is written for a setting of this type."""
+    return hint is bool or (accepts_none(hint) and bool in get_args(hint))
+
+
 def chooses_numbers(hint: Any) -> bool:
     """Whether one of a few numbers may be written for a setting of this type, and no text."""
     if get_origin(hint) is Literal:
@@ -100,10 +102,10 @@ def plain_message(message: str, hints: Mapping[str, Any]) -> str:
     pattern = r'Parser key "(?P<key>[\w.]+)":.*(Got|Given) value: (?P<value>.*)'  # Given: of a type with alternatives
     found = re.search(pattern, message, flags=re.DOTALL)
     if found is None or found["key"] not in hints:
-        return " ".join(message.split())
+        return shortened(" ".join(message.split()), 300)
     value, hint = found["value"].strip(), hints[found["key"]]
     is_number = value.isdecimal() and chooses_numbers(hint)
-    shown = "null" if value == "None" else value if is_number else f"'{value}'"
+    shown = "null" if value == "None" else value if is_number else f"'{shortened(value)}'"
     return f"{found['key']} is {shown}; write {describe_type(hint)}"
 
 
@@ -114,7 +116,7 @@ def unknown_key_message(key: str) -> str:
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     nearest = difflib.get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.6)
     hint = f"did you mean '{nearest[0]}'?" if nearest else "see --help for the list of settings"
-    return f"unknown key '{key}'; {hint}"
+    return f"unknown key '{shortened(key)}'; {hint}"
 
 
 def check_yaml_keys(tree: object, prefix: str = "") -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from loqt_scale.errors import UserError
 from loqt_scale.functional.seeding import stable_seed
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-class UnreadableDataError(ValueError):
+class UnreadableDataError(UserError):
     """A rank could not read its share of a step. Nobody has applied that step."""
 
 
-class OutOfStepError(ValueError):
+class OutOfStepError(UserError):
     """Ranks disagree on the step they are at, or on whether a merge follows it."""
 
 

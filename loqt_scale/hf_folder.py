@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from loqt_scale.errors import MissingFileError, UserError
+
 # what transformers is told wherever it could run code, ask for leave to, or look elsewhere
 CAREFULLY = {"trust_remote_code": False, "local_files_only": True}
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,11 +63,11 @@ def indexed_files(index: Path) -> list[Path]:
     try:
         names = _Index.model_validate_json(index.read_bytes()).weight_map.values()
     except ValidationError as error:
-        raise ValueError(f"{index} is no index of safetensors files beside it ({one_line(error)})") from None
+        raise UserError(f"{index} is no index of safetensors files beside it ({one_line(error)})") from None
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{index.parent}: its index names {file.name}, which is not there")
+            raise MissingFileError(f"{index.parent}: its index names {file.name}, which is not there")
     return files
 
 
@@ -75,7 +77,7 @@ def check_folder(folder: Path, config: PreTrainedConfig) -> None:
         indexed_files(index)
     for kind in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(getattr(config, kind, None)):  # kernels of the hub, which are code
-            raise ValueError(f"{folder}: its config.json asks for code, {getattr(config, kind)!r}; remove that")
+            raise UserError(f"{folder}: its config.json asks for code, {getattr(config, kind)!r}; remove that")
 
 
 def load_adapter(model: Any, folder: Path) -> None:
@@ -88,7 +90,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     try:
         settings = AdapterSettings.model_validate_json((folder / ADAPTER_SETTINGS).read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{folder / ADAPTER_SETTINGS} is none that loqt-scale wrote ({one_line(error)})") from None
+        raise UserError(f"{folder / ADAPTER_SETTINGS} is none that loqt-scale wrote ({one_line(error)})") from None
     from peft import LoraConfig
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -96,7 +98,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     lora = LoraConfig(**settings.model_dump())
     found = model.load_adapter(peft_config=lora, adapter_state_dict=tensors)
     if lacking := sorted([*getattr(found, "missing_keys", ()), *getattr(found, "unexpected_keys", ())]):
-        raise ValueError(f"{folder} is of another model: {len(lacking)} tensors differ, the first is {lacking[0]}")
+        raise UserError(f"{folder} is of another model: {len(lacking)} tensors differ, the first is {lacking[0]}")
 
 
 def refuse_not_finite(folder: Path, model: nn.Module) -> None:
@@ -111,7 +113,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _refuse(folder: Path, names: list[str]) -> None:
     if names:
-        raise ValueError(f"{folder}: {names[0]} holds NaN or infinity; write another folder")
+        raise UserError(f"{folder}: {names[0]} holds NaN or infinity; write another folder")
 
 
 def one_line(error: ValidationError) -> str:

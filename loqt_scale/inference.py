@@ -21,8 +21,9 @@ from loqt_scale.checkpoint import Checkpoint, read_settings
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
 from loqt_scale.config_io import parse_run_config, save_run_config
-from loqt_scale.config_keys import ConfigError, flat_settings
+from loqt_scale.config_keys import flat_settings
 from loqt_scale.data import Corpus, build_corpus
+from loqt_scale.errors import ConfigError, UserError, explained
 from loqt_scale.evaluation import evaluate
 from loqt_scale.hf_folder import CAREFULLY, check_folder, load_adapter, refuse_not_finite
 from loqt_scale.metrics import format_count, perplexity
@@ -63,7 +64,7 @@ def evaluate_saved(location: str, argv: Sequence[str]) -> float:
         _check_tokens(model, corpus)
         loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
         if not math.isfinite(loss):
-            raise ValueError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
+            raise UserError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
         if strategy.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
@@ -95,10 +96,17 @@ def generate(options: GenerateOptions) -> str:
         strategy = create_strategy(config, device=device)
         saved = open_saved(checkpoint, config, strategy)
         model, files = saved.load(strategy), saved.files
-    tokenizer: Any = AutoTokenizer.from_pretrained(files, **CAREFULLY)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"] or [end]
+    with explained(f"the tokenizer in {files} cannot be read"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(files, **CAREFULLY)
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        ids = tokenizer(options.prompt, add_special_tokens=False)["input_ids"] or [end]
+    if None in ids:
+        raise UserError(f"the tokenizer in {files} has no end of text to start from; write --prompt TEXT")
     text_config = model.config.get_text_config()
+    if max(ids) >= text_config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {files} gives the token {max(ids)}, but the model knows {text_config.vocab_size}"
+        )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and len(ids) + options.max_new_tokens > positions:
         raise ConfigError(
@@ -125,29 +133,42 @@ def generate(options: GenerateOptions) -> str:
 
 
 def _load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
-    """A Hugging Face model in eval mode, with the adapter beside it if there is one."""
-    adapter = path / ADAPTER
-    hf_config = AutoConfig.from_pretrained(path, **CAREFULLY)
-    check_folder(path, hf_config)
-    quantized = hasattr(hf_config, "quantization_config")
-    try:
+    """A Hugging Face model in eval mode, with the adapter beside it if there is one.
+
+    Raises:
+        UserError: The folder is not a whole one, or needs packages that are not installed.
+    """
+    with explained(f"{path} cannot be read as a Hugging Face model"):
+        hf_config = AutoConfig.from_pretrained(path, **CAREFULLY)
+        check_folder(path, hf_config)
+        quantized = hasattr(hf_config, "quantization_config")
         # a quantized model cannot be moved later; to place it at once takes one more package, accelerate
         placement = {"device_map": {"": device}} if quantized else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **CAREFULLY, **placement)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, weights_only=True, output_loading_info=True, **CAREFULLY, **placement
+        )
+        _check_whole(path, info)
         refuse_not_finite(path, model)
-        if adapter.is_dir():
-            load_adapter(model, adapter)
-        model = model if quantized else model.to(device)
-    except ImportError as error:
-        raise ConfigError(f"{path} needs more packages: {' '.join(str(error).split())}") from None
-    return model.eval()
+        if (path / ADAPTER).is_dir():
+            load_adapter(model, path / ADAPTER)
+        return (model if quantized else model.to(device)).eval()
+
+
+def _check_whole(path: Path, info: dict[str, Any]) -> None:
+    """transformers fills in at random what the files lack, with no more than a warning."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise UserError(
+                f"{path} does not hold the whole model: {len(keys)} {kind.replace('_', ' ')}, e.g. {keys[0]}; write "
+                "another folder"
+            )
 
 
 def _check_tokens(model: Any, corpus: Corpus) -> None:
     """Raises ValueError if the tokenizer gives ids that the model has no embedding for."""
     greatest, known = int(corpus.eval.input_ids.max()), model.config.get_text_config().vocab_size
     if greatest >= known:
-        raise ValueError(f"the tokenizer {corpus.tokenizer.name} gives token {greatest}, but the model knows {known}")
+        raise UserError(f"the tokenizer {corpus.tokenizer.name} gives token {greatest}, but the model knows {known}")
 
 
 def _folder_settings(path: Path) -> RunConfig:

@@ -8,6 +8,7 @@ Whatever can be wrong is found in this order; nothing is allocated, moved or ove
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,8 @@ from loqt_scale.checkpoint import Start, check_tensors, identity, open_checkpoin
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
+from loqt_scale.error_log import keep_errors_in
+from loqt_scale.errors import UserError
 from loqt_scale.launcher import join_launcher
 from loqt_scale.metrics import Console, MetricsWriter, Progress
 from loqt_scale.opening import OpenRun
@@ -87,14 +90,18 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         return start.finished.loss_before, start.finished.loss_after
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+    _check_agreement(strategy, corpus.fingerprint)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
         check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True)
     run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    keep_errors_in(config.train.run_dir)
     done = None if checkpoint is None else checkpoint.manifest.step
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}
     with (
-        Progress(config.train.steps, enabled=strategy.is_main, mode=config.train.progress) as progress,
+        Progress(
+            config.train.steps, enabled=strategy.is_main, mode=config.train.progress, initial_step=done or 0
+        ) as progress,
         MetricsWriter(config.train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
     ):
         trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
@@ -120,7 +127,7 @@ def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
     steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
     if config.optim.per_layer and steps > 1:
         share = -(-train.global_batch_size // strategy.world_size)
-        raise ValueError(
+        raise UserError(
             f"optim.per_layer is true, but a step is {steps} micro-batches, whose gradients would have to pile up; "
             f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false"
         )
@@ -136,14 +143,18 @@ def _place(start: Start) -> str:
         return f"{start.checkpoint} (not there)"
 
 
-def _check_agreement(strategy: Strategy, lines: list[str]) -> None:
-    """Ranks with other settings, or another place to go on from, would wait for one another for ever. Every rank."""
-    everyone = strategy.gather_objects(lines)
+def _check_agreement(strategy: Strategy, lines: Sequence[str]) -> None:
+    """Ranks with other settings, text or another place to go on from would train, or wait, in vain. Every rank.
+
+    Raises:
+        UserError: On every rank, unless all have the same lines; it names the first that differs.
+    """
+    everyone = strategy.gather_objects(list(lines))
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")
             first, other = next((a.strip(), b.strip()) for a, b in pairs if a != b)
-            raise ValueError(
-                f"rank 0 has {first!r}, rank {rank} has {other!r}; start all ranks with the same settings, and with "
-                "the run folder on a disk that all of them see"
+            raise UserError(
+                f"rank 0 has {first!r}, rank {rank} has {other!r}; start all ranks with the same settings, copies of "
+                "the text and the tokenizer, and with the run folder on a disk that all of them see"
             )

@@ -15,19 +15,25 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loqt_scale.config import ModelConfig
+from loqt_scale.errors import MissingFileError, UserError, explained, reason_of, shortened
+
+_SHAPES = re.compile(r"size of tensor|shape|mat1 and mat2|dimension")  # in what torch says of widths that do not fit
 
 
 class LlamaShape(NamedTuple):
@@ -76,15 +82,13 @@ def load_model_config(config: ModelConfig, *, vocab_size: int, seq_len: int) -> 
     """
     fields = _preset_fields(config.preset, vocab_size, seq_len) if config.path is None else _read_fields(config.path)
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model.path: its config.json has model_type {model_type!r}, which transformers does not know")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UserError(f"model.path: its config.json has model_type {model_type!r}, which transformers does not know")
     config_class = CONFIG_MAPPING[model_type]
     fields = _override(fields, config_class, config.overrides)
-    try:
+    with explained(f"{model_source(config)} do not fit a {model_type} model"):
         hf_config = config_class(**fields)
-    except Exception as error:  # the library's validation errors have no common base but Exception
-        raise ValueError(f"model.overrides {config.overrides} do not fit a {model_type} model: {error}") from error
-    hf_config.use_cache = False
+        hf_config.use_cache = False
     _check_sizes(hf_config, config, vocab_size, seq_len)
     return hf_config
 
@@ -104,7 +108,7 @@ def declared_layers(path: str) -> int:
 
 def _preset_fields(preset: str, vocab_size: int, seq_len: int) -> dict[str, Any]:
     if preset not in PRESETS:
-        raise ValueError(f"model.preset is {preset!r}; write one of {', '.join(PRESETS)}")
+        raise UserError(f"model.preset is {preset!r}; write one of {', '.join(PRESETS)}")
     shape = PRESETS[preset]
     return {
         "model_type": "llama",
@@ -126,22 +130,27 @@ def _preset_fields(preset: str, vocab_size: int, seq_len: int) -> dict[str, Any]
 def _read_fields(path: str) -> dict[str, Any]:
     """The config.json of a folder or hub id."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"model.path is {path!r}, which has no config.json; write a folder that has one")
+        raise MissingFileError(f"model.path is {path!r}, which has no config.json; write a folder that has one")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_not_found(path, error)) from error
+    except Exception as error:  # not found, not JSON, not UTF-8, no object: the library lets each speak for itself
+        raise MissingFileError(_not_found(path, reason_of(error))) from error
     if not fields:
-        raise FileNotFoundError(_not_found(path, "no config.json there"))
+        raise MissingFileError(_not_found(path, "no config.json there"))
     return dict(fields)
 
 
-def _not_found(path: str, reason: object) -> str:
-    first_line = str(reason).strip().partition("\n")[0]
-    return (
-        f"model.path is {path!r}: there is no such folder, and it could not be read as a Hugging Face id "
-        f"({first_line}); write an existing folder or id, or use model.preset"
-    )
+def _not_found(path: str, reason: str) -> str:
+    what = "its config.json could not be read"
+    if not Path(path).exists():
+        what = "there is no such folder, and it could not be read as a Hugging Face id"
+    return f"model.path is {path!r}: {what} ({reason}); write another folder or id, or use model.preset"
+
+
+def model_source(config: ModelConfig) -> str:
+    """What the model's shape was taken from, for errors."""
+    origin = f"model.preset {config.preset}" if config.path is None else f"model.path {config.path}"
+    return f"{origin} and model.overrides {shortened(str(config.overrides), 200)}"
 
 
 def _override(
@@ -153,7 +162,7 @@ def _override(
     for key in overrides:
         if key not in valid:
             near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.0)[0]
-            raise ValueError(f"model.overrides.{key} is not a field of {config_class.__name__}; did you mean {near}?")
+            raise UserError(f"model.overrides.{key} is not a field of {config_class.__name__}; did you mean {near}?")
     changes = {aliases.get(key, key): value for key, value in overrides.items()}
     merged = {**fields, **changes}
     # A list with an entry per layer (saved by Qwen2, Gemma) has to follow the number of layers.
@@ -174,12 +183,12 @@ def _check_sizes(hf_config: PreTrainedConfig, config: ModelConfig, vocab_size: i
             if config.weights == "pretrained"
             else f"model.overrides: {{vocab_size: {vocab_size}}}"
         )
-        raise ValueError(
+        raise UserError(
             f"the model's vocab_size is {text.vocab_size}, but the tokenizer has {vocab_size} tokens; write {remedy}"
         )
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
-        raise ValueError(
+        raise UserError(
             f"data.seq_len is {seq_len}, but the model has {positions} positions; write data.seq_len: {positions} or "
             "less, or a larger model.overrides.max_position_embeddings"
         )
@@ -193,7 +202,7 @@ def resolve_weights_folder(config: ModelConfig) -> Path:
         FileNotFoundError: Neither a folder nor an id that can be downloaded.
     """
     if config.path is None:
-        raise ValueError("model.path is not set; write model.path: FOLDER or a Hugging Face id")
+        raise UserError("model.path is not set; write model.path: FOLDER or a Hugging Face id")
     if Path(config.path).is_dir():
         return Path(config.path)
     try:
@@ -201,7 +210,7 @@ def resolve_weights_folder(config: ModelConfig) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(config.path, allow_patterns=["*.json", "*.bin"]))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(_not_found(config.path, error)) from error
+        raise MissingFileError(_not_found(config.path, reason_of(error))) from error
     return folder
 
 
@@ -252,6 +261,49 @@ def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = 
         model = build("eager")  # if the attention was not the trouble, this raises the same error
         warnings.warn(f"eager attention is used, because sdpa could not be: {error}", stacklevel=2)
         return model
+
+
+def check_widths(config: ModelConfig, *, vocab_size: int, seq_len: int) -> None:
+    """Takes a forward pass on fake tensors, which hold no values: widths that do not go together show there.
+
+    Fake tensors cannot follow every model (some mixtures of experts). So a model is refused only if another one of its
+    kind passes: the one without overrides, or without those the config class's own. A preset as it is needs no check.
+
+    Args:
+        config: Which model.
+        vocab_size: As for `load_model_config`.
+        seq_len: Likewise.
+
+    Raises:
+        UserError: The other one computes, this one does not.
+    """
+    if config.path is None and not config.overrides:
+        return
+    hf_config = load_model_config(config, vocab_size=vocab_size, seq_len=seq_len)
+    error = _forward_error(hf_config)
+    if error is None or (not config.overrides and not _SHAPES.search(str(error))):
+        return
+    reference = type(hf_config)()
+    if config.overrides:
+        own_vocabulary = 0 if config.path else vocab_size
+        reference = load_model_config(replace(config, overrides={}), vocab_size=own_vocabulary, seq_len=1)
+    if _forward_error(reference) is None:
+        raise UserError(f"no model can be built from {model_source(config)}: {reason_of(error)}") from error
+
+
+def _forward_error(hf_config: PreTrainedConfig) -> Exception | None:
+    """What a model raises when it is built and called on fake tensors."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), FakeTensorMode():
+        log.disabled = True
+        try:
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+            model.train()(input_ids=torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+        except Exception as error:  # whatever a model's code stumbles over
+            return error
+        finally:
+            log.disabled = False
+    return None
 
 
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -351,7 +403,7 @@ def init_buffers(model: nn.Module, device: torch.device | str) -> None:
                 full_name = re.sub(r"(_checkpoint_wrapped_module|_orig_mod)\.", "", f"{name}.{leaf}".lstrip("."))
                 rebuilt = rebuilt or _rebuilt_buffers(model)
                 if full_name not in rebuilt:
-                    raise ValueError(
+                    raise UserError(
                         f"nothing computes the buffer {full_name} (of a {type(path[-1]).__name__}) of a model built on "
                         "meta; cover it in the model's _init_weights"
                     )

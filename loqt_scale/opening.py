@@ -21,6 +21,7 @@ import psutil
 from loqt_scale.checkpoint import CHECKPOINTS, CheckpointFolder, Finished, Start, decide_start, identity, read_manifest
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
+from loqt_scale.errors import UnwritableError
 from loqt_scale.rundir import make_room, prepare_run_dir
 from loqt_scale.runlock import LOCK, RunLock
 from loqt_scale.strategies import Strategy
@@ -118,7 +119,7 @@ class OpenRun:
         except OSError as error:
             if error.errno is None:  # it is our own, and says so
                 raise
-            raise PermissionError(
+            raise UnwritableError(
                 f"train.run_dir '{self._run_dir}' cannot be written to ({error.filename}: {error.strerror}); make room "
                 "or write another --train.run_dir"
             ) from None

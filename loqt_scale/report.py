@@ -26,14 +26,17 @@ def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strat
     if layers:
         method = f"LoQT, rank {config.loqt.rank}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
-    return "\n".join(
-        [
-            f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
-            f"data     {corpus.description}",
-            f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
-            f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
-        ]
-    )
+    lines = [
+        f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
+        f"data     {corpus.description}",
+        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
+        f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
+    ]
+    if (warmup := config.optim.warmup_of(train.steps)) != config.optim.warmup_steps:
+        lines.append(
+            f"warm-up  {warmup} steps: the run has {train.steps}, optim.warmup_steps is {config.optim.warmup_steps}"
+        )
+    return "\n".join(lines)
 
 
 def merge_line(report: MergeReport) -> str:

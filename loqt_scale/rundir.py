@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
+from loqt_scale.errors import NotAFolderError, OccupiedFolderError, UnwritableError
+
 RUN_FILES = ("config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest")
 OnExisting = Literal["refuse", "archive"]
 
@@ -36,7 +38,7 @@ def prepare_run_dir(path: str | os.PathLike[str]) -> list[Path]:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0")
     except OSError as error:
-        raise PermissionError(_advice(folder, "cannot be written to", error)) from None
+        raise UnwritableError(_advice(folder, "cannot be written to", error)) from None
     return missing
 
 
@@ -69,7 +71,7 @@ def _check_is_folder(folder: Path) -> None:
         if part.is_dir():
             return
         if part.exists() or part.is_symlink():
-            raise NotADirectoryError(
+            raise NotAFolderError(
                 f"train.run_dir is '{folder}', but '{part}' is not a folder; write another --train.run_dir"
             )
 
@@ -78,12 +80,12 @@ def _move_aside(folder: Path, on_existing: OnExisting) -> Path:
     # Not resolve(): of a symbolic link the link is moved, so that its name is free again.
     absolute, here = Path(os.path.abspath(folder)), Path.cwd()
     if on_existing == "refuse":
-        raise FileExistsError(
+        raise OccupiedFolderError(
             f"train.run_dir '{folder}' already holds a run; write another --train.run_dir, "
             "or --train.on_existing_run archive to move the old one aside"
         )
     if absolute == here or absolute in here.parents:
-        raise FileExistsError(
+        raise OccupiedFolderError(
             f"train.run_dir '{folder}' already holds a run and contains the working directory, so it is not moved "
             "aside; write another --train.run_dir, e.g. runs/NAME"
         )
@@ -92,7 +94,7 @@ def _move_aside(folder: Path, on_existing: OnExisting) -> Path:
     try:
         absolute.rename(target)
     except OSError as error:
-        raise PermissionError(_advice(folder, f"cannot be moved to '{target}'", error)) from None
+        raise UnwritableError(_advice(folder, f"cannot be moved to '{target}'", error)) from None
     return target
 
 

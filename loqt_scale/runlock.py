@@ -28,6 +28,8 @@ from typing import Self
 
 import psutil
 
+from loqt_scale.errors import UserError
+
 LOCK = "run.lock"
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0  # of another host's job until it counts as gone; file attributes may be cached for that long
@@ -35,7 +37,7 @@ _SAME_START_SECONDS = 2.0  # psutil derives start times from the time of boot, w
 _ATTEMPTS = 20
 
 
-class RunInUse(OSError):
+class RunInUse(UserError, OSError):
     """Another job holds the folder; the message says which one, and what to write instead."""
 
 

@@ -22,6 +22,7 @@ from loqt_scale.checkpoint import (
     verify_checkpoint,
 )
 from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.errors import UserError
 from loqt_scale.models import declared_layers
 from loqt_scale.strategies import Strategy
 
@@ -114,7 +115,7 @@ def _design(checkpoint: Checkpoint, config: RunConfig) -> ModelDesign:
     most = len(checkpoint.manifest.tensors) + _SPARE_LAYERS
     try:
         if (layers := declared_layers(str(config.model.path))) > most:
-            raise ValueError(f"{layers} layers cannot be made of {len(checkpoint.manifest.tensors)} tensors")
+            raise UserError(f"{layers} layers cannot be made of {len(checkpoint.manifest.tensors)} tensors")
         return design_model(config, vocab_size=0)
     except Exception as error:  # a stranger's values end in any exception of transformers or torch
         reason = " ".join(f"{type(error).__name__}: {error}".split())

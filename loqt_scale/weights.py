@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from loqt_scale.errors import MissingFileError, UserError
 from loqt_scale.hf_folder import CAREFULLY, indexed_files
 from loqt_scale.models import bare_copy, init_buffers, isolated_rng, skeleton, tied_names
 
@@ -204,7 +205,7 @@ class RandomWeights:
                 _reset(path[-1])
                 _initialize(path)
         if bool(target.isnan().any()):
-            raise ValueError(
+            raise UserError(
                 f"nothing initialises the parameter {name} (of a {type(path[-1]).__name__}); give that module a "
                 "reset_parameters(), cover it in the model's _init_weights, or write model.weights: pretrained"
             )
@@ -294,7 +295,7 @@ class SafetensorsWeights:
 def _finite(name: str, rows: torch.Tensor) -> torch.Tensor:
     """The rows themselves, unless one holds NaN or infinity."""
     if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"model.path: {name} holds NaN or infinity; write another folder, or model.weights: random")
+        raise UserError(f"model.path: {name} holds NaN or infinity; write another folder, or model.weights: random")
     return rows
 
 
@@ -303,7 +304,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"model.path is {str(folder)!r}, which has neither {single.name} nor {index.name}; write a folder that "
             "save_pretrained wrote, or model.weights: random"
         )
@@ -344,7 +345,7 @@ def pretrained_weights(folder: str | Path, model: nn.Module) -> WeightSource:
     for name, parameter in model.named_parameters():
         found = source.shapes.get(name)
         if found != _row_shape(parameter.shape):
-            raise ValueError(
+            raise UserError(
                 f"model.path: the folder holds {name} as {found or 'nothing'}, but the model needs "
                 f"{tuple(parameter.shape)}; remove what changes it from model.overrides, or write model.weights: random"
             )
@@ -372,7 +373,7 @@ def _load_whole(folder: str | Path) -> DenseWeights:
         folder, dtype=torch.float32, output_loading_info=True, weights_only=True, **CAREFULLY
     )
     if info["missing_keys"]:
-        raise ValueError(
+        raise UserError(
             f"model.path: the folder's weights lack {sorted(info['missing_keys'])[:3]}; write the folder of a complete "
             "causal language model, or model.weights: random"
         )

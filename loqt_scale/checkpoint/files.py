@@ -17,11 +17,13 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from loqt_scale.errors import UserError
+
 ELSEWHERE = "write another checkpoint's folder (a run: --checkpoint.resume PATH, or never to start anew)"
 _GREATEST_DOCUMENT = 2**28  # bytes of a file that is read at once; a tokenizer's are the largest
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
 

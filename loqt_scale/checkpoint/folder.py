@@ -6,7 +6,7 @@
         manifest.json              format, step, position, checksums of all other files and of itself
         config.yaml                the run's settings
         huggingface/               the model's and the tokenizer's files as transformers reads them, without weights
-        data.json                  where a streamed data set goes on, if there is one
+        data.json                  which text was read; of a streamed data set, where it goes on
         shard-0000i-model-....safetensors     what rank i - 1 wrote
       abandoned-1/                 checkpoints of a line that the run has left, with a `latest` of their own
 

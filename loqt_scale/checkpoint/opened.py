@@ -22,7 +22,7 @@ from loqt_scale.checkpoint.manifest import MANIFEST, read_manifest
 from loqt_scale.checkpoint.shards import Pieces, find_pieces
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import load_run_config
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.errors import ConfigError
 
 _DEEPEST = 20  # brackets within brackets in a config.yaml; settings need 3
 _LONGEST = 2**24  # bytes of a config.yaml; it may name many files of text

@@ -5,7 +5,7 @@ and saved as `config.yaml` in the run folder. Three rules keep it readable:
 
 * a setting exists once, and its docstring line is what `--help` prints;
 * an algorithm is picked by name (a `Literal`), never by a flag;
-* a combination that cannot work raises `ValueError` naming the key and what to write instead, before anything is
+* a combination that cannot work raises `ConfigError` naming the key and what to write instead, before anything is
   allocated.
 """
 

@@ -1,7 +1,70 @@
-"""The one way in which a setting is refused."""
+"""The one way in which a setting is refused, and what holds for every setting of a type."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+from loqt_scale.config.paths import expand_path
+from loqt_scale.errors import ConfigError, shortened
+
+PATH = {"path": True}
+"""Metadata of a field that holds a path (or several): `~` and `$VARIABLES` in it are expanded."""
+
+# numbers end up in float32 and in 64-bit integers, whatever they are to Python
+_GREATEST, _SMALLEST, _INTEGERS = 3.4e38, 1.2e-38, 2**63
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message), which names the key and what to write instead, unless the condition holds."""
+    """Raises ConfigError(message), which names the key and what to write instead, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise ConfigError(message)
+
+
+def settle(settings: Any, group: str = "") -> None:
+    """Checks every value of a settings dataclass for what its type demands, and expands its paths in place.
+
+    Args:
+        settings: A frozen dataclass that is being made.
+        group: Its dotted name; empty at the top.
+
+    Raises:
+        ConfigError: A number that is not finite or has no room in 32-bit floats or 64-bit integers; text that cannot
+            be written to a file; a path that cannot be one.
+    """
+    for item in fields(settings):
+        key, value = f"{group}.{item.name}".lstrip("."), getattr(settings, item.name)
+        _check(key, value)
+        if item.metadata.get("path") and value is not None:
+            several = [expand_path(text, key) for text in value] if isinstance(value, list) else None
+            object.__setattr__(settings, item.name, expand_path(value, key) if several is None else several)
+
+
+def _check(key: str, value: object) -> None:
+    if isinstance(value, float):
+        fits = math.isfinite(value) and (value == 0.0 or _SMALLEST <= abs(value) <= _GREATEST)
+        require(fits, f"{key} is {value}; write a number that float32 can hold ({_SMALLEST} to {_GREATEST}, or 0)")
+    elif isinstance(value, int):
+        require(-_INTEGERS <= value < _INTEGERS, f"{key} is a number beyond 64 bits; write a smaller one")
+    elif isinstance(value, str):
+        require(_is_text(value), f"{key} is {shortened(ascii(value))}; write it without NUL characters, in UTF-8")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(key, item)
+    elif isinstance(value, dict):
+        _check_mapping(key, value)
+
+
+def _check_mapping(key: str, mapping: dict[Any, Any]) -> None:
+    for name, value in mapping.items():
+        require(isinstance(name, str), f"{key} has the key {name!r}, which is no name; write name: value")
+        _check(f"{key}.{name}", value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+    return "\0" not in value

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loqt_scale.config.check import require
+from loqt_scale.config.check import PATH, require, settle
+
+_STEPS = 99_999_999  # a checkpoint's name holds eight digits
+_MANY = 2**24  # tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip
+_YEAR = 365 * 24 * 3600
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
 OptimizerStates = Literal["float32", "int8"]
@@ -28,7 +32,7 @@ class ModelConfig:
     """
 
     preset: str = "llama_tiny"
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     weights: Literal["random", "pretrained"] = "random"
     overrides: dict[str, Any] = field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -37,6 +41,7 @@ class ModelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        settle(self, "model")
         require(
             not (self.weights == "pretrained" and self.path is None),
             "model.weights is 'pretrained' but model.path is not set; write model.path: FOLDER or a Hugging Face id",
@@ -68,25 +73,26 @@ class DataConfig:
         cache_dir: Where tokenized corpora are kept. Default: $XDG_CACHE_HOME/loqt_scale or ~/.cache/loqt_scale.
     """
 
-    files: list[str] = field(default_factory=list)
-    dataset: str | None = None
+    files: list[str] = field(default_factory=list, metadata=PATH)
+    dataset: str | None = field(default=None, metadata=PATH)
     dataset_config: str | None = None
     split: str = "train"
     eval_split: str = "validation"
     text_field: str = "text"
-    tokenizer: str = "bytes"
+    tokenizer: str = field(default="bytes", metadata=PATH)
     bpe_vocab_size: int = 4096
     seq_len: int = 256
     eval_fraction: float = 0.02
     max_eval_sequences: int = 256
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=PATH)
 
     def __post_init__(self) -> None:
+        settle(self, "data")
         require(
             not (self.files and self.dataset),
             "data.files and data.dataset are both set; write one of them (the other as [] or null)",
         )
-        require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; write 2 or more tokens")
+        require(2 <= self.seq_len <= _MANY, f"data.seq_len is {self.seq_len}; write 2 to {_MANY} tokens")
         require(0.0 < self.eval_fraction < 1.0, f"data.eval_fraction is {self.eval_fraction}; write a number in (0, 1)")
         require(self.max_eval_sequences >= 1, f"data.max_eval_sequences is {self.max_eval_sequences}; write 1 or more")
         require(
@@ -94,7 +100,8 @@ class DataConfig:
             "data.tokenizer is 'bpe', which is trained on local text, but data.dataset is streamed; "
             "write data.tokenizer: FOLDER or a Hugging Face id, or 'bytes'",
         )
-        require(self.bpe_vocab_size >= 300, f"data.bpe_vocab_size is {self.bpe_vocab_size}; write 300 or more")
+        size = self.bpe_vocab_size
+        require(300 <= size <= _MANY, f"data.bpe_vocab_size is {size}; write 300 to {_MANY}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ class OptimConfig:
             strategy.
         per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
             pile up. One micro-batch a step, without clipping to a global norm; not under ddp or zero.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up. A run that is no longer than this warms up for a tenth of its steps.
         final_lr_fraction: The cosine ends at this fraction of the peak rate.
         clip_norm: Global gradient norm above which gradients are scaled down; 0 switches clipping off.
         max_skipped_steps: A step whose gradient is not finite is skipped; so many in a row end the run.
@@ -130,6 +137,7 @@ class OptimConfig:
     max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
+        settle(self, "optim")
         require(self.lr > 0.0, f"optim.lr is {self.lr}; write a positive number")
         require(
             self.full_precision_lr is None or self.full_precision_lr > 0.0,
@@ -150,6 +158,10 @@ class OptimConfig:
             f"optim.per_layer is true, but optim.clip_norm is {self.clip_norm}: the global norm is known only when all "
             "gradients are; write optim.clip_norm: 0, or optim.per_layer: false",
         )
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of warm-up of a run of so many steps: a tenth of them if `warmup_steps` is as many or more."""
+        return self.warmup_steps if self.warmup_steps < total_steps else total_steps // 10
 
 
 Kept = Literal["nothing", "gradients", "trained"]
@@ -185,13 +197,15 @@ class ParallelConfig:
     kept_between_passes: Kept = "gradients"
     offload: Offload = "none"
     zero_stage: Literal[1, 2, 3] | None = None
-    zero_config: str | None = None
+    zero_config: str | None = field(default=None, metadata=PATH)
     zero_offload: Literal["none", "optimizer", "parameters"] | None = None
     zero_log_level: Literal["error", "warning", "info", "debug"] = "error"
     timeout_seconds: int = 600
 
     def __post_init__(self) -> None:
-        require(self.timeout_seconds >= 1, f"parallel.timeout_seconds is {self.timeout_seconds}; write 1 or more")
+        settle(self, "parallel")
+        seconds = self.timeout_seconds
+        require(1 <= seconds <= _YEAR, f"parallel.timeout_seconds is {seconds}; write 1 to {_YEAR} (a year)")
         if self.strategy != "auto":
             self.check_offload(self.strategy)
 
@@ -224,7 +238,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
-    run_dir: str = "runs/default"
+    run_dir: str = field(default="runs/default", metadata=PATH)
     on_existing_run: Literal["refuse", "archive"] = "archive"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -236,8 +250,12 @@ class TrainConfig:
     wire_counter: Literal["once", "off"] = "off"
 
     def __post_init__(self) -> None:
-        for key in ("steps", "global_batch_size", "micro_batch_size", "log_every"):
-            require(getattr(self, key) >= 1, f"train.{key} is {getattr(self, key)}; write 1 or more")
+        settle(self, "train")
+        most = {"steps": _STEPS, "global_batch_size": _MANY, "micro_batch_size": _MANY, "log_every": _STEPS}
+        for key, limit in most.items():
+            value = getattr(self, key)
+            require(value >= 1, f"train.{key} is {value}; write 1 or more")
+            require(value <= limit, f"train.{key} is {value}; write {limit} or less")
         require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; write 0 (only at the ends) or more")
         require(self.seed >= 0, f"train.seed is {self.seed}; write 0 or more")
 
@@ -259,11 +277,11 @@ class CheckpointConfig:
     background: bool = True
     keep_last: int = 2
     keep_every: int = 0
-    resume: str = "auto"
+    resume: str = field(default="auto", metadata=PATH)
 
     def __post_init__(self) -> None:
+        settle(self, "checkpoint")
         for key in ("every", "keep_every"):
             value = getattr(self, key)
             require(value >= 0, f"checkpoint.{key} is {value}; write 0 (off) or more steps")
         require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; write 1 or more")
-        require(bool(self.resume), "checkpoint.resume is empty; write auto, never or a checkpoint's folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loqt_scale.config.check import require
+from loqt_scale.config.check import require, settle
 
 Side = Literal["auto", "input", "output"]
 SubspaceMethod = Literal["sketch", "randomized", "svd"]
@@ -32,6 +32,7 @@ class SubspaceConfig:
     power_iterations: int = 2
 
     def __post_init__(self) -> None:
+        settle(self, "loqt.subspace")
         require(self.oversampling >= 0.0, f"loqt.subspace.oversampling is {self.oversampling}; write 0.0 or more")
         require(
             self.power_iterations >= 0, f"loqt.subspace.power_iterations is {self.power_iterations}; write 0 or more"
@@ -47,8 +48,9 @@ class MergeConfig:
         schedule: exponential = gap + floor(growth^i) (the paper); linear = gap + floor(growth · i); constant = gap.
         growth: ψ of the paper: how the gap grows with the number i of merges done.
         last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
-        compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; 0 leaves B at
-        zero. optimizer_state: What happens to B's Adam moments: transport = rotated into the new basis; reset = zeroed;
+        compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; with 0, B stays
+            at zero.
+        optimizer_state: What happens to B's Adam moments: transport = rotated into the new basis; reset = zeroed;
             keep = left as they are, in the old basis (what the published code does).
     """
 
@@ -60,6 +62,7 @@ class MergeConfig:
     optimizer_state: StatePolicy = "transport"
 
     def __post_init__(self) -> None:
+        settle(self, "loqt.merge")
         require(self.gap >= 1, f"loqt.merge.gap is {self.gap}; write 1 or more steps")
         require(self.growth >= 0.0, f"loqt.merge.growth is {self.growth}; write 0 or more (the paper: 1.2)")
         require(
@@ -88,6 +91,7 @@ class QuantizationConfig:
     block_size: int = 64
 
     def __post_init__(self) -> None:
+        settle(self, "loqt.quantization")
         sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
         require(
             self.block_size in sizes,
@@ -123,6 +127,7 @@ class LoQTConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
     def __post_init__(self) -> None:
+        settle(self, "loqt")
         require(self.rank >= 1, f"loqt.rank is {self.rank}; write 1 or more")
         require(self.scale > 0.0, f"loqt.scale is {self.scale}; write a positive number (the paper: 0.25 to 0.5)")
         require(len(self.target_modules) > 0, "loqt.target_modules is empty; write ['*'] or use --method full")

@@ -44,11 +44,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.optim.warmup_steps < self.train.steps,
-            f"optim.warmup_steps ({self.optim.warmup_steps}) is not below train.steps ({self.train.steps}); "
-            "write a shorter warm-up",
-        )
         self._check_small_states()
 
     @property

@@ -5,6 +5,7 @@
     tokenizers.py  text <-> ids
     packing.py     documents -> sequences of one length (pure)
     store.py       local corpora, tokenized once, kept on disk
+    cache.py       folders that one process builds while the others wait
     batches.py     which sequences a step reads; stored corpora, random access
     streaming.py   the same for streams, which only go forward
 
@@ -13,6 +14,7 @@ Nothing here knows about ranks: each asks for its share of a step's global batch
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +39,14 @@ class Corpus:
         train: Training sequences by step.
         eval: (N, T) held-out sequences, 1 <= N <= `DataConfig.max_eval_sequences`; the same ones every time.
         description: One line: source, tokenizer, tokens in train and eval.
+        fingerprint: What must be the same on every rank: lines that change with the tokenizer's ids and with the text.
     """
 
     tokenizer: Tokenizer
     train: TrainStream
     eval: Batch
     description: str
+    fingerprint: tuple[str, ...]
 
 
 def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:
@@ -69,7 +73,7 @@ def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Co
 
 def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     text = files_text(config.files, config.text_field) if config.files else embedded_text()
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
     if config.tokenizer == "bpe":
         tokenizer = trained_bpe(
             text, vocab_size=config.bpe_vocab_size, eval_fraction=config.eval_fraction, cache_dir=cache_dir
@@ -77,7 +81,13 @@ def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     else:
         tokenizer = load_tokenizer(config.tokenizer)
     store = tokenized(text, tokenizer, eval_fraction=config.eval_fraction, cache_dir=cache_dir)
-    train = StoredSequences(store.train, seq_len=config.seq_len, seed=seed, global_batch_size=global_batch_size)
+    train = StoredSequences(
+        store.train,
+        seq_len=config.seq_len,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        digest=store.train_digest,
+    )
     held_out = _evaluation_batch(
         *evaluation_windows(store.eval, config.seq_len, config.max_eval_sequences, tokenizer.eos_token_id)
     )
@@ -86,12 +96,20 @@ def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
         f"{text.name}, tokenizer {tokenizer.name}: train {len(store.train):,} tokens in {store.train_documents:,} "
         f"documents; eval {len(store.eval):,} tokens in {store.eval_documents:,} documents, {scored:,} scored"
     )
-    return Corpus(tokenizer=tokenizer, train=train, eval=held_out, description=description)
+    text_lines = tuple(
+        f"{side} text: {len(tokens)} tokens, digest {digest}"
+        for side, tokens, digest in (
+            ("training", store.train, store.train_digest),
+            ("held-out", store.eval, store.eval_digest),
+        )
+    )
+    fingerprint = (_tokenizer_line(tokenizer), *text_lines)
+    return Corpus(tokenizer, train, held_out, description, fingerprint)
 
 
 def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     # Imported here: the `datasets` library takes seconds to import, which local text does not need.
-    from loqt_scale.data.hub import held_out_windows, open_splits, training_windows
+    from loqt_scale.data.hub import held_out_windows, open_splits, split_lines, training_windows
     from loqt_scale.data.streaming import StreamedSequences
 
     tokenizer = load_tokenizer(config.tokenizer)
@@ -106,7 +124,17 @@ def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
         f"{name} (streamed), tokenizer {tokenizer.name}: train split {config.split!r}; eval split "
         f"{config.eval_split!r}, {int((held_out.labels >= 0).sum()):,} tokens scored"
     )
-    return Corpus(tokenizer=tokenizer, train=train, eval=held_out, description=description)
+    fingerprint = (_tokenizer_line(tokenizer), *split_lines(config, train_split, eval_split), _batch_line(held_out))
+    return Corpus(tokenizer, train, held_out, description, fingerprint)
+
+
+def _tokenizer_line(tokenizer: Tokenizer) -> str:
+    return f"tokenizer: {tokenizer.name}, digest {tokenizer.fingerprint}"
+
+
+def _batch_line(batch: Batch) -> str:
+    digest = hashlib.blake2b(batch.input_ids.numpy().tobytes() + batch.labels.numpy().tobytes(), digest_size=16)
+    return f"held-out text: {batch.input_ids.shape[0]} sequences, digest {digest.hexdigest()}"
 
 
 def _evaluation_batch(inputs: Int64Array, labels: Int64Array) -> Batch:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from loqt_scale.data.packing import Int64Array, Tokens, complete_windows, windows_at
+from loqt_scale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,23 @@ class StoredSequences:
         seq_len: T.
         seed: Seed of the order.
         global_batch_size: B.
+        digest: Of the tokens' content, if it is known.
 
     Raises:
         ValueError: Fewer tokens than one sequence needs (T + 1).
     """
 
-    def __init__(self, tokens: Tokens, *, seq_len: int, seed: int, global_batch_size: int) -> None:
+    def __init__(
+        self, tokens: Tokens, *, seq_len: int, seed: int, global_batch_size: int, digest: str | None = None
+    ) -> None:
         self._count = complete_windows(len(tokens), seq_len)
         if self._count == 0:
-            raise ValueError(
+            raise UserError(
                 f"corpus smaller than one sequence: {len(tokens)} training tokens, and data.seq_len {seq_len} needs "
                 f"{seq_len + 1}; write a smaller data.seq_len or more text in data.files"
             )
         self._tokens, self._seq_len, self._seed, self._batch_size = tokens, seq_len, seed, global_batch_size
+        self._digest = digest
         self._orders: dict[int, npt.NDArray[np.integer]] = {}
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
@@ -106,11 +111,18 @@ class StoredSequences:
             windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
 
-    def position(self, step: int | None = None) -> None:
-        """See `TrainStream`: nothing is needed."""
+    def position(self, step: int | None = None) -> dict[str, Any] | None:
+        """See `TrainStream`: only which text it was."""
+        return None if self._digest is None else {"text": self._digest}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """See `TrainStream`: nothing is to be done."""
+        """See `TrainStream`: any step can be read, but of the same text."""
+        known = position.get("text") if isinstance(position, dict) else None
+        if self._digest is not None and known not in (None, self._digest):
+            raise UserError(
+                "the training text is another one than when the checkpoint was saved (its tokens differ); put the old "
+                "files back to go on, or write --checkpoint.resume never to start anew"
+            )
 
     def _order(self, epoch: int) -> npt.NDArray[np.integer]:
         if epoch not in self._orders:

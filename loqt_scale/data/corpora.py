@@ -23,6 +23,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from loqt_scale.config.paths import expand_path
+from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
+
 EMBEDDED_MAX_BYTES = 12_000_000
 """The embedded corpus ends with the document that passes this size."""
 
@@ -72,7 +75,7 @@ def embedded_text() -> LocalText:
     """
     documents = list(_embedded_documents())
     if not documents:
-        raise ValueError(
+        raise UserError(
             "this Python came without pydoc_data and library sources, so there is no embedded corpus; "
             "write data.files: [FILE.txt] or data.dataset: ID"
         )
@@ -101,10 +104,11 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
             .txt file is not UTF-8.
     """
     paths = _expand(patterns)
+    # Another inode or time of change (which nobody can set) is another file, even of the same size and age.
     facts: list[Any] = [text_field]
     for path in paths:
         stat = path.stat()
-        facts.append([str(path), stat.st_size, stat.st_mtime_ns])
+        facts.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files (first: {paths[0]})"
     return LocalText(name=name, key=f"files-{digest}", documents=lambda: _read_files(paths, text_field))
@@ -123,14 +127,14 @@ def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> I
     """
     for row in rows:
         if text_field not in row:
-            raise ValueError(
+            raise UserError(
                 f"{source} has no column {text_field!r}; write data.text_field: one of {', '.join(map(str, row))}"
             )
         text = row[text_field]
         if text is None:
             continue
         if not isinstance(text, str):
-            raise ValueError(
+            raise UserError(
                 f"column {text_field!r} of {source} holds {type(text).__name__}, not text; "
                 f"write data.text_field: one of {', '.join(map(str, row))}"
             )
@@ -170,29 +174,38 @@ def _skipped(name: str) -> bool:
 def _expand(patterns: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}  # a file that two patterns match is read once
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = Path(expand_path(pattern, "data.files"))
         if path.is_file():
             matches = [path]
         elif path.is_dir():
-            raise ValueError(f"data.files names the folder {pattern}; write {pattern}/*.jsonl (or .txt, .parquet)")
+            raise UserError(f"data.files names the folder {pattern}; write {pattern}/*.jsonl (or .txt, .parquet)")
         elif glob.has_magic(pattern):
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
             if not matches:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"no file matches {pattern}; write a path or glob of existing files in data.files"
                 )
         else:
-            raise FileNotFoundError(f"{pattern} does not exist; write a path or glob of existing files in data.files")
+            raise MissingFileError(f"{pattern} does not exist; write a path or glob of existing files in data.files")
         for match in matches:
             if match.suffix.lower() not in {".txt", *_LOADERS}:
-                raise ValueError(
+                raise UserError(
                     f"{match} is not a kind of file that can be read; write .txt, .jsonl, .json or .parquet files in "
                     "data.files"
                 )
+            _check_readable(match)
             found[match.resolve()] = None
     if not found:
-        raise ValueError("data.files is empty; write paths or globs of .txt, .jsonl, .json or .parquet files")
+        raise UserError("data.files is empty; write paths or globs of .txt, .jsonl, .json or .parquet files")
     return list(found)
+
+
+def _check_readable(path: Path) -> None:
+    advice = "mend its permissions, or leave it out of data.files"
+    with explained(f"{path} cannot be read", advice, of=(OSError,)), path.open("rb"):
+        pass
+    if "::" in str(path) and path.suffix.lower() in _LOADERS:
+        raise UserError(f"{path} has '::' in its name, which the datasets library takes for two paths; rename it")
 
 
 def _read_files(paths: list[Path], text_field: str) -> Iterator[str]:
@@ -216,7 +229,9 @@ def _paragraph_blocks(path: Path) -> Iterator[str]:
                     yield "".join(block)
                     block = []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
+        raise UserError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
+    except OSError as error:  # a disk that fails, a mount that is gone
+        raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
     if block:
         yield "".join(block)
 
@@ -230,11 +245,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     loader = _LOADERS[path.suffix.lower()]
     # The library expands globs again, so characters that are special in one have to be escaped.
     data_files = glob.escape(str(path))
-    try:
+    # pyarrow, json and datasets each raise their own
+    with explained(f"{path} cannot be read as {loader}", "mend it, or leave it out of data.files"):
         yield from datasets.load_dataset(
             loader, data_files=data_files, split="train", streaming=True, **_LOADER_OPTIONS[loader]
         )
-    except Exception as error:  # pyarrow, json and datasets each raise their own
-        raise ValueError(
-            f"{path} cannot be read as {loader} ({error}); mend it, or leave it out of data.files"
-        ) from error

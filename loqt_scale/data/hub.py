@@ -8,8 +8,10 @@ process, so all ranks see one and the same stream.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from loqt_scale.data.corpora import row_texts
 from loqt_scale.data.packing import Int64Array, cut_windows, evaluation_windows, join_documents, text_groups
 from loqt_scale.data.streaming import Chunk, Place
 from loqt_scale.data.tokenizers import Tokenizer
+from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
 
 if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need not pay
     import datasets
@@ -41,18 +44,34 @@ def open_splits(config: DataConfig) -> tuple[datasets.IterableDataset, datasets.
             splits are one.
     """
     if config.split == config.eval_split:
-        raise ValueError(
+        raise UserError(
             f"data.split and data.eval_split are both {config.split!r}, so training text would be scored; write "
             "another data.eval_split"
         )
     splits = _load(config)
     for key, name in (("data.split", config.split), ("data.eval_split", config.eval_split)):
         if name not in splits:
-            raise ValueError(
+            raise UserError(
                 f"{config.dataset} has no split {name!r}; write {key}: one of {', '.join(map(str, splits))}"
             )
         _check_first_row(splits[name], f"split {name!r} of {config.dataset}", config.text_field)
     return splits[config.split], splits[config.eval_split]
+
+
+def split_lines(config: DataConfig, *splits: datasets.IterableDataset) -> tuple[str, ...]:
+    """What tells one copy of a data set from another before it is read through: its files and its first row."""
+    assert config.dataset is not None
+    lines = [f"{split.split}: first row, digest {_row_digest(split)}" for split in splits]
+    folder = Path(config.dataset)
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+        lines += [f"{path.relative_to(folder)}: {path.stat().st_size} bytes" for path in files]
+    return tuple(lines)
+
+
+def _row_digest(split: datasets.IterableDataset) -> str:
+    row = next(iter(split), None)
+    return hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def training_windows(
@@ -77,13 +96,13 @@ def training_windows(
             tokenizer and T was ever at `start`.
     """
     if len(start.rest) > config.seq_len or max(start.rest, default=0) >= tokenizer.vocab_size:
-        raise ValueError(f"{len(start.rest)} tokens up to {max(start.rest)} do not wait in this stream")
+        raise UserError(f"{len(start.rest)} tokens up to {max(start.rest)} do not wait in this stream")
     shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
     rest = np.asarray(start.rest, dtype=np.int64)
     texts, tokens = start.texts, start.tokens
     for epoch in count(start.epoch):
         shuffled.set_epoch(epoch)
-        rows = islice(row_texts(shuffled, config.text_field, f"split {config.split!r}"), texts, None)
+        rows = islice(_texts(shuffled, config.text_field, f"split {config.split!r}"), texts, None)
         for group in text_groups(rows, _ENCODE_CHARS):
             place = Place(epoch=epoch, texts=texts, tokens=tokens, rest=tuple(rest.tolist()))
             chunk = join_documents(tokenizer.encode_batch(group), tokenizer.eos_token_id)
@@ -92,7 +111,7 @@ def training_windows(
             if len(windows):
                 yield windows, place
         if tokens <= config.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"corpus smaller than one sequence: split {config.split!r} of {config.dataset} has {tokens} "
                 f"tokens, and data.seq_len {config.seq_len} needs {config.seq_len + 1}; write a smaller "
                 "data.seq_len"
@@ -119,7 +138,7 @@ def held_out_windows(
         if wanted <= 0:
             break
     if not chunks:
-        raise ValueError(
+        raise UserError(
             f"corpus is empty: split {config.eval_split!r} of {config.dataset} holds no text in column "
             f"{config.text_field!r}; write another data.eval_split or data.text_field"
         )
@@ -134,13 +153,13 @@ def _load(config: DataConfig) -> dict[str, Any]:
     try:
         return dict(datasets.load_dataset(config.dataset, config.dataset_config, streaming=True))
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{config.dataset} is not a data set ({error}); write a Hugging Face id or a folder of .jsonl or .parquet "
-            "files in data.dataset"
+        raise MissingFileError(
+            f"{config.dataset} is not a data set ({reason_of(error)}); write a Hugging Face id or a folder of .jsonl "
+            "or .parquet files in data.dataset"
         ) from error
     except Exception as error:  # no such configuration, no network, a loading script, ...
-        reason = str(error) or "is one of its files empty?"  # then it is a bare StopIteration
-        raise ValueError(
+        reason = reason_of(error) if str(error) else "is one of its files empty?"  # then it is a bare StopIteration
+        raise UserError(
             f"{config.dataset} cannot be opened ({reason}); write a Hugging Face id or an existing folder in "
             "data.dataset, and one of its configurations in data.dataset_config"
         ) from error
@@ -150,12 +169,12 @@ def _check_first_row(split: datasets.IterableDataset, source: str, text_field: s
     try:
         rows = list(islice(split, 1))
     except Exception as error:  # network, pyarrow, json, ... ; datasets cannot stream an empty parquet file either
-        raise ValueError(
-            f"{source} is empty or cannot be read ({error}), so no column {text_field!r} (data.text_field) was found; "
-            "write another data.dataset or split"
+        raise UserError(
+            f"{source} is empty or cannot be read ({reason_of(error)}), so no column {text_field!r} (data.text_field) "
+            "was found; write another data.dataset or split"
         ) from error
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"corpus is empty: {source} has no rows, so no column {text_field!r} (data.text_field); columns: "
             f"{', '.join(split.column_names or []) or 'none'}; write another data.dataset or split"
         )
@@ -165,5 +184,11 @@ def _check_first_row(split: datasets.IterableDataset, source: str, text_field: s
 def _tokenized(
     rows: datasets.IterableDataset, tokenizer: Tokenizer, text_field: str, source: str
 ) -> Iterator[Int64Array]:
-    for group in text_groups(row_texts(rows, text_field, source), _ENCODE_CHARS):
+    for group in text_groups(_texts(rows, text_field, source), _ENCODE_CHARS):
         yield join_documents(tokenizer.encode_batch(group), tokenizer.eos_token_id)
+
+
+def _texts(rows: datasets.IterableDataset, text_field: str, source: str) -> Iterator[str]:
+    """The texts of rows that come over a network, through several libraries with errors of their own."""
+    with explained(f"{source} cannot be read to its end", "start the run again: it goes on from its last checkpoint"):
+        yield from row_texts(rows, text_field, source)

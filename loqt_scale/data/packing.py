@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from loqt_scale.errors import UserError
+
 IGNORED_LABEL = -100
 """The label torch's cross-entropy leaves out by default."""
 
@@ -108,7 +110,7 @@ def evaluation_windows(tokens: Tokens, seq_len: int, max_windows: int, pad_id: i
     """
     predicted = len(tokens) - 1
     if predicted < 1:
-        raise ValueError(f"a held-out stream of {len(tokens)} tokens predicts nothing; it needs 2 or more")
+        raise UserError(f"a held-out stream of {len(tokens)} tokens predicts nothing; it needs 2 or more")
     total = -(-predicted // seq_len)
     kept = np.unique(np.linspace(0, total - 1, num=min(total, max_windows)).round().astype(np.int64))
     inputs = np.full((len(kept), seq_len), pad_id, dtype=np.int64)

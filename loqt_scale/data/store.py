@@ -6,9 +6,8 @@ Tokenizing a corpus at every start, on every rank, would waste minutes; so the i
     cache_dir/tokenizers/KEY/   a trained BPE
     cache_dir/tokens/KEY/       train.npy, eval.npy, corpus.json
 
-KEY is a hash of all that shapes the content, so a stale entry is never read and deleting the folder is always safe.
-One process builds under a file lock while the others on the machine wait, and a finished entry appears by one atomic
-rename: an interrupted build leaves nothing behind that looks finished.
+KEY is a hash of all that shapes the content, so a stale entry is never read and deleting the folder is always safe. How
+an entry is built once and found whole is in `cache`.
 
 *Held out* is decided by each document's content: a document whose 64-bit hash is in the lowest `eval_fraction` of the
 hashes is for evaluation. So the split does not depend on the order of files, and two copies of one document always fall
@@ -20,22 +19,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
+from loqt_scale.data.cache import built_once, digests
 from loqt_scale.data.corpora import LocalText
 from loqt_scale.data.packing import Tokens, join_documents, text_groups
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from loqt_scale.errors import UserError
 
-_FORMAT_VERSION = 1  # raise it when the files or the way they are made change
+_FORMAT_VERSION = 2  # raise it when the files or the way they are made change
 _ENCODE_CHARS = 1_000_000  # text tokenized at once: enough to amortise calls, little enough to stay small in memory
 _HASHES = 2**64
 
@@ -49,12 +46,16 @@ class TokenStore:
         eval: (m,) likewise: the held-out documents. No document is in both.
         train_documents: Number of documents in `train`.
         eval_documents: Number of documents in `eval`.
+        train_digest: Of the content of `train`: the same on every machine that has made it of the same text.
+        eval_digest: Of the content of `eval`.
     """
 
     train: Tokens
     eval: Tokens
     train_documents: int
     eval_documents: int
+    train_digest: str
+    eval_digest: str
 
 
 def default_cache_dir() -> Path:
@@ -82,9 +83,9 @@ def holdout_threshold(text: LocalText, eval_fraction: float) -> int:
         value = document_hash(document)
         lowest, highest = min(lowest, value), max(highest, value)
     if highest < 0:
-        raise ValueError(f"corpus is empty: {text.name} holds no text; write other data.files")
+        raise UserError(f"corpus is empty: {text.name} holds no text; write other data.files")
     if lowest == highest:
-        raise ValueError(
+        raise UserError(
             f"corpus too small: {text.name} holds one document, and both training and evaluation need one; write more "
             "data.files (in .txt files, blank lines part documents)"
         )
@@ -107,7 +108,8 @@ def trained_bpe(text: LocalText, *, vocab_size: int, eval_fraction: float, cache
         training = (document for document in text.documents() if document_hash(document) >= threshold)
         train_bpe(training, vocab_size, folder)
 
-    return load_tokenizer(str(_built_once(cache_dir / "tokenizers" / key, build)), label="bpe")
+    what = f"training a BPE tokenizer on {text.name}"
+    return load_tokenizer(str(built_once(cache_dir / "tokenizers" / key, build, what=what)), label="bpe")
 
 
 def tokenized(text: LocalText, tokenizer: Tokenizer, *, eval_fraction: float, cache_dir: Path) -> TokenStore:
@@ -123,56 +125,25 @@ def tokenized(text: LocalText, tokenizer: Tokenizer, *, eval_fraction: float, ca
         ValueError: The corpus is empty or too small to split, or `cache_dir` cannot be written.
     """
     key = _key("tokens", text.key, tokenizer.fingerprint, eval_fraction)
-    folder = _built_once(
-        cache_dir / "tokens" / key, lambda folder: _write_tokens(folder, text, tokenizer, eval_fraction)
+    folder = built_once(
+        cache_dir / "tokens" / key,
+        lambda folder: _write_tokens(folder, text, tokenizer, eval_fraction),
+        what=f"tokenizing {text.name}",
     )
+    known = digests(folder)
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     return TokenStore(
         train=_mapped(folder / "train.npy"),
         eval=_mapped(folder / "eval.npy"),
         train_documents=facts["train_documents"],
         eval_documents=facts["eval_documents"],
+        train_digest=known["train.npy"],
+        eval_digest=known["eval.npy"],
     )
 
 
 def _key(*facts: object) -> str:
     return hashlib.blake2b(json.dumps([_FORMAT_VERSION, *facts]).encode(), digest_size=16).hexdigest()
-
-
-def _built_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`, made by one process's `build(temporary folder)` if it does not exist yet."""
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        lock.acquire()
-    except OSError as error:
-        raise ValueError(
-            f"the cache folder {folder.parent} cannot be written ({error}); write data.cache_dir: FOLDER"
-        ) from error
-    try:
-        if not folder.is_dir():  # else another process built it while we waited
-            _build_and_rename(folder, build)
-    finally:
-        lock.release()
-    return folder
-
-
-def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
-    # Two machines that share a cache folder may both get here where the file system's locks are not shared: hence a
-    # temporary name of our own, and no complaint if the other one's rename came first.
-    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        build(temporary)
-        try:
-            temporary.replace(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_tokens(folder: Path, text: LocalText, tokenizer: Tokenizer, eval_fraction: float) -> None:

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from loqt_scale.data.batches import Batch, batch_of, check_range
 from loqt_scale.data.packing import Int64Array
+from loqt_scale.errors import UserError
 
 _CHUNKS_AHEAD = 8
 _STEPS_KNOWN = 4  # a step may be taken back when the next one has been read
@@ -108,9 +109,9 @@ class StreamedSequences:
         try:
             place = Place(**position)
         except (ValidationError, TypeError):
-            raise ValueError(f"{ascii(position)[:60]} is no place of a stream") from None
+            raise UserError(f"{ascii(position)[:60]} is no place of a stream") from None
         if place.windows > step * self._batch_size:
-            raise ValueError(f"{place.windows} sequences were not read in {step} steps of {self._batch_size}")
+            raise UserError(f"{place.windows} sequences were not read in {step} steps of {self._batch_size}")
         self._step, self._place = step - 1, place
 
     def close(self) -> None:

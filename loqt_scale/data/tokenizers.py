@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from loqt_scale.errors import MissingFileError, UserError, explained
+
 VOCAB_MULTIPLE = 64
 END_OF_TEXT = "<|endoftext|>"
 
@@ -100,7 +102,7 @@ class HuggingFaceTokenizer:
         # Some tokenizers (BERT's kin) have no end of text; a beginning of text parts documents as well.
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
         if eos is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {name} has neither an eos nor a bos token, so documents cannot be told apart; "
                 "set one in its tokenizer_config.json, or write another data.tokenizer"
             )
@@ -151,16 +153,14 @@ def load_tokenizer(name: str, *, label: str | None = None) -> Tokenizer:
     advice = "write bytes, bpe, a folder with tokenizer files, or a Hugging Face id in data.tokenizer"
     looks_like_path = name.startswith((".", "~", "/")) or folder.is_absolute() or name.count("/") > 1
     if looks_like_path and not folder.is_dir():
-        raise FileNotFoundError(f"the tokenizer folder {name} does not exist; {advice}")
+        raise MissingFileError(f"the tokenizer folder {name} does not exist; {advice}")
     from transformers import AutoTokenizer  # takes seconds to import, which the byte tokenizer need not pay
 
-    try:
+    with explained(f"AutoTokenizer cannot load {name}", advice):  # OSError, ValueError, KeyError, whatever is missing
         loaded = AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else name, trust_remote_code=False, local_files_only=folder.is_dir()
         )
-    except Exception as error:  # OSError, ValueError, KeyError, ... depending on what is missing
-        raise ValueError(f"AutoTokenizer cannot load {name} ({_first_line(error)}); {advice}") from error
-    return HuggingFaceTokenizer(loaded, label or name)
+        return HuggingFaceTokenizer(loaded, label or name)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -219,11 +219,6 @@ def _fingerprint(tokenizer: Any, eos_token_id: int) -> str:
     else:  # a Python tokenizer: its class and vocabulary are what can be seen from outside
         state = type(tokenizer).__qualname__ + json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.blake2b(f"{eos_token_id}\0{state}".encode("utf-8", "replace"), digest_size=16).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _round_up(count: int) -> int:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTr
 from loqt_scale.checkpoint import CONFIG, Checkpoint
 from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.errors import UserError
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
 from loqt_scale.export.parts import Parts
 from loqt_scale.functional.schemes import SCHEMES, FourBit
@@ -61,12 +62,12 @@ def export_checkpoint(options: ExportOptions, progress: Callable[[str], None] = 
     """
     out = Path(options.out)
     if out.exists():
-        raise ValueError(f"out: {out} exists; write a folder that does not")
+        raise UserError(f"out: {out} exists; write a folder that does not")
     if not _SIZE.fullmatch(options.max_shard_size.strip()):
-        raise ValueError(f"max_shard_size is '{options.max_shard_size}'; write a size such as 500MB or 2GB")
+        raise UserError(f"max_shard_size is '{options.max_shard_size}'; write a size such as 500MB or 2GB")
     path = find_saved(Path(options.checkpoint))
     if path is None:
-        raise ValueError(
+        raise UserError(
             f"checkpoint: {options.checkpoint} is a Hugging Face model already; write a checkpoint's folder"
         )
     checkpoint = Checkpoint(path)
@@ -138,7 +139,7 @@ def write_tensors(
 def _refuse_not_finite(tensors: Tensors) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{key} is too large for {tensor.dtype}, though the checkpoint's own numbers are finite")
+            raise UserError(f"{key} is too large for {tensor.dtype}, though the checkpoint's own numbers are finite")
 
 
 @contextmanager
@@ -190,4 +191,4 @@ def _check_four_bit(config: RunConfig) -> None:
     four_bit = isinstance(SCHEMES[config.loqt.quantization.weight], FourBit)
     if config.method == "full" or not four_bit:
         what = "--method full" if config.method == "full" else f"weight scheme {config.loqt.quantization.weight}"
-        raise ValueError(f"format is nf4, but the run ({what}) has no 4-bit base; write --format dense")
+        raise UserError(f"format is nf4, but the run ({what}) has no 4-bit base; write --format dense")

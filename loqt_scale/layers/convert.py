@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from loqt_scale.config import LoQTConfig
+from loqt_scale.errors import UserError
 from loqt_scale.layers.linear import LoQTLinear
 
 
@@ -33,7 +34,7 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> list[str]:
     smallest = min(linears, key=lambda name: min(_shape(linears[name])))
     if config.rank > min(_shape(linears[smallest])):
         out_features, in_features = _shape(linears[smallest])
-        raise ValueError(
+        raise UserError(
             f"loqt.rank is {config.rank}, but {smallest} is {out_features} x {in_features}; write "
             f"{min(out_features, in_features)} or less, or name the layer in loqt.exclude_modules"
         )
@@ -53,7 +54,7 @@ def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     selected = [name for name, linear in linears.items() if id(linear.weight) not in shared and _selected(name, config)]
     if not selected:
-        raise ValueError(
+        raise UserError(
             f"loqt.target_modules {config.target_modules} (without loqt.exclude_modules {config.exclude_modules}) "
             f"matches no linear layer; the model's are: {', '.join(list(linears)[:8]) or 'none'}"
         )

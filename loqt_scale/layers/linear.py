@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
+from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import LowRankLinear, LowRankSpec, effective_weight, resolve_side
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.layers.frozen import FrozenMatrix
@@ -74,7 +75,7 @@ class LoQTLinear(nn.Module):
     ) -> None:
         super().__init__()
         if config.rank > min(in_features, out_features):
-            raise ValueError(
+            raise UserError(
                 f"loqt.rank is {config.rank}, but the layer is {out_features} x {in_features}; "
                 f"write {min(in_features, out_features)} or less, or name the layer in loqt.exclude_modules"
             )

@@ -31,14 +31,17 @@ class Progress:
         enabled: False on all ranks but one: every call then does nothing.
         mode: on = a bar on stderr; off = plain lines on stdout; auto = a bar if stderr is a terminal.
         initial_step: Steps done before this process began.
+
+    The time left is reckoned from the pace since the first step that is reported: neither what lies before it (the
+    model's construction, an evaluation) nor what an earlier process has done says how long a step takes.
     """
 
     def __init__(
         self, total_steps: int, *, enabled: bool = True, mode: ProgressMode = "auto", initial_step: int = 0
     ) -> None:
-        self._total, self._initial, self._enabled = total_steps, initial_step, enabled
-        self._begin = time.perf_counter()
+        self._total, self._enabled = total_steps, enabled
         self._console = Console()
+        self._first: tuple[int, float] | None = None  # the first reported step, and when it was
         self._every = max(1, math.ceil(total_steps / PLAIN_LINES))
         self._next_plain = initial_step + 1
         self._loss: float | None = None
@@ -60,6 +63,8 @@ class Progress:
         if not self._enabled:
             return
         self._loss = self._loss if loss is None else loss
+        if self._first is None:
+            self._start_clock(step)
         fields = self._fields(tokens_per_second)
         if self._bar is not None:
             self._draw(self._bar, step, fields)
@@ -117,9 +122,18 @@ class Progress:
             fields.append(f"{format_count(tokens_per_second)} tok/s")
         return fields
 
+    def _start_clock(self, step: int) -> None:
+        self._first = step, time.perf_counter()
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = step
+            self._bar.unpause()
+
     def _eta(self, step: int) -> float:
-        done = step - self._initial
-        return (time.perf_counter() - self._begin) / done * (self._total - step) if done > 0 else math.inf
+        assert self._first is not None
+        (first, when), left = self._first, self._total - step
+        if left == 0:
+            return 0.0
+        return (time.perf_counter() - when) / (step - first) * left if step > first else math.inf
 
 
 def _on_terminal() -> bool:

@@ -81,10 +81,11 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, fina
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
     """`learning_rate_factor` on every group."""
+    warmup = config.warmup_of(total_steps)
     return LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(
-            step, total_steps=total_steps, warmup_steps=config.warmup_steps, final_fraction=config.final_lr_fraction
+            step, total_steps=total_steps, warmup_steps=warmup, final_fraction=config.final_lr_fraction
         ),
     )
 

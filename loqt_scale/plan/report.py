@@ -7,18 +7,14 @@ from dataclasses import dataclass, replace
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.command_options import PlanOptions
+from loqt_scale.command_options import OUTSIDE, PlanOptions
 from loqt_scale.config import RunConfig
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.errors import ConfigError
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.advice import first_that_fits
 from loqt_scale.plan.memory import RankMemory, rank_memory
 from loqt_scale.plan.shapes import ModelShapes, model_shapes
 from loqt_scale.plan.wire import Traffic, merge_traffic, step_traffic
-
-OUTSIDE = (
-    800 * 2**20
-)  # bytes of a GPU that torch does not count: the CUDA context, workspaces, fragments; an assumption
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,8 @@ def _memory_table(memory: RankMemory) -> str:
 
 
 def _verdict(config: RunConfig, plan: Plan, options: PlanOptions, vocab_size: int) -> str:
-    assert options.gpu_memory is not None
-    limit = parse_size(options.gpu_memory) - OUTSIDE
+    assert options.gpu_bytes is not None
+    limit = options.gpu_bytes - OUTSIDE
     room = f"{options.gpu_memory} less {_size(OUTSIDE)} that torch does not count (assumed)"
     spare = limit - plan.memory.peak
     if spare >= 0:
@@ -146,24 +142,6 @@ def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
     if config.method == "loqt":
         lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
     return "\n".join(lines)
-
-
-_UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "24GB" (10^9) or "24GiB" (2^30).
-
-    Raises:
-        ConfigError: It is no such size.
-    """
-    for unit, factor in _UNITS.items():
-        if text.lower().endswith(unit.lower()):
-            try:
-                return int(float(text[: -len(unit)]) * factor)
-            except ValueError:
-                break
-    raise ConfigError(f"gpu_memory is {text!r}; write a number and a unit, e.g. 24GB (10^9 bytes) or 24GiB (2^30)")
 
 
 def _size(count: int) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.errors import UserError
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
@@ -29,12 +30,12 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
     if config.strategy == "auto":
         return "fsdp" if world_size > 1 else "single"
     if config.strategy == "single" and world_size > 1:
-        raise ValueError(
+        raise UserError(
             f"parallel.strategy is 'single', but the launcher started {world_size} ranks; "
             "write parallel.strategy: fsdp (or ddp, or auto), or start one process: python launch/train.py"
         )
     if config.strategy in ("ddp", "fsdp", "zero") and not launched:
-        raise ValueError(
+        raise UserError(
             f"parallel.strategy is '{config.strategy}', but no launcher set RANK and WORLD_SIZE; "
             "start it with torchrun --standalone --nproc-per-node N launch/train.py ... (or deepspeed --num_gpus N, or "
             "mpirun -np N python), or write parallel.strategy: single"
@@ -43,7 +44,10 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
 
 
 def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
-    """`auto`, `cpu` or `cuda` as this rank's device (cuda: by LOCAL_RANK).
+    """`auto`, `cpu` or `cuda` as this rank's device.
+
+    The GPU is that of LOCAL_RANK; or the only one that CUDA_VISIBLE_DEVICES shows this rank, as SLURM and other
+    launchers bind tasks to GPUs.
 
     Raises:
         ValueError: cuda is asked for and not there, or there are more local ranks than GPUs.
@@ -51,15 +55,21 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("train.device is 'cuda', but torch sees no CUDA device; write train.device: cpu (or auto)")
-    index = int(environment.get("LOCAL_RANK", "0"))
+        raise UserError("train.device is 'cuda', but torch sees no CUDA device; write train.device: cpu (or auto)")
+    index = 0 if _is_bound(environment) else int(environment.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"local rank {index} has no GPU of its own: {torch.cuda.device_count()} are visible; "
             "start as many ranks per node as GPUs, or write train.device: cpu"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _is_bound(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher has left this rank one GPU to see. (Two ranks that see the same one: NCCL refuses that.)"""
+    shown = [entry for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return len(shown) == 1 and torch.cuda.device_count() == 1
 
 
 def create_strategy(config: RunConfig, *, device: torch.device, store: Store | None = None) -> Strategy:

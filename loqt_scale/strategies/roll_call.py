@@ -27,6 +27,7 @@ from typing import Literal
 
 from torch.distributed.distributed_c10d import Store
 
+from loqt_scale.errors import UserError
 from loqt_scale.stderr import warn
 
 End = Literal["", "done", "failed", "stopped", "lost"]
@@ -38,7 +39,7 @@ LINGER_SECONDS = 20.0  # of the rank that keeps the store, for the others to rea
 WARN_SECONDS = 30.0  # without a pulse
 
 
-class LostRankError(ConnectionError):
+class LostRankError(UserError, ConnectionError):
     """Another rank is missing, or has ended; the message says which, on which host, and why if it is known."""
 
 

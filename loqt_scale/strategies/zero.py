@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import RunConfig
+from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.optim import Fragment, StreamedAdamW, ensure_adam_state
 from loqt_scale.strategies.base import DTYPES
@@ -53,11 +54,15 @@ def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
         ValueError: It is not installed.
     """
     os.environ["DS_ACCELERATOR"] = device.type
+    if device.index is not None:  # DeepSpeed takes these for the GPU's number, which a rank that sees one GPU calls 0
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            if name in os.environ:
+                os.environ[name] = str(device.index)
     try:
         import deepspeed
         from deepspeed.utils.logging import logger
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"parallel.strategy is 'zero', but {error.name} is not installed; "
             "run pip install 'loqt-scale[deepspeed]', or write parallel.strategy: fsdp"
         ) from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loqt_scale.config import ParallelConfig, RunConfig
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.errors import ConfigError
 from loqt_scale.strategies.zero_json import AUTO, Tree, lookup, naming, read_zero_json, shown
 from loqt_scale.strategies.zero_keys import DTYPES, SCHEDULERS
 
@@ -175,7 +175,7 @@ def _scheduler_values(config: RunConfig, tree: Tree) -> list[_Ours]:
     """Those parameters of the JSON's scheduler, if it has one, that are settings of ours."""
     train, optim = config.train, config.optim
     rates = [optim.lr, optim.lr if optim.full_precision_lr is None else optim.full_precision_lr]  # low_rank first
-    warmup = max(1, optim.warmup_steps)  # DeepSpeed wants 1 at least
+    warmup = max(1, optim.warmup_of(train.steps))  # DeepSpeed wants 1 at least
     known = {
         "total_num_steps": _same("", "train.steps", train.steps),
         "warmup_num_steps": _Ours("", warmup, f"optim.warmup_steps is {optim.warmup_steps}", "optim.warmup_steps: {}"),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.errors import ConfigError
 from loqt_scale.strategies.zero_keys import (
     CHOICES,
     FIXED,

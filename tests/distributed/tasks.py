@@ -182,3 +182,18 @@ def flipped_bits(flipped: list[int], **settings: Any) -> dict[str, Any]:
         return {"updates": trainer.updates, "merges": trainer.merges.steps, "state": tensors}
     finally:
         strategy.close()
+
+
+def run_on_own_copy(folder: str, **settings: Any) -> str:
+    """A run that each rank starts in a working directory of its own, `folder`/RANK; what ended it."""
+    import os
+
+    before = Path.cwd()
+    os.chdir(Path(folder) / os.environ["RANK"])
+    try:
+        train_run(**settings)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.chdir(before)
+    return "nothing"

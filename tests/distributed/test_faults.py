@@ -83,17 +83,17 @@ def launcher(ranks: int, *options: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("ranks", "point", "call"),
-    # rank 0 takes the digests of five files in each save: the 10th is its second shard's, before it counts;
-    # `_sync` runs for begun.json and its folder, then for manifest, five files and two folders of each save: the 11th
+    # rank 0 takes the digests of six files in each save: the 12th is its second shard's, before it counts;
+    # `_sync` runs for begun.json and its folder, then for manifest, six files and two folders of each save: the 12th
     # call is the first save's pointer
     [
         (1, "merge", 4),
         pytest.param(1, "save begins", 2, marks=pytest.mark.long),
-        pytest.param(1, "save writes", 10, marks=pytest.mark.long),
+        pytest.param(1, "save writes", 12, marks=pytest.mark.long),
         pytest.param(1, "save publishes", 3, marks=pytest.mark.long),
-        (1, "save points", 11),
+        (1, "save points", 12),
         pytest.param(2, "merge", 20, marks=pytest.mark.long),
-        pytest.param(2, "save writes", 10, marks=pytest.mark.long),
+        pytest.param(2, "save writes", 12, marks=pytest.mark.long),
         pytest.param(2, "save publishes", 3, marks=pytest.mark.long),
     ],
 )
@@ -105,7 +105,7 @@ def test_killed_at_the_worst_moments(
     status, output = finish(start(words))
     assert (status == -signal.SIGKILL if ranks == 1 else status != 0) and marker.exists(), output
     status, output = finish(start(words))
-    saved_before = (point, call) not in (("merge", 4), ("save points", 11))
+    saved_before = (point, call) not in (("merge", 4), ("save points", 12))
     assert status == 0 and ("resumed after step" in output) == saved_before, output
     assert losses(run_dir) == unbroken(ranks)
 

@@ -112,7 +112,11 @@ def test_a_loss_that_explodes_stops_the_run_before_the_update(
         ({"parallel.offload": "all", "optim.per_layer": True, "optim.clip_norm": 0}, "write parallel.offload: base"),
         ({"parallel.offload": "base", "method": "full"}, "write parallel.offload: optimizer"),
         ({"model.preset": "llama_60b"}, "llama_60m"),
-        ({"optim.warmup_steps": 8}, "write a shorter warm-up"),
+        ({"model.overrides": {"num_key_value_heads": 3}}, "no model can be built from model.preset llama_nano"),
+        ({"model.overrides": {"hidden_act": "evil"}}, "KeyError: 'evil'"),
+        ({"model.overrides": {"pad_token_id": 99999}}, "Padding_idx must be within num_embeddings"),
+        ({"model.overrides": {"attention_dropout": 5.0}}, "dropout probability has to be between 0 and 1"),
+        ({"loqt.scale": 1e308}, "write a number that float32 can hold"),
         (
             {"optim.per_layer": True, "optim.clip_norm": 0, "train.micro_batch_size": 2},
             "write train.micro_batch_size: ",

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from loqt_scale import cli
 from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, OptimConfig, RunConfig
-from loqt_scale.config_io import ConfigError, load_run_config, parse_run_config, save_run_config
+from loqt_scale.config_io import load_run_config, parse_run_config, save_run_config
 from loqt_scale.config_keys import setting_types
+from loqt_scale.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,10 +137,6 @@ def test_local_rank_of_launchers_is_ignored(form):
         (["--loqt.rank+=3"], "--loqt.rank+ adds to a list, but loqt.rank is a whole number; write --loqt.rank VALUE"),
         (["--loqt.rank", "-3"], "loqt.rank is -3; write 1 or more"),
         (
-            ["--optim.warmup_steps", "50", "--train.steps", "50"],
-            "optim.warmup_steps (50) is not below train.steps (50); write a shorter warm-up",
-        ),
-        (
             ["--optim.per_layer", "true"],
             "optim.per_layer is true, but optim.clip_norm is 1.0: the global norm is known only when all gradients are"
             "; write optim.clip_norm: 0, or optim.per_layer: false",
@@ -215,14 +212,19 @@ def test_print_config_reads_back(capsys, yaml_file):
     assert parse_run_config(["--config", yaml_file(capsys.readouterr().out)]) == parse_run_config(argv[1:])
 
 
+# no path: "$x" would be taken for a variable, "~" for a home
 TEXTS = st.one_of(
     st.sampled_from(["null", "1e3", "12", "true", "", "a: b", "ψ × s", "[a]", "#x", "-", "1.0", "0x1f", "2024-01-01"]),
-    st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=8),
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="~$"), max_size=8
+    ),
 )
 FLOATS = st.floats(min_value=1e-30, max_value=1e30)
 
 
-@given(text=TEXTS, lr=FLOATS, items=st.lists(TEXTS, max_size=3), value=st.one_of(TEXTS, st.integers(), FLOATS))
+@given(
+    text=TEXTS, lr=FLOATS, items=st.lists(TEXTS.filter(bool), max_size=3), value=st.one_of(TEXTS, st.integers(), FLOATS)
+)
 def test_round_trip_is_exact(tmp_path_factory, text, lr, items, value):
     config = RunConfig(
         model=ModelConfig(overrides={"one": value, "two": {"three": [value]}}),
@@ -293,24 +295,6 @@ def test_one_rank_of_a_host_reports_a_wrong_setting(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["train", "--loqt.rank", "0"]) == 2
     assert "[rank 5]: error: loqt.rank is 0" in capsys.readouterr().err
-
-
-def _run(monkeypatch, function):
-    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command(run=function, summary=""))
-    return cli.main(["probe"])
-
-
-def test_errors_of_this_package_are_one_line_and_others_keep_their_traceback(capsys, monkeypatch, tmp_path):
-    from loqt_scale.rundir import make_room
-
-    (tmp_path / "config.yaml").touch()
-    assert _run(monkeypatch, lambda argv, prog: make_room(tmp_path, "refuse")) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="invalid literal"):
-        _run(monkeypatch, lambda argv, prog: int("x"))
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
-    with pytest.raises(FileExistsError):
-        _run(monkeypatch, lambda argv, prog: make_room(tmp_path, "refuse"))
 
 
 def test_entry_script_works_from_anywhere_without_torch(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loqt_scale.data.batches import StoredSequences, epoch_order
+from loqt_scale.errors import UserError
 
 T = 3
 GOLDEN_ORDER = [0, 3, 7, 5, 1, 2, 6, 4]
@@ -95,3 +96,14 @@ def test_corpus_smaller_than_one_sequence_is_refused() -> None:
 def test_ranges_outside_the_batch_are_refused(step: int, start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="do not exist"):
         stream(9, 4).sequences(step, start, stop)
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with() -> None:
+    def stream(digest: str | None) -> StoredSequences:
+        return StoredSequences(np.arange(100), seq_len=T, seed=0, global_batch_size=1, digest=digest)
+
+    position = stream("abc").position()
+    stream("abc").seek(3, position or {})
+    stream(None).seek(3, position or {})
+    with pytest.raises(UserError, match=r"training text is another one .*put the old files back"):
+        stream("abd").seek(3, position or {})

@@ -155,7 +155,7 @@ def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
 def test_broken_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "a"}\n{"text":\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl cannot be read as json .*data\.files"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl cannot be read as json: .*data\.files"):
         read(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,33 @@ def test_changed_file_is_tokenized_again(tmp_path: Path) -> None:
         assert made.train_documents + made.eval_documents == count
 
 
+def test_a_file_of_the_same_size_and_age_with_other_content_is_tokenized_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    stores = []
+    for word in ("one", "two"):
+        path.write_text("\n\n".join(f"{document} {word}" for document in DOCUMENTS))
+        os.utime(path, (10**9, 10**9))
+        stores.append(
+            tokenized(files_text([str(path)], "text"), ByteTokenizer(), eval_fraction=0.2, cache_dir=tmp_path)
+        )
+    assert stores[0].train_digest != stores[1].train_digest
+
+
+def test_digests_are_those_of_the_content(tmp_path: Path) -> None:
+    first, again = build(DOCUMENTS, tmp_path / "a"), build(DOCUMENTS, tmp_path / "b", key="another key")
+    assert (first.train_digest, first.eval_digest) == (again.train_digest, again.eval_digest)
+    assert build([*DOCUMENTS, *(f"more {i}" for i in range(9))], tmp_path / "c").train_digest != first.train_digest
+
+
+def test_damaged_tokens_are_made_anew_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = build(DOCUMENTS, tmp_path)
+    ids = first.train.tolist()
+    (path,) = (tmp_path / "tokens").glob("*/train.npy")
+    path.write_bytes(path.read_bytes()[:-2] + b"\x00\x00")
+    assert build(DOCUMENTS, tmp_path).train.tolist() == ids
+    assert "damaged (train.npy is not what was written); it is built anew" in capsys.readouterr().err
+
+
 def test_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
     def failing() -> Iterator[str]:
         yield "one"
@@ -126,7 +154,7 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
 
 def test_unwritable_cache_says_what_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be written .*write data\.cache_dir"):
+    with pytest.raises(ValueError, match=r"cannot be written: Not a directory.*write data\.cache_dir"):
         build(DOCUMENTS, tmp_path / "file")
 
 

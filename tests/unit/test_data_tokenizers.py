@@ -113,7 +113,7 @@ def test_unknown_folder_is_named(name: str) -> None:
 
 
 def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"AutoTokenizer cannot load {tmp_path} .*data\.tokenizer"):
+    with pytest.raises(ValueError, match=rf"AutoTokenizer cannot load {tmp_path}: .*data\.tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
@@ -122,5 +122,7 @@ def test_unknown_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no connection\nand a long explanation")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
-    with pytest.raises(ValueError, match=r"cannot load some/model \(no connection\); write bytes, bpe"):
+    with pytest.raises(
+        ValueError, match=r"cannot load some/model: no connection and a long explanation; write bytes, bpe"
+    ):
         load_tokenizer("some/model")

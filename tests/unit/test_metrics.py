@@ -199,3 +199,22 @@ def test_numbers_for_people():
     assert [format_duration(value) for value in durations] == ["0s", "42s", "1m00s", "3m05s", "1h02m", "1d03h", "?"]
     assert perplexity(1e9) == math.inf and perplexity(0.0) == 1.0
     assert [format_perplexity(value) for value in (3.5, 10.0, 1e9)] == ["33.12", "2.2e+04", "inf"]
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_the_time_left_counts_from_the_first_step_that_is_reported(capsys, monkeypatch, mode):
+    """After a resume at step 900: nothing of the 900 seconds before it, of them or of this process' start."""
+    clock = [0.0]
+    monkeypatch.setattr("loqt_scale.metrics.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with Progress(1000, mode=mode, initial_step=900) as progress:
+        clock[0] = 900.0
+        for step in range(901, 951):
+            progress.update(step, loss=1.0)
+            clock[0] += 2.0
+    captured = capsys.readouterr()
+    if mode == "off":
+        lines = captured.out.splitlines()
+        assert lines[0].endswith("eta ?") and lines[-1].startswith("step 950/1000") and lines[-1].endswith("eta 1m40s")
+    else:
+        assert "950/1000 [01:38<01:40" in captured.err

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from loqt_scale.config import ModelConfig
+from loqt_scale.errors import UserError
 from loqt_scale.models import (
     PRESETS,
     build_meta_model,
+    check_widths,
     count_parameters,
     decoder_blocks,
     init_buffers,
@@ -226,3 +236,22 @@ def test_buffers_that_only_the_constructor_knows() -> None:
     assert (model.linear.weight == 7.0).all()  # the initialiser ran on stand-ins only
     with pytest.raises(ValueError, match=r"nothing computes the buffer 0\.mask \(of a Masked\)"):
         init_buffers(wrapped, "cpu")
+
+
+def test_widths_that_do_not_go_together_are_found_before_anything_is_allocated(tmp_path: Path) -> None:
+    good = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 1}
+    LlamaConfig(vocab_size=67, **good).save_pretrained(tmp_path)
+    whole = ModelConfig(path=str(tmp_path))
+    check_widths(whole, vocab_size=67, seq_len=16)
+    with pytest.raises(UserError, match=r"no model can be built from model\.path .*overrides .*3.*size of tensor"):
+        check_widths(replace(whole, overrides={"num_key_value_heads": 3}), vocab_size=67, seq_len=16)
+    LlamaConfig(vocab_size=67, **good, num_key_value_heads=3).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no model can be built from model\.path .*size of tensor"):
+        check_widths(whole, vocab_size=67, seq_len=16)
+
+
+def test_a_model_that_fake_tensors_cannot_follow_is_not_judged(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_local_experts": 2}
+    MixtralConfig(vocab_size=67, num_hidden_layers=2, num_key_value_heads=2, **shape).save_pretrained(tmp_path)
+    check_widths(ModelConfig(path=str(tmp_path)), vocab_size=67, seq_len=16)
+    check_widths(ModelConfig(path=str(tmp_path), overrides={"num_hidden_layers": 1}), vocab_size=67, seq_len=16)

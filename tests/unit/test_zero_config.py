@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loqt_scale.batching import micro_steps
 from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from loqt_scale.config_io import parse_run_config
-from loqt_scale.config_keys import ConfigError
+from loqt_scale.errors import ConfigError
 from loqt_scale.strategies.zero_config import check_zero_config, deepspeed_config, resolve_zero_stage
 from loqt_scale.strategies.zero_json import lookup
 from loqt_scale.strategies.zero_keys import CHOICES, FIXED, KEYS, REFUSED, SCHEDULERS

@@ -1,0 +1,53 @@
+"""`~` and `$VARIABLES` in settings that are paths.
+
+A shell expands them in `--train.run_dir ~/runs/a`, but not in `--train.run_dir=~/runs/a` nor in YAML, where they would
+make a folder called `~`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from loqt_scale.errors import ConfigError, shortened
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # what file systems take
+
+
+def expand_path(text: str, key: str) -> str:
+    """A path with `~`, `~user`, `$NAME` and `${NAME}` replaced. A file that is called so as it stands wins.
+
+    Args:
+        text: What was written: a path, a glob, or a Hugging Face id, in which nothing is found to replace.
+        key: The setting, for errors.
+
+    Raises:
+        ConfigError: It is empty, a variable is not set, a user is not known, or it is longer than paths can be.
+    """
+    if not text:
+        raise ConfigError(f"{key} is empty; write a path, or leave it out")
+    _check_length(text, key)
+    if ("~" not in text[:1] and "$" not in text) or os.path.lexists(text):
+        return text
+    names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
+    for name in names:
+        if name not in os.environ:
+            raise ConfigError(
+                f"{key} is '{shortened(text)}', but the variable {name} is not set; set it, or write it out"
+            )
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ConfigError(f"{key} is '{shortened(text)}', but {user} is nobody's home here; write the path in full")
+    _check_length(expanded, key)
+    return expanded
+
+
+def _check_length(text: str, key: str) -> None:
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > _NAME_BYTES or len(os.fsencode(text)) > _PATH_BYTES:
+        raise ConfigError(
+            f"{key} is '{shortened(text)}', a path of {len(text)} characters; file systems take names of "
+            f"{_NAME_BYTES} bytes and paths of {_PATH_BYTES}: write a shorter one"
+        )

@@ -1,0 +1,104 @@
+"""What a person can mend, and the boundary at which a library's exception becomes that.
+
+Every error of this package that is written for a person is a `UserError`: one line, which says what is wrong and what
+to write instead. Libraries raise what they like (`KeyError: 'evil'` for an activation that does not exist). So each
+call into a library with something that came from a person stands inside `explained`, which says what was being done:
+
+    with explained(f"model.overrides {overrides} do not make a llama model", "write other model.overrides"):
+        model = AutoModelForCausalLM.from_config(config)
+
+What comes out of the package as anything else is a bug of ours, but for what the machine did (`machine_error`). The
+command line (`cli.run_command`) is the only place that prints either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_REASON_CHARS = 300
+# exceptions whose message says little without their name
+_NAMED = (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator|can't allocate memory|Unable to allocate", re.IGNORECASE
+)
+
+
+class UserError(ValueError):
+    """Something that a person can mend; the message, one line, says what is wrong and what to write instead."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot work; the message names its key and what to write instead."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that a setting names, and that is not there."""
+
+
+class OccupiedFolderError(UserError, FileExistsError):
+    """A folder that already holds what must not be overwritten."""
+
+
+class NotAFolderError(UserError, NotADirectoryError):
+    """A path that a setting names as a folder, and that is none."""
+
+
+class UnwritableError(UserError, PermissionError):
+    """A file or folder that cannot be made, moved or written."""
+
+
+@contextmanager
+def explained(
+    what: str, advice: str = "", *, of: tuple[type[Exception], ...] = (Exception,), kind: type[UserError] = UserError
+) -> Iterator[None]:
+    """Context of a library call: its exceptions leave as `kind("what: reason; advice")`, with their cause.
+
+    Args:
+        what: What went wrong, in the terms of the settings.
+        advice: What to write instead.
+        of: Exceptions that are the person's to mend here; others, and every `UserError`, pass.
+        kind: What is raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except of as error:
+        reason = reason_of(error, known=what)
+        raise kind(f"{what}: {reason}{f'; {advice}' if advice else ''}") from error
+
+
+def reason_of(error: BaseException, known: str = "") -> str:
+    """A library's exception on one line of bounded length; a file is named unless it is in what is `known`."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        named = error.filename is not None and str(error.filename) not in known
+        text = f"{error.strerror}: {error.filename}" if named else error.strerror
+    if not text:
+        return type(error).__name__
+    return shortened(f"{type(error).__name__}: {text}" if isinstance(error, _NAMED) else text, _REASON_CHARS)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text of at most `most` characters: a longer one loses its middle."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def machine_error(error: BaseException) -> str | None:
+    """What to tell a person of an exception that is the machine's doing: full memory, a disk; None if it is not."""
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return (
+            f"memory is full ({reason_of(error)}); loqt-scale plan with the same settings says what they need and "
+            "what makes it fit"
+        )
+    if "Duplicate GPU detected" in str(error):
+        return "two ranks use one GPU; start as many ranks per node as GPUs, or let the launcher show each task its own"
+    # torch.distributed's own, by name: this module imports no torch
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__.startswith("Dist"):
+        return f"the ranks do not reach one another ({reason_of(error)}); look at what other ranks say, at MASTER_ADDR"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
