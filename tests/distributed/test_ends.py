@@ -95,7 +95,7 @@ def test_a_failure_of_rank_0_at_the_start_ends_all_ranks_with_its_reason(
     processes = start({}, {}, **{"train.run_dir": str(text_file / "run"), "parallel.timeout_seconds": 600})
     (_, first), (status, other) = (finish(process) for process in processes)
     assert "error: train.run_dir is" in first and "is not a folder" in first
-    assert status == 2 and "error: rank 0 (process " in other and "NotADirectoryError: train.run_dir is" in other
+    assert status == 2 and "error: train.run_dir is" in other and "is not a folder" in other
     assert time.monotonic() - began < 120
 
 
