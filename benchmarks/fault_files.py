@@ -97,6 +97,9 @@ HOSTILE: list[Any] = [
 BELIEVED = ("updates ", "tokens ", "eval_before ", "skipped_in_a_row ", "merge_is_due ", "world_size ", "strategy ")
 
 
+OPTIONAL = ("sizes",)  # checkpoints of before have none
+
+
 def hostile_change(manifest: dict[str, Any], rng: random.Random) -> str:
     """Changes one field, or one entry of one, of a manifest as a stranger might; says which."""
     key, value = rng.choice(sorted(manifest.keys() - {"sha256"})), rng.choice(HOSTILE)
@@ -108,7 +111,7 @@ def hostile_change(manifest: dict[str, Any], rng: random.Random) -> str:
             return f"{key}: {name} is called otherwise"
         inner[name] = value
         return f"{key}[{name}] = {value!r:.60}"
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 and key not in OPTIONAL:
         del manifest[key]
         return f"{key} is gone"
     manifest[key] = value
