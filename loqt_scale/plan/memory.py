@@ -24,6 +24,7 @@ from loqt_scale.strategies import DTYPES, is_offloaded, resolve_device
 FLOAT = 4  # bytes
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
 QUANTIZER_BYTES = 14  # a value, of the table look-up's own chunk
+BUCKET_VALUES = 25 * 2**20 // 2  # bfloat16 gradients of a bucket of DDP's, unless one parameter has more
 UPDATE_BYTES = 44  # a value, of a streamed update's chunk: float32 copies, 64-bit hashes of the rounding
 
 
@@ -105,8 +106,9 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         beside = 0 if strategy == "ddp" and one_pass else waiting
         if strategy == "fsdp" and not one_pass and config.parallel.kept_between_passes != "nothing":
             beside = sum(p.values() * FLOAT for p in here if p.trains)  # whole, until the last pass sums them
-        passing = passes.gradients_freed + beside
-        merge_passing = passes.merge_freed + beside if merges else 0
+        joined = joined_bytes(shapes) if strategy == "ddp" and waiting > gradients else 0
+        passing = max(passes.gradients_freed, joined) + beside
+        merge_passing = max(passes.merge_freed, joined) + beside if merges else 0
     if config.optim.per_layer:
         passing = passes.gradients_freed + update_scratch(config, shapes, cut)
         merge_passing += update_scratch(config, shapes, cut) if merges else 0
@@ -125,6 +127,12 @@ def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> in
 def summed_bytes(parameter: ParameterShape, passes: int, ranks: int = 1) -> int:
     """A gradient's, of the largest share: what several passes add up is float32 whatever the parameter is."""
     return parameter.nbytes(ranks) if passes == 1 else parameter.values(ranks) * FLOAT
+
+
+def joined_bytes(shapes: ModelShapes) -> int:
+    """ddp: the largest bucket's float32 sums on their way over the wire, when activations are gone."""
+    values = [p.values() for p in shapes.parameters if p.trains]
+    return FLOAT * max(min(sum(values), BUCKET_VALUES), max(values, default=0))
 
 
 def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:

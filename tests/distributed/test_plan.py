@@ -83,7 +83,13 @@ KEPT = [
 ]
 # bfloat16 gradients of several passes wait as float32 sums
 SUMMED = [
-    pytest.param(world_size, strategy, {**LEAN, "loqt.rank": 128, "train.micro_batch_size": 1, **more}, id=name)
+    pytest.param(
+        world_size,
+        strategy,
+        {**LEAN, "loqt.rank": 128, "train.micro_batch_size": 1, **more},
+        marks=[pytest.mark.long] if more else [],
+        id=name,
+    )
     for world_size, strategy, more, name in (
         (1, "single", {}, "single-summed"),
         (1, "single", {"parallel.offload": "optimizer"}, "offload-summed"),
