@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.pool import RankPool
 
-PASSES = 48  # autograd's own bfloat16 sums are 0.7% wrong by then
+PASSES = 32  # autograd's own bfloat16 sums are 0.49% to 0.61% wrong by then; the bound below is 0.39%
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 BFLOAT16 = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "model.overrides": TINY, "data.seq_len": 8}
 
