@@ -1,9 +1,9 @@
 """Gradients of bfloat16 parameters, summed in float32 over the passes of a step.
 
 A gradient has its parameter's dtype, and so has the sum that autograd would leave in `.grad`: of 512 passes a bfloat16
-sum, 8 bits, loses several percent, since what is added is by then smaller than the last bit. So each pass's gradient
-moves, as soon as it is complete, into a float32 sum, which is rounded once, after the last pass. A step of one pass
-needs nothing of this.
+sum, 8 bits, is wrong by a percent and more, since what is added is by then smaller than the last bit. So each pass's
+gradient moves, as soon as it is complete, into a float32 sum, which is rounded once, after the last pass. A step of one
+pass needs nothing of this.
 """
 
 from __future__ import annotations
