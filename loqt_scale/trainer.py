@@ -102,6 +102,8 @@ class Trainer:
             streamed=config.streams_updates,
         )
         self.model = strategy.wrap(self.built.model, self.optimizer)
+        if config.model.trained_dtype == "bfloat16" and self.micro_steps > 1:
+            strategy.sum_in_float32(self.parameters)
         self.per_layer: UpdateInBackward | None = None
         if config.optim.per_layer:
             assert isinstance(self.optimizer, StreamedAdamW)

@@ -25,8 +25,9 @@ class ModelConfig:
         weights: random = initialise from the seed; pretrained = load from `path`.
         overrides: Fields of the Hugging Face config to replace, e.g. {num_hidden_layers: 4}.
         dtype: Compute dtype.
-        trained_dtype: Dtype in which what trains is kept. bfloat16 halves it and its gradients; updates are then
-            rounded at random, so that small ones are not lost (it needs dtype: bfloat16; not under zero).
+        trained_dtype: Dtype in which what trains is kept. bfloat16 halves it and its gradients (but the sums of
+            several micro-batches, which stay float32); updates are then rounded at random, so that small ones are not
+            lost (it needs dtype: bfloat16; not under zero).
         activation_checkpointing: Recompute each transformer block in the backward pass instead of storing it.
         compile: Run each transformer block through torch.compile.
     """

@@ -9,6 +9,7 @@ from loqt_scale.optim.create import (
 )
 from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
+from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_adam_state, open_moments, set_update_count
 from loqt_scale.optim.per_layer import UpdateInBackward
 from loqt_scale.optim.streamed import StreamedAdamW
@@ -27,4 +28,5 @@ __all__ = [
     "set_schedule_position",
     "set_update_count",
     "step_if_finite",
+    "when_gradient_is_complete",
 ]

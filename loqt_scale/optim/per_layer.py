@@ -9,11 +9,11 @@ a step whose norm is not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
 
+from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.streamed import StreamedAdamW
 
 
@@ -31,16 +31,7 @@ class UpdateInBackward:
     ) -> None:
         self._optimizer, self._local = optimizer, local
         self._squares: list[Tensor] = []
-        # weakly: Python's garbage collector does not see through a tensor's hooks, and would keep all of this for ever
-        apply = WeakMethod(self._apply)
-
-        def updated(parameter: Tensor) -> None:
-            alive = apply()
-            if alive is not None:
-                alive(parameter)
-
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(updated)
+        when_gradient_is_complete(parameters, self._apply)
 
     def _apply(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -24,6 +24,7 @@ from loqt_scale.strategies import DTYPES, is_offloaded, resolve_device
 FLOAT = 4  # bytes
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
 QUANTIZER_BYTES = 14  # a value, of the table look-up's own chunk
+BUCKET_VALUES = 25 * 2**20 // 2  # bfloat16 gradients of a bucket of DDP's, unless one parameter has more
 UPDATE_BYTES = 44  # a value, of a streamed update's chunk: float32 copies, 64-bit hashes of the rounding
 
 
@@ -87,24 +88,27 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
     state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
-    host = sum(p.nbytes() + (moment_bytes(p, config, 1) + p.nbytes() if p.trains else 0) for p in away)
-    merges = config.method == "loqt"
     passes_of_step = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
     one_pass = passes_of_step == 1
+    # from the second pass on, the sums of those before it are there all the time, unless they wait in host memory
+    waiting = sum(summed_bytes(p, passes_of_step, cut) for p in here if p.trains) if gradients else 0
+    host = sum(p.nbytes() for p in away)
+    host += sum(moment_bytes(p, config, 1) + summed_bytes(p, passes_of_step) for p in away if p.trains)
+    merges = config.method == "loqt"
     if strategy == "single":
         gathered = gathered_bytes(config, away, ranks)
-        # from the second pass on, the gradients of the first are there all the time, unless they wait in host memory
         piles_up = one_pass and any(p.trains for p in here)
-        passing = passes.gradients_pile_up if piles_up else passes.gradients_freed + gradients
-        merge_passing = passes.merge_freed + gradients if merges else 0
+        passing = passes.gradients_pile_up if piles_up else passes.gradients_freed + waiting
+        merge_passing = passes.merge_freed + waiting if merges else 0
     else:
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
         gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, ranks)
-        beside = 0 if strategy == "ddp" and one_pass else gradients
+        beside = 0 if strategy == "ddp" and one_pass else waiting
         if strategy == "fsdp" and not one_pass and config.parallel.kept_between_passes != "nothing":
             beside = sum(p.values() * FLOAT for p in here if p.trains)  # whole, until the last pass sums them
-        passing = passes.gradients_freed + beside
-        merge_passing = passes.merge_freed + beside if merges else 0
+        joined = joined_bytes(shapes) if strategy == "ddp" and waiting > gradients else 0
+        passing = max(passes.gradients_freed, joined) + beside
+        merge_passing = max(passes.merge_freed, joined) + beside if merges else 0
     if config.optim.per_layer:
         passing = passes.gradients_freed + update_scratch(config, shapes, cut)
         merge_passing += update_scratch(config, shapes, cut) if merges else 0
@@ -118,6 +122,17 @@ def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> in
     values = parameter.values(ranks)
     block = row_block(parameter.row_values) if config.optim.states == "int8" else 0
     return 2 * (values + values // block * FLOAT if block else values * FLOAT)
+
+
+def summed_bytes(parameter: ParameterShape, passes: int, ranks: int = 1) -> int:
+    """A gradient's, of the largest share: what several passes add up is float32 whatever the parameter is."""
+    return parameter.nbytes(ranks) if passes == 1 else parameter.values(ranks) * FLOAT
+
+
+def joined_bytes(shapes: ModelShapes) -> int:
+    """ddp: the largest bucket's float32 sums on their way over the wire, when activations are gone."""
+    values = [p.values() for p in shapes.parameters if p.trains]
+    return FLOAT * max(min(sum(values), BUCKET_VALUES), max(values, default=0))
 
 
 def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:

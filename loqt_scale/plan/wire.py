@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.merge import probe_shape
-from loqt_scale.plan.memory import FLOAT
+from loqt_scale.plan.memory import FLOAT, summed_bytes
 from loqt_scale.plan.shapes import ModelShapes
 from loqt_scale.strategies import DTYPES
 
@@ -39,7 +39,8 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
         return Traffic(0, 0)
     trained = [p for p in shapes.parameters if p.trains]
     if strategy == "ddp":
-        reduced = sum(p.nbytes() for p in trained) + 4 * FLOAT  # the loss with its two companions, the gradient's norm
+        reduced = sum(summed_bytes(p, passes) for p in trained)
+        reduced += 4 * FLOAT  # the loss with its two companions, the gradient's norm
         return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
     compute, gathered, parallel = DTYPES[config.model.dtype], 0, config.parallel
     for p in shapes.parameters:

@@ -7,7 +7,7 @@ A strategy answers four questions and nothing else in the package asks them:
 2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
-   micro_step, after_forward_only, autocast, backward, sum_step, update
+   sum_in_float32, micro_step, after_forward_only, autocast, backward, sum_step, update
 4. *talk*: sums, broadcasts, barriers.
    sum, open_reducer, broadcast, barrier
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.optim import ensure_adam_state, open_moments, step_if_finite
+from loqt_scale.strategies.float32_sums import Float32Sums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -86,6 +87,7 @@ class Strategy:
     """
 
     name = "single"
+    _sums: Float32Sums | None = None
 
     def __init__(self, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> None:
         self.device = device
@@ -222,9 +224,13 @@ class Strategy:
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
+    def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Has bfloat16 gradients summed in float32 over the passes of a step, from now on. Local."""
+        self._sums = Float32Sums(parameters, self.local)
+
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass; gradients are summed over ranks in the `last` one of a step."""
-        return nullcontext()
+        return nullcontext() if self._sums is None else self._sums.one_pass(last=last)
 
     def after_forward_only(self, model: nn.Module) -> None:
         """Undoes what a forward pass leaves for a backward pass that does not come. Local."""

@@ -7,14 +7,14 @@ if any rank's is not (a flipped bit after the all-reduce would otherwise be skip
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loqt_scale.strategies.float32_sums import Float32Sums
 from loqt_scale.strategies.process_group import DistributedStrategy
 
 
@@ -31,16 +31,20 @@ class DDPStrategy(DistributedStrategy):
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-        wrapped.register_comm_hook(None, _sum_hook)
+        wrapped.register_comm_hook(self, _sum_hook)
         # torch's C++ reducer drops its process group while holding the GIL, which gloo's thread may need to end: a
         # deadlock if that was the last reference. This one, set after `reducer`, goes after it and without the GIL.
         wrapped.__dict__["process_group_outlives_reducer"] = wrapped.process_group
         return wrapped
 
+    def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The last pass's gradients stay in DDP's buckets, which join the sums on their way over the wire. Local."""
+        self._sums = Float32Sums(parameters, self.local, last_apart=True)
+
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Skips the all-reduce in all but the last micro-step."""
         assert isinstance(model, DistributedDataParallel)
-        return nullcontext() if last else model.no_sync()
+        return super().micro_step(model, last=last) if last else model.no_sync()
 
     def sum_step(self, numbers: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         """See `Strategy.sum_step`: the gradients' norm travels with them. Every rank. One all-reduce."""
@@ -56,7 +60,10 @@ class DDPStrategy(DistributedStrategy):
         return self.stored_norm(parameters) if agreed is None else agreed
 
 
-def _sum_hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+def _sum_hook(strategy: DDPStrategy, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Sums a bucket of gradients over ranks: as it is, or with what earlier passes left, in float32."""
+    buffer: Tensor = bucket.buffer()
+    total = buffer if strategy._sums is None else strategy._sums.join(bucket.parameters(), buffer)
+    work = dist.all_reduce(total, async_op=True)
     future: torch.futures.Future[list[Tensor]] = work.get_future()
-    return future.then(lambda done: done.value()[0])
+    return future.then(lambda done: done.value()[0] if total is buffer else buffer.copy_(done.value()[0]))

@@ -113,13 +113,18 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         parts = self.gather_pieces(rows, ranges).split(widths, dim=1)
         return [part.contiguous() for part in parts]  # packed bytes are read in order
 
+    def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
+        """FSDP2 does so for gradients that stay whole; the sums of shards are left to us. Local."""
+        if self._kept == "nothing":
+            super().sum_in_float32(parameters)
+
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Reduce-scatters gradients in the last micro-step, or in each; frees in the last what is kept gathered."""
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(last or self._kept == "nothing")
         for module in self._kept_gathered:
             module.set_reshard_after_backward(last, recurse=False)
-        return nullcontext()
+        return super().micro_step(model, last=last)
 
     def autocast(self) -> AbstractContextManager[object]:
         """None: FSDP2's mixed-precision policy gathers parameters in the compute dtype."""

@@ -81,12 +81,28 @@ KEPT = [
     )
     for kept in ("nothing", "trained")
 ]
+# bfloat16 gradients of several passes wait as float32 sums
+SUMMED = [
+    pytest.param(
+        world_size,
+        strategy,
+        {**LEAN, "loqt.rank": 128, "train.micro_batch_size": 1, **more},
+        marks=[pytest.mark.long] if more else [],
+        id=name,
+    )
+    for world_size, strategy, more, name in (
+        (1, "single", {}, "single-summed"),
+        (1, "single", {"parallel.offload": "optimizer"}, "offload-summed"),
+        (2, "ddp", {}, "ddp-summed"),
+        (2, "fsdp", {"parallel.kept_between_passes": "nothing"}, "fsdp-summed"),
+    )
+]
 AWAY = [pytest.param(1, "single", {"parallel.offload": what}, id=what) for what in ("base", "optimizer", "all")]
 
 
 @pytest.mark.parametrize(
     ("world_size", "strategy", "settings"),
-    [*(pytest.param(*case, id=name) for case, name in zip(CASES, IDS, strict=True)), *KEPT, *AWAY],
+    [*(pytest.param(*case, id=name) for case, name in zip(CASES, IDS, strict=True)), *KEPT, *AWAY, *SUMMED],
 )
 def test_peaks_are_the_highest_moments(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     """FSDP2 may still hold the block before the one in use, or not: gloo's thread decides. The plan counts it."""
