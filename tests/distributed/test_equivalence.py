@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,10 @@ def strategy_settings(strategy: str) -> dict[str, Any]:
     return {"parallel.strategy": name} | ({key: more} if more else {})
 
 
-def assert_same_losses(losses: list[float], reference: list[float], *, exact: bool = False) -> None:
-    """Within 1e-4 until the second merge has been made, and if `exact` all along; then within 5e-2, 5e-3 on average.
+def assert_same_losses(
+    losses: list[float], reference: list[float], *, exact: bool = False, bounds: Sequence[float] = (1e-4,) * 40
+) -> None:
+    """Within `bounds` until the second merge has been made, and if `exact` all along; then 5e-2, 5e-3 on average.
 
     Ranks add gradients in another order, so weights reach a merge with other last bits (losses differ by 7e-7); there a
     value at the border of two NF4 codes may fall to the other side, which moves a weight by a tenth of its block's
@@ -66,7 +70,7 @@ def assert_same_losses(losses: list[float], reference: list[float], *, exact: bo
     assert reference[-1] < reference[0] - 1.0, "the reference must have learnt something, or equality proves nothing"
     differences = [abs(loss - expected) for loss, expected in zip(losses, reference, strict=True)]
     flips_begin = 40 if exact else SECOND_MERGE + 1
-    assert max(differences[:flips_begin]) < 1e-4
+    assert all(difference < bound for difference, bound in list(zip(differences, bounds, strict=True))[:flips_begin])
     assert max(differences) < 5e-2 and sum(differences) / len(differences) < 5e-3
 
 
@@ -233,12 +237,27 @@ ODD = {**SMALL_RUN["model.overrides"], "intermediate_size": 99, "num_hidden_laye
 INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, **UNQUANTIZED}
 
 
+def bounds_in_8_bits(reference: list[float], float32: list[float]) -> list[float]:
+    """How far losses with 8-bit states may be from one process's: a fifth of what the 8 bits have moved them by.
+
+    Sums in another order differ by a relative 1e-6, neighbouring codes by 1e-2: a share p of about 1e-4 of the codes
+    flips in a step. A flip moves a value by one gap between levels, where keeping 8 bits rounds each by up to half of
+    one: flips have sqrt(12 p) = 0.035 of its effect. Training amplifies both: the losses of steps 10 and 14, far above
+    their neighbours', move most. Measured 0.05 at most, by ranks under four kinds of CPU kernels (0.04 in 24 runs of
+    one process with moments that were moved by 1e-6). Blocks laid along the shards move losses by 0.21, but that which
+    codes are the same is seen in the codes (test_zero.assert_same_codes).
+    """
+    moved = accumulate((abs(a - b) for a, b in zip(reference, float32, strict=True)), max)
+    return [5e-6 + so_far / 5 for so_far in moved]
+
+
 @pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp"), *((2, stage) for stage in ZERO)])
 def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, strategy: str) -> None:
     """And they learn as float32 states do."""
     reference = runs.losses(1, "single", **INT8)
-    assert_same_losses(runs.losses(world_size, strategy, **INT8), reference)
     float32 = runs.losses(1, "single", **{**INT8, "optim.states": "float32"})
+    losses = runs.losses(world_size, strategy, **INT8)
+    assert_same_losses(losses, reference, bounds=bounds_in_8_bits(reference, float32))
     assert sum(reference[-5:]) / 5 == pytest.approx(sum(float32[-5:]) / 5, rel=0.02)
 
 
@@ -246,8 +265,11 @@ def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, str
     ("strategy", "offload"), [("zero-2", "optimizer"), pytest.param("zero-3", "parameters", marks=pytest.mark.long)]
 )
 def test_int8_states_in_host_memory_too(runs: Runs, strategy: str, offload: str) -> None:
+    """Where the states are changes no bit of them."""
     losses = runs.losses(2, strategy, **INT8, **{"parallel.zero_offload": offload})
-    assert_same_losses(losses, runs.losses(1, "single", **INT8))
+    reference = runs.losses(1, "single", **INT8)
+    float32 = runs.losses(1, "single", **{**INT8, "optim.states": "float32"})
+    assert_same_losses(losses, reference, bounds=bounds_in_8_bits(reference, float32))
 
 
 @pytest.mark.parametrize("strategy", ["zero-1", *(pytest.param(s, marks=pytest.mark.long) for s in ZERO[1:])])

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from loqt_scale.config_io import parse_run_config
+from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.strategies import create_strategy
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.test_equivalence import ODD
@@ -63,41 +65,86 @@ def test_packed_bytes_are_those_of_fsdp(ranks: RankPool, common: dict[str, Any],
 
 
 # see test_equivalence.INT8: shards cut blocks of 8-bit states
-INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "loqt.merge.gap": 3}
+INT8 = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "loqt.merge.gap": 1}  # after steps 0, 2, ...
+BLOCK = 32  # values of a block: of B's rows, and what divides the other rows of this model
+# Neighbouring levels of 8-bit codes are at most so far apart, in units of a block's greatest value; the second is of
+# the root of the second moment, which is what is kept.
+GAPS = (0.0212, 0.0071)
 
 
 @pytest.mark.parametrize(
     ("stage", "policy"), [(1, "transport"), (2, "transport"), (3, "transport"), (2, "reset"), (3, "keep")]
 )
 def test_moments_in_8_bits_go_through_merges(ranks: RankPool, common: dict[str, Any], stage: int, policy: str) -> None:
-    """As with one process, but for blocks that are cut; fragments are all of each parameter, each value once.
+    """They reach a merge with one process's codes, and leave it as the policy says of this very run's old and new P.
 
-    The model's blocks are of 32 values: codes and scales are 9/32 of float32's bytes. Moments rounded otherwise move
-    gradients by 1e-2 and columns of P by as much, of which a few may then cross the border where signs turn
-    (test_projection says how few): B's columns count in P's signs.
+    Fragments are all of each parameter, each value once. The model's codes and scales are 9/32 of float32's bytes.
+    (What leaves the merge is not held against one process's: where a code has flipped, gradients and the new P differ,
+    whose coordinates B's moments are; a column may even turn its sign.)
     """
-    task, settings = "tests.distributed.zero_tasks:moments_after_merge", {**common, **INT8}
+    task, settings = "tests.distributed.zero_tasks:moments_through_merge", {**common, **INT8}
     settings["loqt.merge.optimizer_state"] = policy
     alone = ranks.run(1, task, **settings)[0]
-    expected = alone["moments"]
     results = ranks.run(2, task, **settings, **zero(stage))
-    signs = {name: (basis * results[0]["bases"][name]).sum(0).sign() for name, basis in alone["bases"].items()}
-    assert float((torch.cat(list(signs.values())) < 0).float().mean()) < 0.03
+    cuts = {(name, first // BLOCK) for r in results for name, (first, _, _) in r["fragments"].items() if first % BLOCK}
+    assert cuts, "no block was cut"
+    for result in (alone, *results):
+        assert_follows_policy(result, policy)
     for result in results:
         assert result["held"]["adam"] < 0.3 * 2 * result["held"]["masters"]
-    for name, moments in expected.items():
-        factor = name.endswith(".factor")
-        for i, moment in enumerate(moments):
-            mine, theirs = (result["moments"][name][i] for result in results)
-            assert torch.equal(mine, theirs)
-            assert bool(moment.any()) == (policy != "reset" or not factor)
-            if factor and i == 0:
-                moment = moment * signs[name]
-            assert float((mine - moment).abs().sum()) <= 0.02 * float(moment.abs().sum()), name
+        assert_same_codes(result["before"], alone["before"], cuts)
+        for name, basis in alone["old"].items():
+            assert float((result["old"][name] - basis).abs().sum()) < 1e-3 * float(basis.abs().sum()), name
+            assert subspace_overlap(result["new"][name], alone["new"][name]) > 0.98, name
+    for name in alone["after"]:
+        mine, theirs = (torch.stack(result["after"][name]) for result in results)
+        assert torch.equal(mine, theirs), name
         places = [result["fragments"][name] for result in results if name in result["fragments"]]
         assert places[0][0] == 0 and sum(values for _, values, _ in places) == places[0][2]
         assert len(places) == 1 or places[1][0] == places[0][1]
-    assert any(first % 32 for result in results for first, _, _ in result["fragments"].values()), "no block was cut"
+
+
+def assert_follows_policy(result: dict[str, Any], policy: str) -> None:
+    """What a merge does to the moments it finds: to those of B what the policy says, to others nothing.
+
+    Transported ones are the float32 product but for their rounding to codes, half a gap: so in every value, in every
+    block, which no wrong rotation, sign or order of columns survives.
+    """
+    for name, before in result["before"].items():
+        after, old, new = result["after"][name], result["old"].get(name), result["new"].get(name)
+        assert all(moment.any() for moment in before), name
+        if old is None or policy == "keep":
+            assert all(torch.equal(*pair) for pair in zip(after, before, strict=True)), name
+        elif policy == "reset":
+            assert not any(moment.any() for moment in after), name
+        else:
+            rotation = old.T @ new
+            moved = before[0] @ rotation, before[1] @ rotation.square()
+            for gap, off in zip(GAPS, block_differences(after, moved), strict=True):
+                assert float(off.max()) <= gap / 2, name
+
+
+def assert_same_codes(moments: dict[str, Any], expected: dict[str, Any], cuts: set[tuple[str, int]]) -> None:
+    """One process's codes after three steps, but for one in 200 of a parameter and two, which are the next level.
+
+    Sums in another order differ by a relative 1e-6, codes by 1e-2: one in ten thousand falls to the other side in a
+    step. (More steps would tell less: flips move gradients, which flip more, up to 7 % of a parameter after five.)
+    A block that a shard cuts has two scales: there all values may be off, by half a gap from each rounding.
+    """
+    for name, pair in moments.items():
+        whole = torch.tensor([(name, row) not in cuts for row in range(pair[0].numel() // BLOCK)])
+        for gap, off in zip(GAPS, block_differences(pair, expected[name]), strict=True):
+            assert float(off[whole].max()) <= gap and float(off.max()) <= 2 * gap, name
+            assert int((off[whole] > gap / 20).sum()) <= pair[0].numel() / 200 + 2, name
+
+
+def block_differences(moments: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of both moments, the second as its root: |difference| / the block's greatest expected value, (blocks, BLOCK)."""
+    differences = []
+    for moment, other, power in zip(moments, expected, (1.0, 0.5), strict=True):
+        values, blocks = (m.pow(power).reshape(-1, BLOCK) for m in (moment, other))
+        differences.append((values - blocks).abs() / blocks.abs().amax(1, keepdim=True).clamp_min(1e-30))
+    return differences
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -58,32 +58,46 @@ def packed_after_merge(**settings: Any) -> list[Tensor]:
         strategy.close()
 
 
-def moments_after_merge(**settings: Any) -> dict[str, Any]:
-    """After the second merge, on any strategy. Every rank.
+def moments_through_merge(**settings: Any) -> dict[str, Any]:
+    """Up to the second merge and through it, on any strategy. Every rank.
 
     Returns:
-        moments: (first, second), whole, by name of what trains.
-        bases: P, whole, by name of its factor.
+        before, after: (first, second) moment, whole, by name of what trains: as that merge finds and leaves them.
+        old, new: P, whole, by name of its factor: likewise.
         fragments: Under ZeRO (first value, values, all values of the parameter) of what this rank's masters hold.
         held: `kinds_held`.
     """
     trainer = make_trainer(small_config(settings))
-    strategy, found = trainer.strategy, {}
     assert trainer.merges is not None
+    last, found = trainer.merges.steps[1], {}
+    merge = trainer.merge
+
+    def watched(step: int) -> dict[str, float]:
+        if step == last:
+            found.update(before=whole_moments(trainer), old=whole_bases(trainer))
+        return merge(step)
+
+    trainer.merge = watched  # type: ignore[method-assign]
     try:
-        for step in range(trainer.merges.steps[1] + 1):
+        for step in range(last + 1):
             trainer.step(step)
-        for name, parameter in trainer.built.model.named_parameters():
-            if parameter.requires_grad:
-                shares = strategy.read_moments(trainer.optimizer, parameter)
-                assert shares is not None
-                rows = getattr(parameter, "ds_shape", parameter.shape)[0]
-                ranges = [strategy.rows(rows, rank) for rank in range(strategy.world_size)]
-                found[name] = tuple(strategy.gather_pieces(share, ranges).clone() for share in shares)
-        seen = {"moments": found, "fragments": fragments_of(trainer), "held": kinds_held(trainer)}
-        return seen | {"bases": whole_bases(trainer)}
+        found |= {"after": whole_moments(trainer), "new": whole_bases(trainer)}
+        return found | {"fragments": fragments_of(trainer), "held": kinds_held(trainer)}
     finally:
-        strategy.close()
+        trainer.strategy.close()
+
+
+def whole_moments(trainer: Trainer) -> dict[str, tuple[Tensor, ...]]:
+    """(first, second) moment of each parameter that trains, whole, by name. Every rank."""
+    strategy, found = trainer.strategy, {}
+    for name, parameter in trainer.built.model.named_parameters():
+        if parameter.requires_grad:
+            shares = strategy.read_moments(trainer.optimizer, parameter)
+            assert shares is not None
+            rows = getattr(parameter, "ds_shape", parameter.shape)[0]
+            ranges = [strategy.rows(rows, rank) for rank in range(strategy.world_size)]
+            found[name] = tuple(strategy.gather_pieces(share, ranges).clone() for share in shares)
+    return found
 
 
 def whole_bases(trainer: Trainer) -> dict[str, Tensor]:
@@ -100,7 +114,7 @@ def whole_bases(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def fragments_of(trainer: Trainer) -> dict[str, tuple[int, int, int]]:
-    """See `moments_after_merge`; checks on the way that they hold the parameter's own values."""
+    """See `moments_through_merge`; checks on the way that they hold the parameter's own values."""
     strategy, places = trainer.strategy, {}
     if not isinstance(strategy, ZeroStrategy):
         return {}
