@@ -243,7 +243,7 @@ def bounds_in_8_bits(reference: list[float], float32: list[float]) -> list[float
     Sums in another order differ by a relative 1e-6, neighbouring codes by 1e-2: a share p of about 1e-4 of the codes
     flips in a step. A flip moves a value by one gap between levels, where keeping 8 bits rounds each by up to half of
     one: flips have sqrt(12 p) = 0.035 of its effect. Training amplifies both: the losses of steps 10 and 14, far above
-    their neighbours', move most. Measured 0.05 at most, by ranks under four kinds of CPU kernels (0.04 in 24 runs of
+    their neighbours', move most. Measured 0.05 at most, by ranks under two kinds of CPU kernels (0.04 in 24 runs of
     one process with moments that were moved by 1e-6). Blocks laid along the shards move losses by 0.21, but that which
     codes are the same is seen in the codes (test_zero.assert_same_codes).
     """
