@@ -20,7 +20,9 @@ BFLOAT16 = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "model
         pytest.param(1, {"strategy": "single"}, id="single"),
         pytest.param(1, {"offload": "all"}, id="offload", marks=pytest.mark.long),
         pytest.param(2, {"strategy": "ddp"}, id="ddp"),
-        pytest.param(2, {"strategy": "fsdp", "kept_between_passes": "nothing"}, id="fsdp-nothing", marks=pytest.mark.long),
+        pytest.param(
+            2, {"strategy": "fsdp", "kept_between_passes": "nothing"}, id="fsdp-nothing", marks=pytest.mark.long
+        ),
         pytest.param(2, {"strategy": "fsdp"}, id="fsdp", marks=pytest.mark.long),  # FSDP2's own doing
     ],
 )
