@@ -18,6 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loqt_scale.command_options import (
@@ -30,8 +31,10 @@ from loqt_scale.command_options import (
 )
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.error_log import keep_errors_in, log_error
-from loqt_scale.errors import ConfigError, UserError, explained, machine_error, shortened
+from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
 from loqt_scale.launcher import join_launcher
+from loqt_scale.stderr import warn
+from loqt_scale.stdout import CLOSED, Watch, watched_stdout
 from loqt_scale.stopping import StopRequest
 
 USER_ERROR, BUG = 2, 1
@@ -62,10 +65,14 @@ def _train(argv: Sequence[str], prog: str) -> None:
 def _export(argv: Sequence[str], prog: str) -> None:
     options = parse_options(ExportOptions, argv, prog)
     from loqt_scale.export import export_checkpoint
+    from loqt_scale.metrics import Console
 
-    with explained(f"{options.checkpoint} cannot be exported to {options.out}", of=(OSError,)):
-        done = export_checkpoint(options, progress=print)
-    print(f"exported to {done.folder}: {done.files} file(s), {done.size / 2**20:.1f} MiB")
+    console = Console()  # the work is a folder: nobody need read of it
+    advice = "make room on its disk, or write another --out"
+    with explained(f"{options.checkpoint} cannot be exported to {options.out}", advice, of=(OSError,)):
+        done = export_checkpoint(options, progress=console.line)
+    console.line(f"exported to {done.folder}: {done.files} file(s), {done.size / 2**20:.1f} MiB")
+    console.close()
 
 
 def _generate(argv: Sequence[str], prog: str) -> None:
@@ -115,12 +122,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "loqt-scale") -> int:
         prog: Program name shown in messages.
 
     Returns:
-        Exit status: 0; 2 after an error that a person can mend; 1 after a bug. Its line is on stderr.
+        Exit status: 0; 2 after an error that a person can mend; 1 after a bug. Its line is on stderr. 141, without a
+        line, if whoever read standard output has gone.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_overview(prog), file=sys.stdout if words else sys.stderr)
-        return 0 if words else USER_ERROR
+        if not words:
+            warn(_overview(prog))
+            return USER_ERROR
+        with watched_stdout() as watch, suppress(OSError):
+            print(_overview(prog))
+        return _delivered(watch, prog)
     name = words[0]
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -132,15 +144,38 @@ def main(argv: Sequence[str] | None = None, prog: str = "loqt-scale") -> int:
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one subcommand by name with the arguments that follow it; returns the exit status as `main` does."""
     keep_errors_in(None)
-    try:
-        COMMANDS[name].run(argv, prog)
-    except KeyboardInterrupt:
-        return _fail(prog, "interrupted", status=128 + signal.SIGINT)
-    except Exception as error:
-        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+    with watched_stdout() as watch:
+        try:
+            COMMANDS[name].run(argv, prog)
+            return _delivered(watch, prog)
+        except KeyboardInterrupt:
+            return _fail(prog, "interrupted", status=128 + signal.SIGINT)
+        except SystemExit as end:  # with 0 after --help, --print_config
+            if not end.code and (status := _delivered(watch, prog)):
+                return status
             raise
-        return _report(prog, error)
-    return 0
+        except Exception as error:
+            if _may_be_of_stdout(error) and (status := _delivered(watch, prog)):
+                return status
+            if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+                raise
+            return _report(prog, error)
+
+
+def _may_be_of_stdout(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, UserError) and error.filename is None
+
+
+def _delivered(watch: Watch, prog: str) -> int:
+    """0 if standard output has taken all that was printed; where its reader has gone, nobody is told."""
+    error = watch.undelivered()
+    if error is None:
+        return 0
+    if isinstance(error, BrokenPipeError):
+        return CLOSED
+    return _fail(
+        prog, f"standard output cannot be written to ({reason_of(error)}); {advice_on(error)}", every_rank=True
+    )
 
 
 def _report(prog: str, error: Exception) -> int:
@@ -178,7 +213,7 @@ def _fail(prog: str, message: str, every_rank: bool = False, status: int = USER_
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         who = f"{prog} [rank {rank}]" if "RANK" in os.environ else prog
         line = f"{who}: error: {' '.join(message.split())}"
-        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+        warn(line.encode("utf-8", "backslashreplace").decode())
     return status
 
 

@@ -35,7 +35,7 @@ from loqt_scale.config_keys import (
     takes_bool,
     unknown_key_message,
 )
-from loqt_scale.errors import ConfigError, explained, reason_of
+from loqt_scale.errors import ConfigError, explained, named, reason_of
 
 T = TypeVar("T")
 
@@ -129,7 +129,8 @@ def dump_run_config(config: RunConfig) -> str:
 
 def save_run_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the settings to a YAML file that `load_run_config` and `--config` read back exactly."""
-    Path(path).write_text(dump_run_config(config), encoding="utf-8")
+    with named(path):
+        Path(path).write_text(dump_run_config(config), encoding="utf-8")
 
 
 def load_run_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -13,6 +13,8 @@ command line (`cli.run_command`) is the only place that prints either.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +23,28 @@ _REASON_CHARS = 300
 # exceptions whose message says little without their name
 _NAMED = (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError)
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|DefaultCPUAllocator|can't allocate memory|Unable to allocate", re.IGNORECASE
+    r"out of memory|DefaultCPUAllocator|can(not|'t) allocate memory|Unable to allocate", re.IGNORECASE
 )
+_ROOM = "make room on its disk, or have the quota raised"
+_RIGHTS = "give this user the right to it"
+_OTHER_KIND = "something else has this name: rename or remove it"
+# what no program does wrong: the machine's even where the system names no file, as write() and fsync() do not
+_OF_A_DISK = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: "its disk is mounted read-only: mount it for writing",
+    errno.EIO: "its disk does not work: look at the system's log",
+    errno.ESTALE: "its network disk has changed meanwhile: mount it again",
+}
+_WITH_A_NAME = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EISDIR: _OTHER_KIND,
+    errno.EEXIST: _OTHER_KIND,
+    errno.ENOTDIR: _OTHER_KIND,
+    errno.ENOENT: "it is not there, or not any more: put it back",
+    errno.EMFILE: "too few files may be open at once: raise ulimit -n",
+}
 
 
 class UserError(ValueError):
@@ -96,9 +118,26 @@ def machine_error(error: BaseException) -> str | None:
         )
     if "Duplicate GPU detected" in str(error):
         return "two ranks use one GPU; start as many ranks per node as GPUs, or let the launcher show each task its own"
+    if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _OF_A_DISK):
+        named = "" if error.filename is None else f"{error.filename}: "
+        return f"{named}{error.strerror}; {advice_on(error)}"
     # torch.distributed's own, by name: this module imports no torch
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__.startswith("Dist"):
         return f"the ranks do not reach one another ({reason_of(error)}); look at what other ranks say, at MASTER_ADDR"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
     return None
+
+
+def advice_on(error: OSError) -> str:
+    """What a person can do where the system refuses to read or write a file."""
+    return (_OF_A_DISK | _WITH_A_NAME).get(error.errno or 0, "look at this path and its disk")
+
+
+@contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which one file is written: an OSError that leaves it names a file, as those of write() do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise

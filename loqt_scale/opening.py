@@ -21,7 +21,7 @@ import psutil
 from loqt_scale.checkpoint import CHECKPOINTS, CheckpointFolder, Finished, Start, decide_start, identity, read_manifest
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
-from loqt_scale.errors import UnwritableError
+from loqt_scale.errors import UnwritableError, advice_on, reason_of
 from loqt_scale.rundir import make_room, prepare_run_dir
 from loqt_scale.runlock import LOCK, RunLock
 from loqt_scale.strategies import Strategy
@@ -76,15 +76,26 @@ class OpenRun:
                 self._tell(line)
 
     def finish(self, loss_before: float, loss_after: float) -> None:
-        """Marks the run as over, if its last step is saved. Every rank; rank 0 acts."""
-        if not self._strategy.is_main:
-            return
+        """Marks the run as over, if its last step is saved. Every rank; rank 0 acts.
+
+        Raises:
+            PermissionError: On all ranks: the mark cannot be written.
+        """
+        on_main(self._strategy, lambda: self._mark(loss_before, loss_after))
+
+    def _mark(self, loss_before: float, loss_after: float) -> None:
         newest, steps = self._folder.latest(), self._config.train.steps
         if newest is None or read_manifest(newest).step != steps:
             self._tell(f"the run is not marked as finished: step {steps}, its last, is not saved")
             return
         done = Finished(step=steps, identity=identity(newest), loss_before=loss_before, loss_after=loss_after)
-        done.write(self._run_dir)
+        try:
+            done.write(self._run_dir)
+        except OSError as error:
+            raise UnwritableError(
+                f"the run is trained and saved, but cannot be marked as finished ({reason_of(error)}); "
+                f"{advice_on(error)}: the same command evaluates it again and marks it"
+            ) from None
 
     def _open(self) -> Start:
         self._made = prepare_run_dir(self._run_dir)
@@ -120,8 +131,8 @@ class OpenRun:
             if error.errno is None:  # it is our own, and says so
                 raise
             raise UnwritableError(
-                f"train.run_dir '{self._run_dir}' cannot be written to ({error.filename}: {error.strerror}); make room "
-                "or write another --train.run_dir"
+                f"train.run_dir '{self._run_dir}' cannot be written to ({reason_of(error)}); {advice_on(error)}, or "
+                "write another --train.run_dir"
             ) from None
 
     def _make_room(self) -> list[str]:

@@ -39,7 +39,7 @@ from loqt_scale.checkpoint import (
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
-from loqt_scale.data import Batch, Corpus
+from loqt_scale.data import AnotherTextError, Batch, Corpus
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.health import Health, StepPlace, UnreadableDataError, Words, one_line
@@ -244,6 +244,8 @@ class Trainer:
     def _seek(self, checkpoint: Checkpoint, position: Any) -> None:
         try:
             self.corpus.train.seek(checkpoint.manifest.step, position)
+        except AnotherTextError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from None
         except ValueError as error:
             raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None
 

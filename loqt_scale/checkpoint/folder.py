@@ -29,6 +29,7 @@ from pathlib import Path
 
 from loqt_scale.checkpoint.files import CheckpointError, read_inside
 from loqt_scale.checkpoint.manifest import MANIFEST, Manifest
+from loqt_scale.errors import advice_on, named
 
 CONFIG, LATEST = "config.yaml", "latest"
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -131,7 +132,8 @@ class CheckpointFolder:
                 if path == moving[0]:
                     replace_durably(aside / LATEST, path.name + "\n")
         except OSError as error:
-            raise CheckpointError(f"{moving[0]} cannot be moved to {aside} ({error.strerror or error})") from None
+            why = f"({error.strerror or error}); {advice_on(error)}"
+            raise CheckpointError(f"{moving[0]} cannot be moved to {aside} {why}") from None
         _sync(self.root)
         return aside
 
@@ -227,8 +229,9 @@ def locate_checkpoint(path: Path) -> Path:
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a file and waits until it is on disk."""
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
+    with named(path):
+        path.write_text(text, encoding="utf-8")
+        _sync(path)
 
 
 def replace_durably(path: Path, text: str) -> None:

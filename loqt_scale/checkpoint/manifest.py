@@ -120,7 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return _checked(_read(folder), folder)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        why = f"it has no {MANIFEST} (half copied, or removed by a job that goes on: checkpoint.keep_last)"
+        raise CheckpointError(f"{folder} is no checkpoint: {why}; {ELSEWHERE}") from None
     except OSError as error:  # a link, too
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error.strerror or error}); {ELSEWHERE}") from None
     except ValidationError as error:

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from loqt_scale.config import DataConfig
-from loqt_scale.data.batches import Batch, StoredSequences, TrainStream
+from loqt_scale.data.batches import AnotherTextError, Batch, StoredSequences, TrainStream
 from loqt_scale.data.corpora import embedded_text, files_text
 from loqt_scale.data.packing import Int64Array, evaluation_windows
 from loqt_scale.data.store import default_cache_dir, tokenized, trained_bpe
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus"]
+__all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus"]
 
 
 @dataclass(frozen=True)

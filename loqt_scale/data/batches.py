@@ -24,6 +24,10 @@ from loqt_scale.data.packing import Int64Array, Tokens, complete_windows, window
 from loqt_scale.errors import UserError
 
 
+class AnotherTextError(UserError):
+    """The text is not the one that a position belongs to. Nothing is damaged."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences to train on or to score.
@@ -70,6 +74,7 @@ class TrainStream(Protocol):
             position: What `position` returned then.
 
         Raises:
+            AnotherTextError: It is one of another text.
             ValueError: It is none of this stream's.
         """
 
@@ -119,7 +124,7 @@ class StoredSequences:
         """See `TrainStream`: any step can be read, but of the same text."""
         known = position.get("text") if isinstance(position, dict) else None
         if self._digest is not None and known not in (None, self._digest):
-            raise UserError(
+            raise AnotherTextError(
                 "the training text is another one than when the checkpoint was saved (its tokens differ); put the old "
                 "files back to go on, or write --checkpoint.resume never to start anew"
             )

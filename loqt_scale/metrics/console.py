@@ -1,4 +1,4 @@
-"""Standard output as a run uses it: a reader that has gone, or a full disk behind it, does not end the run."""
+"""Standard output as a run or an export uses it: a reader that has gone, or a full disk behind it, ends neither."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 from loqt_scale.metrics.lasting import Backlog
 from loqt_scale.stderr import warn
+from loqt_scale.stdout import silence_stdout
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # a closed pipe (`| head -1`), a terminal that was closed
 _BACKLOG_BYTES = 2**20
@@ -30,17 +31,16 @@ class Console:
         if error is not None and error.errno in _GONE:
             self._leave(error)
 
+    def close(self) -> None:
+        """Tries once more to print what waits, and says on stderr if that fails."""
+        error = None if self._gone else self._backlog.flush()
+        if error is not None:
+            warn(f"WARNING: standard output could not be written to ({error.strerror})")
+
     def _leave(self, error: OSError) -> None:
         self._gone = True
         silence_stdout()
-        warn(f"WARNING: standard output is closed ({error.strerror}); the run goes on without it")
-
-
-def silence_stdout() -> None:
-    """Sends to nowhere what libraries still print, and what Python flushes at its end: it would fail there, loudly."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+        warn(f"WARNING: standard output is closed ({error.strerror}); the work goes on without it")
 
 
 def _write(data: bytes) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from loqt_scale.errors import named
 from loqt_scale.metrics.events import EventFile
 from loqt_scale.metrics.lasting import LastingFile
 from loqt_scale.metrics.reminder import Tell
@@ -109,7 +110,8 @@ def _forget_after(path: Path, step: int, *, evaluation: bool) -> None:
         os.truncate(path, sum(map(len, kept)))
         return
     replacement = path.with_suffix(".new")
-    replacement.write_bytes(b"".join(kept))
+    with named(replacement):
+        replacement.write_bytes(b"".join(kept))
     replacement.replace(path)
 
 

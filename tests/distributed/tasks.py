@@ -45,6 +45,17 @@ def train_run(**settings: Any) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def run_refused(**settings: Any) -> str:
+    """What this rank is told at the end of a run that cannot be marked as finished; nothing if it was."""
+    from loqt_scale.errors import UserError
+
+    try:
+        train_run(**settings)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def evaluate_checkpoint(path: str) -> float:
     """Held-out loss of a checkpoint, its model spread over the ranks."""
     from loqt_scale.inference import evaluate_saved

@@ -56,6 +56,15 @@ def test_data_that_one_rank_cannot_read_ends_all_of_them_saved(
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
 
+def test_a_mark_that_rank_0_cannot_write_is_told_on_every_rank(
+    ranks: RankPool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "finished.json.new").symlink_to("/dev/full")
+    told = ranks.run(2, "tests.distributed.tasks:run_refused", **settings, **{"parallel.strategy": "fsdp"})
+    assert told[0] == told[1] and "trained and saved, but cannot be marked as finished (No space left" in told[0]
+
+
 # ---- ranks as a launcher starts them, that may die: no torchrun, whose agent would end the others itself ------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from loqt_scale.errors import (
     UserError,
     explained,
     machine_error,
+    named,
     reason_of,
     shortened,
 )
@@ -73,6 +76,29 @@ def test_what_the_machine_does_is_told_from_bugs() -> None:
     assert machine_error(ValueError("invalid literal")) is None
     assert "do not reach one another" in (machine_error(TimeoutError("rank 1 did not join")) or "")
     assert machine_error(KeyError("x")) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_disks_errors_are_the_machines_even_where_no_file_is_named(number: int) -> None:
+    """As `write` and `fsync` raise them."""
+    told = machine_error(OSError(number, os.strerror(number)))
+    assert told is not None and told.startswith(f"{os.strerror(number)}; ") and "None" not in told
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.ENOENT, errno.EBUSY])
+def test_a_file_that_the_system_refuses_comes_with_advice(number: int) -> None:
+    told = machine_error(OSError(number, os.strerror(number), "/x"))
+    assert told is not None and told.startswith(f"/x: {os.strerror(number)}; ") and len(told.split("; ")[1]) > 10
+
+
+def test_a_file_that_is_written_is_named_on_every_rank() -> None:
+    with pytest.raises(OSError, match="No space") as caught, named(Path("/disk/x")), open("/dev/full", "w") as file:
+        file.write("text")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert copy.filename == "/disk/x" and reason_of(copy) == "No space left on device: /disk/x"
+    with pytest.raises(FileNotFoundError) as missing, named("/other"):
+        Path("/not/there").read_text()
+    assert missing.value.filename == "/not/there"
 
 
 def probe(monkeypatch: pytest.MonkeyPatch, run) -> int:
@@ -138,7 +164,8 @@ def test_the_machines_doing_is_status_2_with_a_traceback_kept(capsys, monkeypatc
 
     assert probe(monkeypatch, full) == 2
     line = capsys.readouterr().err
-    assert line.startswith("loqt-scale probe: error: /disk/x: No space left on device (the traceback is in ")
+    assert line.startswith("loqt-scale probe: error: /disk/x: No space left on device; make room on its disk")
+    assert "(the traceback is in " in line
 
 
 def test_the_variable_shows_every_traceback(monkeypatch) -> None:

@@ -160,4 +160,4 @@ print("a library that prints")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout == "waits\ncomes after it\n"
-    assert done.stderr == "WARNING: standard output is closed (Broken pipe); the run goes on without it\n"
+    assert done.stderr == "WARNING: standard output is closed (Broken pipe); the work goes on without it\n"
