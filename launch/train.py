@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loqt_scale.cli import run_command
+from loqt_scale.entry import enter
 
 if __name__ == "__main__":
-    sys.exit(run_command("train", sys.argv[1:], prog="launch/train.py"))
+    sys.exit(enter("train", sys.argv[1:], prog="launch/train.py"))

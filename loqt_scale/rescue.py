@@ -32,7 +32,7 @@ def saved_first(trainer: Trainer) -> Iterator[None]:
         reason = _hindrance(trainer, error) or _try_to_save(trainer, error)
         with suppress(Exception):  # the one in the background counts too
             trainer.saver.wait()
-        place = trainer.saver.way_on(trainer.done) + ("" if reason is None else f" ({reason})")
+        place = trainer.saver.way_on(trainer.done, reason)
         trainer.progress.line(f"ended by an error after step {trainer.done}; {place}")
         error.add_note(f"after step {trainer.done}; {place}")
         raise

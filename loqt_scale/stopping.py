@@ -6,7 +6,7 @@ ranks; the run ends a step after that, saved. A second signal of whatever kind c
 the process ends at once by it, as without this module. (Launchers pass a Ctrl-C on to ranks that the terminal has told
 already, torchrun twice: under a launcher what comes within a moment counts as one.)
 
-No torch here: the command line begins to listen before it is loaded.
+No torch here: the command line begins to listen before it is loaded (and `entry` for Ctrl-C before that).
 """
 
 from __future__ import annotations

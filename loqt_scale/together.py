@@ -13,6 +13,7 @@ from loqt_scale.strategies import (
     LostRankError,
     RollCall,
     StoppedElsewhere,
+    StoreLine,
     agent_hosts_store,
     hosts_store,
     launched_world_size,
@@ -58,7 +59,15 @@ def leave_word(error: BaseException) -> None:
 def _open(timeout_seconds: float) -> RollCall:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = open_store(timeout_seconds)
-    return RollCall(store, rank, world_size, timeout_seconds=timeout_seconds, keeps_store=hosts_store())
+    line = StoreLine()
+    return RollCall(
+        store,
+        rank,
+        world_size,
+        timeout_seconds=timeout_seconds,
+        keeps_store=hosts_store(),
+        store_lives=line.alive,
+    )
 
 
 @contextmanager

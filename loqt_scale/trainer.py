@@ -151,10 +151,14 @@ class Trainer:
             while self.done < self.config.train.steps:
                 self.step(self.done)
                 self.between_steps()
-        self.stop.doing = f"after step {self.done}, the last, which is saved; the same command evaluates it"
+            self.save_if_unsaved()
+            self.stop.doing = f"after step {self.done}, the last; {self.saver.way_on(self.done)}"
         self.stop.check()
-        after = self.evaluate(self.done)
-        self.save_at_last()
+        with saved_first(self):
+            after = self.evaluate(self.done)
+        self.save_if_unsaved()
+        if self.saver.failure is not None:
+            raise CheckpointError(f"{self.saver.failure}. Make room: {self.saver.way_on(self.done)}")
         return self.eval_before, after
 
     def between_steps(self) -> None:
@@ -174,17 +178,12 @@ class Trainer:
             self.progress.line(f"stopped after step {self.done}; {self.saver.way_on(self.done)}")
             raise Stopped(self.stop.number or signal.SIGTERM, together=True)
 
-    def save_at_last(self) -> None:
-        """Saves what is trained, if that has failed until now. Every rank.
-
-        Raises:
-            CheckpointError: It fails again.
-        """
+    def save_if_unsaved(self) -> None:
+        """Waits for the last save, and makes one more try if it has failed. Every rank."""
+        self.saver.wait()
         if self.saver.saved != self.done:
             self.save()
             self.saver.wait()
-        if self.saver.failure is not None:
-            raise CheckpointError(f"{self.saver.failure}. Make room: {self.saver.way_on(self.done)}")
 
     def save(self, *, keep_all: bool = False) -> None:
         """Saves a checkpoint, or begins to; `keep_all` removes no older one for it. Every rank."""

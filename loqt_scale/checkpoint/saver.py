@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CheckpointFolder
-from loqt_scale.checkpoint.manifest import Manifest
+from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 from loqt_scale.checkpoint.state import Shares, read_state
 from loqt_scale.checkpoint.store import save_checkpoint
 from loqt_scale.config import CheckpointConfig
@@ -99,13 +100,26 @@ class CheckpointSaver:
             self.wait()
         return self._thread is None and self.failure is not None and time.monotonic() > self._retry_at
 
-    def way_on(self, done: int) -> str:
-        """Where the run goes on after `done` steps, for people; nothing is being written."""
-        if self.saved == done:
+    def way_on(self, done: int, hindrance: str | None = None) -> str:
+        """Where the run goes on after `done` steps, for people; nothing is being written. Local.
+
+        Args:
+            done: Steps.
+            hindrance: Why they are not saved, if it is known and they are not.
+        """
+        newest, why = self._newest(), "" if hindrance is None else f" ({hindrance})"
+        if newest == done:
             return "it is saved, and the same command goes on from there"
-        if self.saved is None:
-            return "nothing has been saved, the same command starts anew"
-        return f"it is not saved, the same command goes on from step {self.saved}"
+        if newest is None:
+            return f"nothing has been saved, the same command starts anew{why}"
+        return f"it is not saved, the same command goes on from step {newest}{why}"
+
+    def _newest(self) -> int | None:
+        """The step that the same command goes on from: a save may fail after its publication, by a rank's death."""
+        with suppress(CheckpointError, OSError):
+            latest = self._folder.latest()
+            return self.saved if latest is None else read_manifest(latest).step
+        return self.saved
 
     def __enter__(self) -> CheckpointSaver:
         return self

@@ -6,7 +6,7 @@ from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy, shard
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.process_group import launched_world_size
-from loqt_scale.strategies.rendezvous import agent_hosts_store, hosts_store, open_store
+from loqt_scale.strategies.rendezvous import StoreLine, agent_hosts_store, hosts_store, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RollCall",
     "StoppedElsewhere",
     "Store",
+    "StoreLine",
     "Strategy",
     "agent_hosts_store",
     "create_strategy",

@@ -53,6 +53,36 @@ def open_store(timeout_seconds: float, environment: Mapping[str, str] = os.envir
     return fresh_store(store, int(environment["RANK"]), int(environment["WORLD_SIZE"]), timeout)
 
 
+class StoreLine:
+    """Says whether the process that keeps the store is there, without a word to it.
+
+    torch's own clients print a page of C++ frames when it has gone. A process's end closes its connections, so one that
+    carries nothing shows it.
+
+    Args:
+        environment: MASTER_ADDR, MASTER_PORT, RANK.
+
+    Raises:
+        ConnectionError: It cannot be reached.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._socket: socket.socket | None = None  # to this process itself: none
+        if not hosts_store(environment):
+            address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+            self._socket = socket.create_connection(address, timeout=30.0)
+            self._socket.setblocking(False)
+
+    def alive(self) -> bool:
+        """Whether it is still there. Local."""
+        try:
+            return self._socket is None or self._socket.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:  # nothing has been said
+            return True
+        except OSError:
+            return False
+
+
 def agent_hosts_store(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the store lives in torchrun's agent, which outlives the ranks."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -93,10 +93,21 @@ class RollCall:
         world_size: Ranks.
         timeout_seconds: How long to wait for the others to come, and how long one may hang.
         keeps_store: Whether the store is gone with this process.
+        store_lives: Whether the process that keeps it is there; asked before each word to the store.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, *, timeout_seconds: float, keeps_store: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        timeout_seconds: float,
+        keeps_store: bool,
+        store_lives: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.store, self._rank, self._timeout, self._keeps_store = store, rank, timeout_seconds, keeps_store
+        self._store_lives = store_lives
         self._keys = [f"roll/{other}" for other in range(world_size)]
         self._mine = Entry(rank, socket.gethostname(), os.getpid())
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -123,8 +134,9 @@ class RollCall:
         """Leaves word of how this rank ends, for the others. Local."""
         with self._lock:
             self._mine = replace(self._mine, end=how, reason=reason, number=number)
-        with suppress(RuntimeError):  # the store has gone with its process
-            self._publish(self.store)
+        with suppress(RuntimeError):  # the store goes with its process at this moment
+            if self._store_lives():
+                self._publish(self.store)
 
     def blame(self) -> LostRankError | None:
         """After a failure: who began it, as far as can be found out in some seconds; None: nobody else. Local."""
@@ -206,13 +218,19 @@ class RollCall:
         store = _clone(self.store)
         stuck = _Stuck()
         while not self._closed.wait(PULSE_SECONDS * max(1.0, len(self._keys) / 64)):
-            try:
-                self._exchange(store)
-            except RuntimeError:
-                with suppress(RuntimeError):
-                    store = _clone(self.store)
+            if self._store_lives():
+                store = self._renew(store)
             self._warn_of_silence()
             self._end_if_stuck(stuck.seconds())
+
+    def _renew(self, store: Store) -> Store:
+        """One exchange; the connection for the next one."""
+        try:
+            self._exchange(store)
+        except RuntimeError:
+            with suppress(RuntimeError):
+                return _clone(self.store)
+        return store
 
     def _exchange(self, store: Store) -> None:
         with self._lock:

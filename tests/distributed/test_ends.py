@@ -139,6 +139,20 @@ def test_one_rank_told_to_stop_before_all_have_come_stops_all(
     assert first == other == 128 + signal.SIGTERM and "stopped by SIGTERM before training" in told
 
 
+def test_a_rank_that_outlives_the_store_is_silent() -> None:
+    """Rank 0, which keeps it, leaves first: the other's thread and its own last word find nobody, and say nothing."""
+    code = (
+        "import os, time\nfrom loqt_scale.together import one_for_all\n"
+        "with one_for_all(60):\n    time.sleep(4 * int(os.environ['RANK']))\n"
+    )
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    clean = {key: value for key, value in os.environ.items() if key not in OURS} | launched
+    environments = [{**clean, "MASTER_PORT": str(port), "RANK": rank} for port in [free_port()] for rank in "01"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=each, **pipes) for each in environments]
+    assert [finish(process) for process in both] == [(0, ""), (0, "")]
+
+
 # ---- the roll call by itself ----------------------------------------------------------------------------------------
 
 

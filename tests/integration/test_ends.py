@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loqt_scale import trainer as trainer_module
-from loqt_scale.checkpoint import CheckpointError, saver, store
+from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, store
 from loqt_scale.data.batches import StoredSequences
 from loqt_scale.health import NonFiniteLossError, UnreadableDataError
 from loqt_scale.job import train
@@ -161,7 +161,7 @@ def test_told_to_stop_in_an_evaluation_on_the_way(
     [
         (trainer_module, "build_model", 0, "before training: nothing had to be saved"),
         (trainer_module, "evaluate", 0, "before training: nothing had to be saved"),
-        (trainer_module, "evaluate", 1, "after step 8, the last, which is saved; the same command evaluates it"),
+        (trainer_module, "evaluate", 1, "after step 8, the last; it is saved, and the same command goes on from there"),
     ],
 )
 def test_told_to_stop_where_nothing_is_to_be_saved(
@@ -237,6 +237,51 @@ def test_a_trained_model_that_cannot_be_saved_is_no_success(
         train(small_config(settings))
     assert losses(Path(settings["train.run_dir"])) == unbroken
     assert names(settings) == [], "no .partial"
+
+
+@pytest.mark.parametrize("failures", [1, 9], ids=["once", "for good"])
+@pytest.mark.parametrize("end", ["told to stop", "an error"])
+def test_the_last_step_is_saved_before_it_is_evaluated(
+    settings: dict[str, Any],
+    once: Once,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failures: int,
+    end: str,
+) -> None:
+    """A failed save is tried again first; however the last evaluation ends, what is said of the way on is true."""
+    whole, left = CheckpointFolder.publish, iter(range(failures))
+
+    def full(folder: CheckpointFolder, step: int, manifest: Manifest) -> Path:
+        if step == STEPS and next(left, None) is not None:
+            raise OSError(28, "No space left on device")
+        return whole(folder, step, manifest)
+
+    monkeypatch.setattr(CheckpointFolder, "publish", full)
+    once(trainer_module, "evaluate", 1, Stopped(signal.SIGTERM) if end == "told to stop" else RuntimeError("no luck"))
+    with pytest.raises((Stopped, RuntimeError)) as raised:
+        train(small_config(settings))
+    told = capsys.readouterr().err + "".join(getattr(raised.value, "__notes__", ()))
+    step, way = (
+        (8, "it is saved, and the same") if failures == 1 else (4, "it is not saved, the same command goes on from")
+    )
+    assert f"after step 8{', the last' if end == 'told to stop' else ''}; {way}" in told
+    assert latest(settings) == f"step-{step:08d}"
+
+
+def test_the_way_on_is_from_what_is_published(settings: dict[str, Any], once: Once) -> None:
+    """A save may fail after that, when another rank is killed."""
+    whole = CheckpointFolder.point
+
+    def cut_off(folder: CheckpointFolder, checkpoint: Path) -> None:
+        whole(folder, checkpoint)
+        raise ConnectionError("connection closed by peer")
+
+    once(Trainer, "update", 5, RuntimeError("in an update"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="in an update") as raised:
+        patch.setattr(CheckpointFolder, "point", cut_off)
+        train(small_config(settings))
+    assert latest(settings) == "step-00000004" and "goes on from step 4" in raised.value.__notes__[0]
 
 
 def test_half_done_is_about_updates_and_merges_only(settings: dict[str, Any], once: Once) -> None:
