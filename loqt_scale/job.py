@@ -16,7 +16,7 @@ from typing import Any
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import Start, check_tensors, identity, open_checkpoint
+from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
@@ -36,7 +36,7 @@ from loqt_scale.strategies import (
     resolve_strategy,
 )
 from loqt_scale.together import one_for_all
-from loqt_scale.trainer import Trainer
+from loqt_scale.trainer import Trainer, seek_text
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float]:
@@ -94,6 +94,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
         check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True)
+        seek_text(corpus, checkpoint)
+        check_numbers(checkpoint, design.model, strategy)
     run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
     keep_errors_in(config.train.run_dir)
     done = None if checkpoint is None else checkpoint.manifest.step

@@ -19,7 +19,14 @@ load.py      its tensors into a model, once everything about them has been check
 
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, CheckpointFolder, locate_checkpoint
-from loqt_scale.checkpoint.load import check_tensors, load_checkpoint, open_checkpoint, read_tensors, verify_checkpoint
+from loqt_scale.checkpoint.load import (
+    check_numbers,
+    check_tensors,
+    load_checkpoint,
+    open_checkpoint,
+    read_tensors,
+    verify_checkpoint,
+)
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from loqt_scale.checkpoint.opened import Checkpoint, read_settings
 from loqt_scale.checkpoint.records import Begun, Finished, identity
@@ -40,6 +47,7 @@ __all__ = [
     "Finished",
     "Manifest",
     "Start",
+    "check_numbers",
     "check_tensors",
     "decide_start",
     "identity",

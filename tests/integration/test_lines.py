@@ -24,6 +24,7 @@ from loqt_scale.opening import OpenRun
 from loqt_scale.runlock import RunInUse
 from loqt_scale.strategies import Strategy
 from tests.distributed.tasks import small_config
+from tests.unit.test_foreign_checkpoint import SHARD, edit_tensors
 from tests.unit.test_runlock import another_job
 
 STEPS = 6
@@ -201,6 +202,24 @@ def test_going_back_keeps_both_lines(runs: Runs, background: bool) -> None:
     said = runs(checkpoint__resume=str(aside), **saves)
     assert "resumed after step 5" in said and runs.latest() == "step-00000006" and runs.saved() == [6]
     assert (aside.with_name("abandoned-2") / "step-00000004").is_dir() and runs.losses() == losses
+
+
+def test_a_refused_way_back_has_changed_nothing(runs: Runs, text_file: Path) -> None:
+    """Another text, or a number that is not finite, is found before checkpoints or folders are moved."""
+    text = Path(shutil.copy(text_file, runs.folder / "text.txt"))
+    settings = {"train__steps": 4, "data__files": [str(text)]}
+    runs(**settings)
+    spoilt = shutil.copytree(runs.checkpoint(2), runs.folder / "spoilt")
+    edit_tensors(spoilt, lambda tensors: tensors["model.model.norm.weight"].fill_(torch.nan), SHARD)
+    before = content(runs.folder / "run")
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds NaN"):
+        runs(checkpoint__resume=str(spoilt), **settings)
+    text.write_text(text.read_text()[::-1])
+    for name in ("run", "elsewhere"):
+        with pytest.raises(CheckpointError, match="the training text is another one"):
+            runs(name, checkpoint__resume=str(runs.checkpoint(2)), **settings)
+    assert content(runs.folder / "run") == before and not list(runs.folder.glob("run.old*"))
+    assert not (runs.folder / "elsewhere").exists()
 
 
 def test_going_back_survives_a_kill_at_every_write(runs: Runs, killed: Callable[..., None]) -> None:
