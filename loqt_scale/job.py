@@ -97,6 +97,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         seek_text(corpus, checkpoint)
         check_numbers(checkpoint, design.model, strategy)
     run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    if checkpoint is not None and run.place is not None:
+        checkpoint.follow(run.place)
     keep_errors_in(config.train.run_dir)
     done = None if checkpoint is None else checkpoint.manifest.step
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}

@@ -27,7 +27,11 @@ class Record(BaseModel):
 
     def write(self, run_dir: Path) -> None:
         """Replaces the folder's record of this kind."""
-        replace_durably(run_dir / self.FILE, self.model_dump_json(indent=1) + "\n")
+        replace_durably(run_dir / self.FILE, self.text())
+
+    def text(self) -> str:
+        """What is in the file."""
+        return self.model_dump_json(indent=1) + "\n"
 
 
 class Begun(Record):

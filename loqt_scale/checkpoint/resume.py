@@ -122,7 +122,12 @@ class _Decision:
         here = self.before is not None and self.before.asked == asked
         if not path.is_dir():
             return self._without_path(path, here)
-        found = locate_checkpoint(path)
+        try:
+            found = locate_checkpoint(path)
+        except CheckpointError:
+            if here and self._newest_or_none() is not None:  # of a line that was brought back the folder may be left
+                return self._own_rather(path)
+            raise
         read_manifest(found)
         name = identity(found)
         newest = self._newest_or_none()
