@@ -86,7 +86,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     start = run.start
     if start.finished is not None:
         if strategy.is_main:
-            _say(already_finished(config, start.finished))
+            for line in (*start.notes, already_finished(config, start.finished)):
+                _say(line)
         return start.finished.loss_before, start.finished.loss_after
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)

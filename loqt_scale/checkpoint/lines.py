@@ -22,7 +22,8 @@ class LineChange:
 
     Args:
         run_dir: The run's folder.
-        newest: What the run goes on from, directly in its checkpoints' folder or in an `abandoned-N` there; None: nothing.
+        newest: What the run goes on from, directly in its checkpoints' folder or in an `abandoned-N` there; None:
+            nothing.
 
     Attributes:
         others: Steps of the checkpoints that are not of its line, ascending.

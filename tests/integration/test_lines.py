@@ -274,7 +274,7 @@ def test_bringing_a_line_back_survives_a_kill_at_every_write(two_lines: Runs, ki
     checkpoints = runs.folder / "run" / "checkpoints"
     back = {"checkpoint__resume": str(checkpoints / "abandoned-1"), "train__steps": 5}
     everything = sorted(map(identity, (runs.folder / "whole").rglob("step-*")))
-    # five checkpoints are moved; files replaced: `latest`, two records, `latest` and `ancestors` aside, metrics, `latest`
+    # five checkpoints are moved; replaced: `latest`, two records, `latest` and `ancestors` aside, metrics, `latest`
     for name, calls in (("rename", 5), ("replace", 7)):
         for call, after in itertools.product(range(1, calls + 1), (back, {"train__steps": 5})):
             shutil.rmtree(runs.folder / "run", ignore_errors=True)
@@ -293,7 +293,7 @@ def test_a_full_disk_ends_a_way_back_before_it_began(two_lines: Runs, monkeypatc
     runs = two_lines
     before = content(runs.folder)
     alive = shutil.copyfile
-    for call, path in itertools.product((1, 2), (runs.checkpoint(2), runs.checkpoint(2).with_name("abandoned-1"))):
+    for call, path in itertools.product((1, 2), (runs.checkpoint(1), runs.checkpoint(1).with_name("abandoned-1"))):
         calls = itertools.count(1)
 
         def full(source: Path, target: Path) -> Path:
@@ -317,6 +317,16 @@ def test_a_relative_link_is_set_aside_with_what_it_names(runs: Runs) -> None:
     assert (aside / "step-00000003" / "manifest.json").is_file() and (aside / "step-00000003").is_symlink()
     runs.prepare(train__steps=3, checkpoint__resume=str(aside))
     assert (runs.checkpoint(3) / "manifest.json").is_file() and runs.saved() == [1, 2, 3]
+
+
+def test_going_back_does_not_forget_where_the_run_began(runs: Runs) -> None:
+    runs(train__steps=4)
+    begin = {"checkpoint__resume": str(runs.checkpoint(2)), "train__steps": 4}
+    runs("other", **begin)
+    runs("other", checkpoint__resume=str(runs.checkpoint(3, "other")), train__steps=4)
+    said = runs("other", **begin)
+    assert FINISHED in said and f"began from {runs.checkpoint(2)}: it has ended; to begin there once more" in said
+    assert not (runs.folder / "other.old-1").exists() and runs.saved("other") == [3, 4]
 
 
 def test_restarts_of_a_run_that_began_from_a_path(runs: Runs, killed: Callable[..., None]) -> None:
