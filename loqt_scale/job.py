@@ -16,7 +16,7 @@ from typing import Any
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import Start, check_tensors, identity, open_checkpoint
+from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
@@ -36,7 +36,7 @@ from loqt_scale.strategies import (
     resolve_strategy,
 )
 from loqt_scale.together import one_for_all
-from loqt_scale.trainer import Trainer
+from loqt_scale.trainer import Trainer, seek_text
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float]:
@@ -86,7 +86,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     start = run.start
     if start.finished is not None:
         if strategy.is_main:
-            _say(already_finished(config, start.finished))
+            for line in (*start.notes, already_finished(config, start.finished)):
+                _say(line)
         return start.finished.loss_before, start.finished.loss_after
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
@@ -94,7 +95,11 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
         check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True)
+        seek_text(corpus, checkpoint)
+        check_numbers(checkpoint, design.model, strategy)
     run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    if checkpoint is not None and run.place is not None:
+        checkpoint.follow(run.place)
     keep_errors_in(config.train.run_dir)
     done = None if checkpoint is None else checkpoint.manifest.step
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}

@@ -8,7 +8,6 @@ Rank 0 does it and tells the others, errors too, so all ranks start from the sam
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,9 +17,19 @@ from typing import Self, TypeVar
 
 import psutil
 
-from loqt_scale.checkpoint import CHECKPOINTS, CheckpointFolder, Finished, Start, decide_start, identity, read_manifest
+from loqt_scale.checkpoint import (
+    CHECKPOINTS,
+    Begun,
+    CheckpointFolder,
+    Finished,
+    LineChange,
+    Start,
+    decide_start,
+    identity,
+    read_manifest,
+)
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import save_run_config
+from loqt_scale.config_io import dump_run_config
 from loqt_scale.errors import UnwritableError, advice_on, reason_of
 from loqt_scale.rundir import make_room, prepare_run_dir
 from loqt_scale.runlock import LOCK, RunLock
@@ -75,6 +84,15 @@ class OpenRun:
             if self._strategy.is_main:
                 self._tell(line)
 
+    @property
+    def place(self) -> Path | None:
+        """Where the run's own checkpoint that it goes on from lies after `prepare`; None: it is another run's, or none.
+
+        One of a line that had been set aside has been brought back.
+        """
+        own = self.start.own
+        return None if own is None else self._folder.root / own.name
+
     def finish(self, loss_before: float, loss_after: float) -> None:
         """Marks the run as over, if its last step is saved. Every rank; rank 0 acts.
 
@@ -115,11 +133,7 @@ class OpenRun:
         if start.folder == "new":
             told += self._make_room()
         with self._advice():
-            if start.folder == "back" and start.own is not None:
-                self._folder.point(start.own)
-            told += self._set_other_lines_aside()
-            start.begun.write(self._run_dir)
-            save_run_config(self._config, self._run_dir / "config.yaml")
+            told += self._change_line()
         return [*start.notes, *told]
 
     @contextmanager
@@ -148,21 +162,23 @@ class OpenRun:
             told.append(f"its checkpoints are on another disk; this run's are written to {self._folder.root}")
         return told
 
-    def _set_other_lines_aside(self) -> list[str]:
-        line = self._folder.line()
-        others = [step for step in self._folder.steps() if step not in line]
-        aside = self._folder.set_aside(map(self._folder.path, others), self._copy_history)
-        if aside is None:
-            return []
-        return [
-            f"{len(others)} checkpoint(s), of step {others[0]} to {others[-1]}, are not of the line that the run goes "
-            f"on with, and have been moved to {aside}; --checkpoint.resume {aside} goes back to them"
-        ]
-
-    def _copy_history(self, aside: Path) -> None:
-        for name in ("metrics.jsonl", Finished.FILE):
-            if (self._run_dir / name).is_file():
-                shutil.copyfile(self._run_dir / name, aside / name)
+    def _change_line(self) -> list[str]:
+        """Makes the line of the checkpoints here that of `start`."""
+        change = LineChange(self._run_dir, self.start.own or self._folder.latest())
+        change.make({Begun.FILE: self.start.begun.text(), "config.yaml": dump_run_config(self._config)})
+        told, others = [], change.others
+        if change.aside is not None:
+            told.append(
+                f"{len(others)} checkpoint(s), of step {others[0]} to {others[-1]}, are not of the line that the run "
+                f"goes on with, and have been moved to {change.aside}; --checkpoint.resume {change.aside} goes back to "
+                "them"
+            )
+        if change.brings_back and self.place is not None:
+            told.append(
+                f"the checkpoints up to {self.place.name} that had been set aside are back in {self._folder.root}, and "
+                "metrics.jsonl is theirs again; TensorBoard still shows the other line's curves up to there"
+            )
+        return told
 
 
 def on_main(strategy: Strategy, work: Callable[[], T]) -> T:

@@ -223,9 +223,8 @@ class Trainer:
         Raises:
             CheckpointError: It is of another model, holds a number that is not finite, or has changed meanwhile.
         """
-        manifest, position = checkpoint.manifest, checkpoint.position()
-        if position is not None:
-            self._seek(checkpoint, position)
+        manifest = checkpoint.manifest
+        seek_text(self.corpus, checkpoint)
         load_checkpoint(checkpoint, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
         if self.scheduler is not None:
@@ -239,14 +238,6 @@ class Trainer:
         self.progress.line(
             f"resumed after step {self.done} from {checkpoint.path} (saved by {manifest.world_size} ranks)"
         )
-
-    def _seek(self, checkpoint: Checkpoint, position: Any) -> None:
-        try:
-            self.corpus.train.seek(checkpoint.manifest.step, position)
-        except AnotherTextError as error:
-            raise CheckpointError(f"{checkpoint.path}: {error}") from None
-        except ValueError as error:
-            raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None
 
     def step(self, step: int) -> None:
         """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""
@@ -455,3 +446,20 @@ class Trainer:
             return {}
         sent = counter.sent_bytes() + earlier * (self.strategy.world_size - 1) // self.strategy.world_size
         return {f"{name}_payload_bytes": counter.payload_bytes() + earlier, f"{name}_sent_bytes": sent}
+
+
+def seek_text(corpus: Corpus, checkpoint: Checkpoint) -> None:
+    """Goes to where a checkpoint's run stood in its text, which nobody has read from yet; twice is as well as once.
+
+    Raises:
+        CheckpointError: It is another text, or has no such place.
+    """
+    position = checkpoint.position()
+    if position is None:
+        return
+    try:
+        corpus.train.seek(checkpoint.manifest.step, position)
+    except AnotherTextError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    except ValueError as error:
+        raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None

@@ -4,6 +4,7 @@ state.py     the tensors of a run, whatever the strategy: every rank its share o
 store.py     those shares to safetensors files (torch.distributed.checkpoint)
 saver.py     saves a run now and then, in the background if asked to
 folder.py    folders and names: written beside, published by one rename; lines that a run leaves are set aside
+lines.py     from one line to another: copies first, then what decides, then moves
 records.py   how a run began and how it ended
 changes.py   which settings may change on the way
 resume.py    where a run starts: from nothing, from a checkpoint, or not at all
@@ -19,7 +20,15 @@ load.py      its tensors into a model, once everything about them has been check
 
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, DATA, HUGGINGFACE, CheckpointFolder, locate_checkpoint
-from loqt_scale.checkpoint.load import check_tensors, load_checkpoint, open_checkpoint, read_tensors, verify_checkpoint
+from loqt_scale.checkpoint.lines import LineChange
+from loqt_scale.checkpoint.load import (
+    check_numbers,
+    check_tensors,
+    load_checkpoint,
+    open_checkpoint,
+    read_tensors,
+    verify_checkpoint,
+)
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from loqt_scale.checkpoint.opened import Checkpoint, read_settings
 from loqt_scale.checkpoint.records import Begun, Finished, identity
@@ -38,8 +47,10 @@ __all__ = [
     "CheckpointFolder",
     "CheckpointSaver",
     "Finished",
+    "LineChange",
     "Manifest",
     "Start",
+    "check_numbers",
     "check_tensors",
     "decide_start",
     "identity",

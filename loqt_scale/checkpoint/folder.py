@@ -8,14 +8,16 @@
         huggingface/               the model's and the tokenizer's files as transformers reads them, without weights
         data.json                  which text was read; of a streamed data set, where it goes on
         shard-0000i-model-....safetensors     what rank i - 1 wrote
-      abandoned-1/                 checkpoints of a line that the run has left, with a `latest` of their own
+      abandoned-1/                 checkpoints of a line that the run has left, with a `latest` of their own, and
+        ancestors                  digests of the manifests of earlier ones, which both lines came of
 
 A checkpoint is written to a folder whose name begins with a dot, and renamed when every file of it is on disk; `latest`
 is replaced after that, by a rename too. A job killed at any moment leaves the one before as it was. No torch here.
 
 The checkpoints up to `latest`'s are one line: each came of the one before. A run that goes back to an earlier one
-points `latest` at it, which is all that decides, and sets aside what is no longer of its line. Only names that this
-module writes count; whatever else lies here is left alone.
+points `latest` at it, which is all that decides, and sets aside what is no longer of its line. A line that was set
+aside is brought back in the same way: `latest` names its end, where it lies; the other line makes room; it is moved.
+Only names that this module writes count; whatever else lies here is left alone.
 """
 
 from __future__ import annotations
@@ -23,18 +25,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from itertools import count
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from loqt_scale.checkpoint.files import CheckpointError, read_inside
+from loqt_scale.checkpoint.files import CheckpointError, file_digest, read_inside
 from loqt_scale.checkpoint.manifest import MANIFEST, Manifest
 from loqt_scale.errors import advice_on, named
 
 CONFIG, LATEST = "config.yaml", "latest"
 CHECKPOINTS = "checkpoints"  # in a run's folder
 HUGGINGFACE, DATA = "huggingface", "data.json"  # in a checkpoint
-_ASIDE = "abandoned-"
+HISTORY = ("metrics.jsonl", "finished.json")  # what an abandoned-N holds of the run's folder
+_ASIDE, _ANCESTORS = "abandoned-", "ancestors"
 _LONGEST_NAME = 200  # bytes read of `latest`
 _STEP = re.compile(r"step-(0\d{7}|[1-9]\d{7,})", re.ASCII)
 _LEFT_OVER = re.compile(rf"\.{_STEP.pattern}\.(partial|pruned)", re.ASCII)
@@ -89,6 +92,10 @@ class CheckpointFolder:
         """Makes a checkpoint below this folder the one that a run goes on from. One rank."""
         replace_durably(self.root / LATEST, checkpoint.relative_to(self.root).as_posix() + "\n")
 
+    def points_at(self, checkpoint: Path) -> bool:
+        """Whether `latest` names this checkpoint, there or not."""
+        return self._pointed() == checkpoint.relative_to(self.root).as_posix()
+
     def prune(self, *, keep_last: int, keep_every: int) -> None:
         """Removes of the line that `latest` ends what need not be kept. One rank.
 
@@ -107,12 +114,11 @@ class CheckpointFolder:
             path.rename(doomed)  # first: half of a checkpoint must not have a checkpoint's name
             shutil.rmtree(doomed)
 
-    def set_aside(self, checkpoints: Iterable[Path], write_more: Callable[[Path], None] | None = None) -> Path | None:
+    def set_aside(self, checkpoints: Iterable[Path]) -> Path | None:
         """Moves checkpoints out of the line, to a folder `abandoned-N` in which they can be used as before. One rank.
 
         Args:
             checkpoints: Their folders, directly in this one, by ascending step.
-            write_more: Writes what belongs to them into the new folder, before anything is moved.
 
         Returns:
             The new folder; None if there was nothing to move.
@@ -120,28 +126,102 @@ class CheckpointFolder:
         Raises:
             CheckpointError: One cannot be moved.
         """
-        moving = list(checkpoints)[::-1]  # the newest first, so that `latest` there never names what is not there
+        moving = list(checkpoints)
         if not moving:
             return None
+        aside = self.begin_aside([])
+        self.move_aside(moving, aside)
+        return aside
+
+    def begin_aside(self, common: Iterable[int], history: Iterable[Path] = ()) -> Path:
+        """A folder `abandoned-N` for a line that is left, with all in it that needs room on the disk. One rank.
+
+        Args:
+            common: Steps of the checkpoints here that this line came of, and that stay.
+            history: Files that are copied into it.
+
+        Raises:
+            OSError: It cannot be written; nothing of it is left.
+        """
         aside = self._new_aside()
         try:
-            if write_more is not None:
-                write_more(aside)
+            for path in history:
+                shutil.copyfile(path, aside / path.name)
+            write_durably(aside / _ANCESTORS, "".join(f"{self._digest(step)}\n" for step in common))
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return aside
+
+    def move_aside(self, checkpoints: Iterable[Path], aside: Path) -> None:
+        """Moves checkpoints to where `begin_aside` has made room. One rank.
+
+        Raises:
+            CheckpointError: One cannot be moved.
+        """
+        moving = list(checkpoints)[::-1]  # the newest first, so that `latest` there never names what is not there
+        try:
             for path in moving:
-                path.rename(aside / path.name)
+                _move(path, aside / path.name)
                 if path == moving[0]:
                     replace_durably(aside / LATEST, path.name + "\n")
         except OSError as error:
             why = f"({error.strerror or error}); {advice_on(error)}"
             raise CheckpointError(f"{moving[0]} cannot be moved to {aside} {why}") from None
         _sync(self.root)
-        return aside
+
+    def bring_back(self, newest: Path) -> None:
+        """Moves a line that was set aside, up to `newest`, back to where runs go on. One rank.
+
+        `latest` names `newest` already, and nothing lies here but what this line came of. Later ones stay aside. After
+        a kill the same call goes on.
+
+        Raises:
+            CheckpointError: One cannot be moved.
+        """
+        aside = CheckpointFolder(newest.parent)
+        steps = [step for step in aside.steps() if step <= _step_of(newest)]
+        try:
+            known = sorted(self._ancestors(aside.root) | {aside._digest(step) for step in steps})
+            replace_durably(aside.root / _ANCESTORS, "".join(f"{digest}\n" for digest in known))
+            for step in steps:  # the newest last: `latest` names it
+                if os.path.lexists(self.path(step)):  # none of ours, or it is there twice
+                    self.set_aside([self.path(step)])
+                _move(aside.path(step), self.path(step))
+            self.point(self.root / newest.name)
+        except OSError as error:
+            raise CheckpointError(f"{newest} cannot be moved to {self.root} ({error.strerror or error})") from None
+        if not aside.steps():
+            self._remove_aside(aside.root)
+
+    def _remove_aside(self, aside: Path) -> None:
+        """All of its line is back; what is none of ours stays."""
+        for name in (LATEST, _ANCESTORS, *HISTORY):
+            (aside / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.rmdir()
 
     def _new_aside(self) -> Path:
-        names = (self.root / f"{_ASIDE}{number}" for number in count(1))
-        aside = next(path for path in names if not os.path.lexists(path))
-        aside.mkdir()
-        return aside
+        """Of a number that was not in use; or the last one, if a killed job has left it without a checkpoint."""
+        numbers = [int(path.name.removeprefix(_ASIDE)) for path in self._asides()]
+        last, following = (self.root / f"{_ASIDE}{max(numbers, default=0) + more}" for more in (0, 1))
+        if last.is_dir() and {path.name for path in last.iterdir()} <= {_ANCESTORS, *HISTORY}:
+            return last
+        following.mkdir()
+        return following
+
+    def _asides(self) -> list[Path]:
+        found = (path for path in self.root.glob(f"{_ASIDE}*") if re.fullmatch(rf"{_ASIDE}\d+", path.name, re.ASCII))
+        return sorted(found)
+
+    def _digest(self, step: int) -> str:
+        return file_digest(self.path(step) / MANIFEST)
+
+    def _ancestors(self, aside: Path) -> set[str]:
+        try:
+            return set((aside / _ANCESTORS).read_text("ascii").split())
+        except (OSError, ValueError):
+            return set()
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints that lie here, ascending; other things that lie here are none."""
@@ -156,15 +236,21 @@ class CheckpointFolder:
         Raises:
             CheckpointError: See `latest`.
         """
-        newest = self.latest()
-        if newest is None or newest.parent != self.root:
+        return self.line_of(self.latest())
+
+    def line_of(self, newest: Path | None) -> list[int]:
+        """Steps of what lies here of the line that a checkpoint ends, here or in an `abandoned-N`; None: nothing."""
+        if newest is None:
             return []
-        return [step for step in self.steps() if step <= int(newest.name.removeprefix("step-"))]
+        if newest.parent == self.root:
+            return [step for step in self.steps() if step <= _step_of(newest)]
+        known = self._ancestors(newest.parent)
+        return [step for step in self.steps() if self._digest(step) in known]
 
     def everything(self) -> list[Path]:
         """All checkpoints, those that have been set aside too."""
-        asides = sorted(path for path in self.root.glob(f"{_ASIDE}*") if path.is_dir())
-        return [folder.path(step) for folder in map(CheckpointFolder, [self.root, *asides]) for step in folder.steps()]
+        folders = map(CheckpointFolder, [self.root, *self._asides()])
+        return [folder.path(step) for folder in folders for step in folder.steps()]
 
     def latest(self) -> Path | None:
         """The checkpoint that a run goes on from; None if there is none.
@@ -178,10 +264,17 @@ class CheckpointFolder:
             return None
         aside, _, last = name.rpartition("/")
         known = _STEP.fullmatch(last) and (not aside or re.fullmatch(rf"{_ASIDE}\d+", aside, re.ASCII))
+        if known and aside and not (self.root / name).exists() and self._is_back(self.root / aside, last):
+            return self.root / last
         if not known or not (self.root / name).is_dir():
             what = f"names {name!r}, which is no checkpoint beside it"
             raise CheckpointError(f"{self.root / LATEST} {what}; {self._instead()}")
         return self.root / name
+
+    def _is_back(self, aside: Path, name: str) -> bool:
+        """Whether a job was killed after the end of a line had been moved back, and before `latest` said so."""
+        manifest = self.root / name / MANIFEST
+        return manifest.is_file() and file_digest(manifest) in self._ancestors(aside)
 
     def _pointed(self) -> str | None:
         """What `latest` says; None if there is no such file."""
@@ -227,6 +320,19 @@ def locate_checkpoint(path: Path) -> Path:
     return found
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _move(path: Path, target: Path) -> None:
+    """Renames a folder; a link to one, which may be relative, becomes an absolute one to the same."""
+    if not path.is_symlink():
+        path.rename(target)
+        return
+    target.symlink_to(os.path.join(os.path.realpath(path.parent), os.readlink(path)))
+    path.unlink()
+
+
 def write_durably(path: Path, text: str) -> None:
     """Writes a file and waits until it is on disk."""
     with named(path):
@@ -236,10 +342,20 @@ def write_durably(path: Path, text: str) -> None:
 
 def replace_durably(path: Path, text: str) -> None:
     """The same in one go: whoever reads the file, even after a kill, reads the old text or the new one."""
+    put_in_place(stage(path, text))
+
+
+def stage(path: Path, text: str) -> Path:
+    """Writes what is to replace a file beside it, durably; what needs room on the disk happens here."""
     new = path.with_name(path.name + ".new")
     write_durably(new, text)
-    new.replace(path)
-    _sync(path.parent)
+    return new
+
+
+def put_in_place(new: Path) -> None:
+    """Replaces a file by what has been staged for it."""
+    new.replace(new.with_suffix(""))
+    _sync(new.parent)
 
 
 def _sync(path: Path) -> None:

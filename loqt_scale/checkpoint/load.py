@@ -4,7 +4,8 @@ manifest    types, ranges, names                        read_manifest
 model       shapes and dtypes are this model's          check_tensors      before anything is allocated
 headers     every row is in a file once                 Checkpoint.pieces  before anything is allocated
 checksums   every byte is what was saved                verify_checkpoint  each host reads it all, its ranks in turn
-numbers     neither NaN nor infinity                    load_checkpoint    before the model is changed
+numbers     neither NaN nor infinity                    check_numbers      before a run's folder is changed; and again
+                                                        load_checkpoint    before the model is changed
 """
 
 from __future__ import annotations
@@ -92,6 +93,28 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy, 
             "or --checkpoint.resume never"
         )
     return list(theirs)
+
+
+def check_numbers(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy) -> None:
+    """Looks at all numbers of a verified checkpoint, one tensor at a time; ranks share its rows out. Every rank.
+
+    Args:
+        checkpoint: The checkpoint; its tensors have been found to be the model's.
+        model: The model, perhaps on the meta device.
+        strategy: Says which ranks there are.
+
+    Raises:
+        CheckpointError: One is NaN or infinite, or the checkpoint has changed since it was verified; on all ranks.
+    """
+    text = ""
+    try:
+        for name, (shape, _) in checkpoint.manifest.tensors.items():
+            wanted = {name: strategy.rows(shape[0])}
+            rows = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
+            refuse_not_finite(checkpoint, rows, model)
+    except CheckpointError as error:
+        text = str(error)
+    _refuse_together(strategy, text)
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, strategy: Strategy) -> None:

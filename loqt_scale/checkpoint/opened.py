@@ -46,6 +46,10 @@ class Checkpoint:
         self.path, self.manifest = path, read_manifest(path)
         self.files = ListedFiles(path, self.manifest.files, self.manifest.sizes)
 
+    def follow(self, path: Path) -> None:
+        """Its folder has been moved; its files are still those that were verified."""
+        self.path, self.files.folder = path, path
+
     @cached_property
     def pieces(self) -> Pieces:
         """Which file holds which rows; see `find_pieces`."""

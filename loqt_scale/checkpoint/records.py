@@ -27,7 +27,11 @@ class Record(BaseModel):
 
     def write(self, run_dir: Path) -> None:
         """Replaces the folder's record of this kind."""
-        replace_durably(run_dir / self.FILE, self.model_dump_json(indent=1) + "\n")
+        replace_durably(run_dir / self.FILE, self.text())
+
+    def text(self) -> str:
+        """What is in the file."""
+        return self.model_dump_json(indent=1) + "\n"
 
 
 class Begun(Record):
@@ -38,6 +42,9 @@ class Begun(Record):
         job: The job that began it, the same in each of its restarts.
         checkpoint: What it began from; empty: nothing.
         identity: See `identity`; empty without a checkpoint.
+        origin: What `asked` was when it began from another run's checkpoint, if it has gone back to one of its own
+            since then.
+        origin_identity: And that checkpoint's.
     """
 
     FILE = "begun.json"
@@ -46,6 +53,8 @@ class Begun(Record):
     job: str
     checkpoint: str = ""
     identity: str = ""
+    origin: str = ""
+    origin_identity: str = ""
 
 
 class Finished(Record):

@@ -119,29 +119,36 @@ class _Decision:
     def _from_path(self, path: Path) -> Start:
         """PATH is where a run begins: what its folder holds that came of it goes before."""
         asked = os.path.realpath(path)
-        here = self.before is not None and self.before.asked == asked
+        here = self.before is not None and asked in (self.before.asked, self.before.origin)
         if not path.is_dir():
             return self._without_path(path, here)
-        found = locate_checkpoint(path)
+        try:
+            found = locate_checkpoint(path)
+        except CheckpointError:
+            if here and self._newest_or_none() is not None:  # of a line that was brought back the folder may be left
+                return self._own_rather(path)
+            raise
         read_manifest(found)
         name = identity(found)
         newest = self._newest_or_none()
-        came_of_it = here or (self.before is not None and self.before.identity == name)
-        saved = newest is not None and identity(newest) not in (name, self.before.identity if self.before else "")
+        before = self.before or Begun(asked="", job="")
+        origin = asked == before.origin or name == before.origin_identity  # and it has saved since
+        came_of_it = here or origin or name == before.identity
+        saved = newest is not None and (origin or identity(newest) not in (name, before.identity))
         if came_of_it and saved:
             return self._own_rather(path)
         begun = Begun(asked=asked, job=self.job, checkpoint=os.path.abspath(found), identity=name)
         if newest is not None and identity(newest) == name:
             start = self._own(may_be_another=False)
             assert start is not None
-            return replace(start, checkpoint=found, begun=begun)
+            return replace(start, checkpoint=found, begun=self._with_origin(begun))
         return self._begin(found, begun, came_of_it=came_of_it)
 
     def _begin(self, found: Path, begun: Begun, *, came_of_it: bool) -> Start:
         changes = changed_settings(found, self.config)
         own = next((path for path in self.folder.everything() if identity(path) == begun.identity), None)
         if own is not None:
-            return replace(self._going_on(found, changes, "back"), begun=begun, own=own)
+            return replace(self._going_on(found, changes, "back"), begun=self._with_origin(begun), own=own)
         if not came_of_it and found.resolve().is_relative_to(self.run_dir.resolve()):
             raise CheckpointError(
                 f"checkpoint.resume is '{found}', which lies inside train.run_dir '{self.run_dir}' but is none of the "
@@ -149,14 +156,25 @@ class _Decision:
             )
         return replace(self._going_on(found, changes, "kept" if came_of_it else "new"), begun=begun)
 
+    def _with_origin(self, begun: Begun) -> Begun:
+        """Of a run that goes on from one of its own: where it began is not forgotten."""
+        before = self.before
+        if before is None or before.origin:
+            origin = ("", "") if before is None else (before.origin, before.origin_identity)
+        else:
+            elsewhere = not Path(before.checkpoint).resolve().is_relative_to(self.run_dir.resolve())
+            origin = (before.asked, before.identity) if before.checkpoint and elsewhere else ("", "")
+        return begun.model_copy(update={"origin": origin[0], "origin_identity": origin[1]})
+
     def _own_rather(self, path: Path) -> Start:
         start = self._own(may_be_another=False)
         assert start is not None
+        what = "it has ended" if start.folder == "over" else f"it goes on from {start.checkpoint}"
         note = (
-            f"{self.run_dir} holds a run that began from {path}: it goes on from {start.checkpoint}; to begin there "
-            "once more, write another --train.run_dir"
+            f"{self.run_dir} holds a run that began from {path}: {what}; to begin there once more, write another "
+            "--train.run_dir"
         )
-        return start if start.folder == "over" else replace(start, notes=(note, *start.notes))
+        return replace(start, notes=(note, *start.notes))
 
     def _without_path(self, path: Path, here: bool) -> Start:
         """PATH has been pruned, or moved away, since a run began there."""

@@ -82,8 +82,8 @@ def test_a_line_that_is_set_aside_can_be_used_from_there(tmp_path: Path) -> None
         write(folder, step)
     folder.point(folder.path(10))
     assert folder.set_aside([]) is None
-    aside = folder.set_aside([folder.path(20), folder.path(30)], lambda where: where.joinpath("more").touch())
-    assert aside == tmp_path / "abandoned-1" and (aside / "more").exists()
+    aside = folder.set_aside([folder.path(20), folder.path(30)])
+    assert aside == tmp_path / "abandoned-1"
     assert locate_checkpoint(aside) == aside / "step-00000030" and read_manifest(aside / "step-00000020").step == 20
     folder.point(aside / "step-00000020")
     assert folder.latest() == aside / "step-00000020" and folder.line() == [] and len(folder.everything()) == 3
