@@ -158,6 +158,8 @@ class OpenRun:
         self._lock.take()
         self._lock.release(old / LOCK)
         told = [f"{self._run_dir} held another run, which is now {old}"]
+        if old.is_symlink():
+            told.append(f"{old} is a link to {os.path.realpath(old)}; this run is written to {self._run_dir} itself")
         if (old / CHECKPOINTS).is_symlink():
             told.append(f"its checkpoints are on another disk; this run's are written to {self._folder.root}")
         return told

@@ -478,6 +478,16 @@ def test_a_bind_mount(runs: Runs, killed: Callable[..., None]) -> None:
         subprocess.run(["umount", run_dir], check=True)
 
 
+def test_a_run_folder_that_was_a_link_is_one_no_more_and_says_so(runs: Runs) -> None:
+    disk, run_dir = runs.folder / "disk", runs.folder / "run"
+    disk.mkdir()
+    run_dir.symlink_to(disk)
+    runs.prepare(train__steps=1)
+    said = runs(train__steps=1, checkpoint__resume="never")
+    assert f"run.old-1 is a link to {disk}; this run is written to {run_dir} itself" in said
+    assert (runs.folder / "run.old-1").is_symlink() and (disk / "begun.json").exists() and not run_dir.is_symlink()
+
+
 def test_a_path_through_a_link_is_the_runs_own(runs: Runs) -> None:
     runs()
     (runs.folder / "elsewhere").symlink_to(runs.folder / "run")
