@@ -7,6 +7,7 @@ typo in the path should cost a second, not the time to load 13B parameters. One 
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from itertools import count
@@ -16,6 +17,7 @@ from typing import Literal
 from loqt_scale.errors import NotAFolderError, OccupiedFolderError, UnwritableError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest")
+OLD = "old-"  # inside a folder that is a mount point
 OnExisting = Literal["refuse", "archive"]
 
 
@@ -89,12 +91,32 @@ def _move_aside(folder: Path, on_existing: OnExisting) -> Path:
             f"train.run_dir '{folder}' already holds a run and contains the working directory, so it is not moved "
             "aside; write another --train.run_dir, e.g. runs/NAME"
         )
-    taken = (absolute.with_name(f"{absolute.name}.old-{number}") for number in count(1))
-    target = next(candidate for candidate in taken if not candidate.exists() and not candidate.is_symlink())
+    target = _free_name(absolute.parent, f"{absolute.name}.old-")
     try:
         absolute.rename(target)
     except OSError as error:
+        if error.errno == errno.EBUSY:  # a disk is mounted there: its own folder cannot be moved, what it holds can
+            return _move_contents(folder, absolute)
         raise UnwritableError(_advice(folder, f"cannot be moved to '{target}'", error)) from None
+    return target
+
+
+def _free_name(parent: Path, stem: str) -> Path:
+    """The first of stem1, stem2, ... that nothing has."""
+    taken = (parent / f"{stem}{number}" for number in count(1))
+    return next(candidate for candidate in taken if not candidate.exists() and not candidate.is_symlink())
+
+
+def _move_contents(folder: Path, absolute: Path) -> Path:
+    """Moves what a folder holds into a new folder inside it, but for what was moved there before."""
+    target = _free_name(absolute, OLD)
+    try:
+        entries = [entry for entry in absolute.iterdir() if not entry.name.startswith(OLD)]
+        target.mkdir()
+        for entry in sorted(entries, key=lambda entry: entry.name in RUN_FILES):  # what makes it a run goes last
+            entry.rename(target / entry.name)
+    except OSError as error:
+        raise UnwritableError(_advice(folder, f"cannot be emptied into '{target}'", error)) from None
     return target
 
 

@@ -81,6 +81,8 @@ class Manifest(BaseModel):
             raise ValueError(
                 f"{self.updates} updates and {self.skipped_in_a_row} skipped in a row of {self.step} steps"
             )
+        if self.sizes and self.sizes.keys() != self.files.keys():
+            raise ValueError("the sizes are not those of its files")
         return self
 
     @field_validator("files")

@@ -204,7 +204,7 @@ class RollCall:
             if time.monotonic() > until:
                 missing = [str(rank) for rank in range(len(self._keys)) if rank not in entries]
                 raise LostRankError(
-                    f"rank(s) {', '.join(missing)} of {len(self._keys)} did not come within {self._timeout:.0f} s "
+                    f"rank {', rank '.join(missing)} of {len(self._keys)} did not come within {self._timeout:.0f} s "
                     "(parallel.timeout_seconds); their own output says why"
                 )
             time.sleep(0.05)

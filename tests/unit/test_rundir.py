@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -100,3 +103,18 @@ def test_an_old_run_that_cannot_be_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError, match=r"cannot be moved to '.*a\.old-1' \(Permission denied\)"):
         make_room(folder, "archive")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="only root mounts")
+def test_a_mount_point_stays_and_what_it_holds_moves_inside(tmp_path):
+    disk = tmp_path / "run"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for number in (1, 2):
+            (disk / "config.yaml").write_text(f"number: {number}\n")
+            assert make_room(disk) == disk / f"old-{number}" and not holds_run(disk)
+        assert [(disk / f"old-{n}" / "config.yaml").read_text() for n in (1, 2)] == ["number: 1\n", "number: 2\n"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
