@@ -205,5 +205,5 @@ def test_ranks_that_do_not_come_are_named() -> None:
     from torch.distributed import HashStore
 
     call = RollCall(HashStore(), 0, 3, timeout_seconds=0.2, keeps_store=True)
-    with pytest.raises(LostRankError, match=r"rank\(s\) 1, 2 of 3 did not come"):
+    with pytest.raises(LostRankError, match=r"rank 1, rank 2 of 3 did not come"):
         call.start()
