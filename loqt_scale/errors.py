@@ -103,6 +103,11 @@ def reason_of(error: BaseException, known: str = "") -> str:
     return shortened(f"{type(error).__name__}: {text}" if isinstance(error, _NAMED) else text, _REASON_CHARS)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's kind and message, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def shortened(text: str, most: int = 80) -> str:
     """A text of at most `most` characters: a longer one loses its middle."""
     half = (most - 3) // 2

@@ -119,8 +119,3 @@ class Health:
             f"{what}, {self.in_a_row} in a row. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, "
             "lengthen optim.warmup_steps, or look at the data of this step"
         )
-
-
-def one_line(error: BaseException) -> str:
-    """An error's kind and message, without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

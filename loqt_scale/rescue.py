@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loqt_scale.health import NonFiniteLossError, OutOfStepError, UnreadableDataError, one_line
+from loqt_scale.errors import one_line
+from loqt_scale.health import NonFiniteLossError, OutOfStepError, UnreadableDataError
 
 if TYPE_CHECKING:
     from loqt_scale.trainer import Trainer

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from loqt_scale.health import one_line
+from loqt_scale.errors import one_line
 from loqt_scale.rescue import TOGETHER
 from loqt_scale.stopping import Stopped
 from loqt_scale.strategies import (

@@ -40,9 +40,10 @@ from loqt_scale.checkpoint import (
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
 from loqt_scale.data import AnotherTextError, Batch, Corpus
+from loqt_scale.errors import one_line
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.health import Health, StepPlace, UnreadableDataError, Words, one_line
+from loqt_scale.health import Health, StepPlace, UnreadableDataError, Words
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config

@@ -20,6 +20,7 @@ from loqt_scale.checkpoint.files import CheckpointError, file_digest
 from loqt_scale.checkpoint.folder import CheckpointFolder
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.state import Shares, describe
+from loqt_scale.errors import one_line
 from loqt_scale.strategies import Channel
 
 
@@ -44,38 +45,35 @@ def save_checkpoint(
     Raises:
         CheckpointError: A rank could not write: on all ranks; nothing was published, and nothing keeps the disk full.
     """
+    partial = folder.partial(manifest.step)
+    with _nothing_left(partial, channel):
+        digests: dict[str, str] = {}
+        with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"):
+            if channel.rank == 0:
+                write_documents(folder.begin(manifest.step))
+                documents = (path for path in partial.rglob("*") if path.is_file())
+                digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
+        with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"), _quiet():
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            save(shares, storage_writer=writer, process_group=channel.group, no_dist=channel.group is None)
+            mine = partial.glob(f"shard-{channel.rank + 1:05d}-*")
+            digests |= {path.name: file_digest(path) for path in mine}
+        files = {name: digest for part in channel.gather_objects(digests) for name, digest in part.items()}
+        with _all_or_none(channel, f"checkpoint of step {manifest.step} not published"):
+            if channel.rank == 0:
+                sizes = {name: (partial / name).stat().st_size for name in files}
+                folder.publish(manifest.step, manifest.completed(describe(shares), files, sizes))
+
+
+@contextmanager
+def _nothing_left(partial: Path, channel: Channel) -> Iterator[None]:
+    """Removes what a failed save has written. Every rank."""
     try:
-        _save(folder, manifest, write_documents, shares, channel)
+        yield
     except CheckpointError:
         if channel.rank == 0:
-            shutil.rmtree(folder.partial(manifest.step), ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _save(
-    folder: CheckpointFolder,
-    manifest: Manifest,
-    write_documents: Callable[[Path], None],
-    shares: Shares,
-    channel: Channel,
-) -> None:
-    partial = folder.partial(manifest.step)
-    digests: dict[str, str] = {}
-    with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"):
-        if channel.rank == 0:
-            write_documents(folder.begin(manifest.step))
-            documents = (path for path in partial.rglob("*") if path.is_file())
-            digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
-    with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"), _quiet():
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        save(shares, storage_writer=writer, process_group=channel.group, no_dist=channel.group is None)
-        mine = partial.glob(f"shard-{channel.rank + 1:05d}-*")
-        digests |= {path.name: file_digest(path) for path in mine}
-    files = {name: digest for part in channel.gather_objects(digests) for name, digest in part.items()}
-    with _all_or_none(channel, f"checkpoint of step {manifest.step} not published"):
-        if channel.rank == 0:
-            sizes = {name: (partial / name).stat().st_size for name in files}
-            folder.publish(manifest.step, manifest.completed(describe(shares), files, sizes))
 
 
 @contextmanager
@@ -85,16 +83,12 @@ def _all_or_none(channel: Channel, what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # no Exception: torch's sum of what went wrong on the ranks
-        mine = "; ".join(f"rank {rank}: {_one_line(reason)}" for rank, (reason, _) in error.failures.items())
+        mine = "; ".join(f"rank {rank}: {one_line(reason)}" for rank, (reason, _) in error.failures.items())
     except Exception as error:  # a full disk speaks through several libraries, each with errors of its own
-        mine = f"rank {channel.rank}: {_one_line(error)}"
+        mine = f"rank {channel.rank}: {one_line(error)}"
     failed = dict.fromkeys(text for text in channel.gather_objects(mine) if text)
     if failed:
         raise CheckpointError(f"{what}: {'; '.join(failed)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager

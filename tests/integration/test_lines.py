@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,24 +224,31 @@ def test_a_refused_way_back_has_changed_nothing(runs: Runs, text_file: Path) -> 
     assert not (runs.folder / "elsewhere").exists()
 
 
+def starts_after_kills(
+    runs: Runs, killed: Callable[..., None], back: dict[str, Any], same: dict[str, Any], **calls: int
+) -> Iterator[tuple[dict[str, Any], Start]]:
+    """Kills `back` at each call of these functions of `Path`, in a copy of `whole`; what starts next, and how."""
+    for name, times in calls.items():
+        for call, after in itertools.product(range(1, times + 1), (back, same)):
+            shutil.rmtree(runs.folder / "run", ignore_errors=True)
+            shutil.copytree(runs.folder / "whole", runs.folder / "run")
+            killed(Path, name, call, lambda: runs.prepare(**back))
+            yield after, runs.prepare(**after)
+
+
 def test_going_back_survives_a_kill_at_every_write(runs: Runs, killed: Callable[..., None]) -> None:
     """Whichever command comes next: nothing is lost, and what goes on is one line."""
     runs("whole", train__steps=4)
     back = {"checkpoint__resume": str(runs.checkpoint(2)), "train__steps": 4}
     # two checkpoints are moved; four files replaced: `latest`, that of the line that is left, and the run's records
-    for name, calls in (("rename", 2), ("replace", 4)):
-        for call, after in itertools.product(range(1, calls + 1), (back, {"train__steps": 4})):
-            shutil.rmtree(runs.folder / "run", ignore_errors=True)
-            shutil.copytree(runs.folder / "whole", runs.folder / "run")
-            killed(Path, name, call, lambda: runs.prepare(**back))
-            start = runs.prepare(**after)
-            assert start.checkpoint is not None
-            went_back = start.checkpoint.name == "step-00000002"
-            assert went_back or (start.finished is not None and after is not back)
-            assert runs.saved() == ([1, 2] if went_back else [1, 2, 3, 4])
-            found = list((runs.folder / "run").rglob("step-*"))
-            assert sorted(path.name for path in found) == [f"step-{n:08d}" for n in (1, 2, 3, 4)]
-            assert all((path / "manifest.json").exists() for path in found)
+    for after, start in starts_after_kills(runs, killed, back, {"train__steps": 4}, rename=2, replace=4):
+        assert start.checkpoint is not None
+        went_back = start.checkpoint.name == "step-00000002"
+        assert went_back or (start.finished is not None and after is not back)
+        assert runs.saved() == ([1, 2] if went_back else [1, 2, 3, 4])
+        found = list((runs.folder / "run").rglob("step-*"))
+        assert sorted(path.name for path in found) == [f"step-{n:08d}" for n in (1, 2, 3, 4)]
+        assert all((path / "manifest.json").exists() for path in found)
 
 
 @pytest.fixture
@@ -276,18 +283,13 @@ def test_bringing_a_line_back_survives_a_kill_at_every_write(two_lines: Runs, ki
     back = {"checkpoint__resume": str(checkpoints / "abandoned-1"), "train__steps": 5}
     everything = sorted(map(identity, (runs.folder / "whole").rglob("step-*")))
     # five checkpoints are moved; replaced: `latest`, two records, `latest` and `ancestors` aside, metrics, `latest`
-    for name, calls in (("rename", 5), ("replace", 7)):
-        for call, after in itertools.product(range(1, calls + 1), (back, {"train__steps": 5})):
-            shutil.rmtree(runs.folder / "run", ignore_errors=True)
-            shutil.copytree(runs.folder / "whole", runs.folder / "run")
-            killed(Path, name, call, lambda: runs.prepare(**back))
-            start = runs.prepare(**after)
-            came_back = start.finished is None
-            assert came_back or after is not back
-            assert runs.latest() == f"step-0000000{4 if came_back else 5}"
-            assert runs.saved() == ([1, 2, 3, 4] if came_back else [1, 2, 3, 4, 5])
-            assert max(runs.losses()) == (4 if came_back else 5)
-            assert sorted(map(identity, (runs.folder / "run").rglob("step-*"))) == everything
+    for after, start in starts_after_kills(runs, killed, back, {"train__steps": 5}, rename=5, replace=7):
+        came_back = start.finished is None
+        assert came_back or after is not back
+        assert runs.latest() == f"step-0000000{4 if came_back else 5}"
+        assert runs.saved() == ([1, 2, 3, 4] if came_back else [1, 2, 3, 4, 5])
+        assert max(runs.losses()) == (4 if came_back else 5)
+        assert sorted(map(identity, (runs.folder / "run").rglob("step-*"))) == everything
 
 
 def test_a_full_disk_ends_a_way_back_before_it_began(two_lines: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
