@@ -25,6 +25,7 @@ from loqt_scale.errors import UserError
 from loqt_scale.launcher import join_launcher
 from loqt_scale.metrics import Console, MetricsWriter, Progress
 from loqt_scale.opening import OpenRun
+from loqt_scale.optim import momentum_only
 from loqt_scale.report import already_finished, banner, summary
 from loqt_scale.stopping import StopRequest
 from loqt_scale.strategies import (
@@ -94,7 +95,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     _check_agreement(strategy, corpus.fingerprint)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
-        check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True)
+        single = momentum_only(design.model, config.optim, design.dense_layers)
+        check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
         seek_text(corpus, checkpoint)
         check_numbers(checkpoint, design.model, strategy)
     run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside

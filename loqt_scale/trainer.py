@@ -101,6 +101,7 @@ class Trainer:
             first_row=lambda parameter: strategy.stored_rows(parameter)[0],
             seed=train.seed,
             streamed=config.streams_updates,
+            shards=strategy.row_shards,
         )
         self.model = strategy.wrap(self.built.model, self.optimizer)
         if config.model.trained_dtype == "bfloat16" and self.micro_steps > 1:

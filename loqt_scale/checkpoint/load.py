@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from loqt_scale.checkpoint.shards import read_rows
 from loqt_scale.checkpoint.state import expected_state, write_state
 from loqt_scale.functional.schemes import Scheme
 from loqt_scale.layers import loqt_layers
+from loqt_scale.optim import moment_names
 from loqt_scale.strategies import Strategy
 
 
@@ -69,21 +70,29 @@ def verify_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> None:
         print(f"WARNING: {checkpoint.path} holds files that are not of it, and are ignored: {names}", file=sys.stderr)
 
 
-def check_tensors(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy, *, moments: bool = False) -> list[str]:
+def check_tensors(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    strategy: Strategy,
+    *,
+    moments: bool = False,
+    momentum_only: Collection[str] = (),
+) -> list[str]:
     """The names of a checkpoint's tensors that a model takes. Every rank; the model may be on the meta device.
 
     Args:
         checkpoint: The checkpoint.
         model: The model, without its strategy's wrapper.
         strategy: How it is spread.
-        moments: Whether Adam's moments are wanted too, if there are any.
+        moments: Whether the optimizer's moments are wanted too, if there are any.
+        momentum_only: Parameters that have one moment instead of two (see `optim.momentum_only`).
 
     Raises:
         CheckpointError: It is of another model.
     """
     theirs = {k: v for k, v in checkpoint.manifest.tensors.items() if moments or k.startswith("model.")}
     has_moments = any(name.startswith("moments.") for name in theirs)
-    ours = expected_state(model, strategy, moments=has_moments)
+    ours = expected_state(model, strategy, moments=has_moments, momentum_only=momentum_only)
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         name = different[0]
@@ -130,7 +139,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
         CheckpointError: The checkpoint is of another model, holds a number that is not finite, or has changed since it
             was verified: on all ranks, and nothing has been changed.
     """
-    names = check_tensors(checkpoint, model, strategy, moments=optimizer is not None)
+    single = [n for n, p in model.named_parameters() if optimizer is not None and len(moment_names(optimizer, p)) == 1]
+    names = check_tensors(checkpoint, model, strategy, moments=optimizer is not None, momentum_only=single)
     shares, text = {}, ""
     try:
         wanted = {name: strategy.rows(checkpoint.manifest.tensors[name][0][0]) for name in names}

@@ -1,7 +1,7 @@
 """The tensors of a run, whatever its strategy: each rank brings its share of every tensor's rows.
 
     model.NAME                  every parameter: packed bytes as bytes, what trains in float32 (under ZeRO the master)
-    moments.NAME.first|second   Adam's moments of what trains, float32 (exact for 8-bit states too, see `blockwise`)
+    moments.NAME.first|second   the moments of what trains (Muon has no second), float32 (exact for 8-bit states too, see `blockwise`)
 
 A rank's share are the rows that it would work on in a merge (`Strategy.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor
@@ -11,7 +11,7 @@ down, so that any rows can be read by any number of ranks, under any strategy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,16 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Str
     return shares
 
 
-def expected_state(model: nn.Module, strategy: Strategy, *, moments: bool) -> Outlines:
+def expected_state(
+    model: nn.Module, strategy: Strategy, *, moments: bool, momentum_only: Collection[str] = ()
+) -> Outlines:
     """What a checkpoint of a model holds. Every rank; the model may be on the meta device.
 
     Args:
         model: The model.
         strategy: How it is spread.
-        moments: Whether the checkpoint holds Adam's moments.
+        moments: Whether the checkpoint holds moments.
+        momentum_only: Parameters that have no second one (see `optim.momentum_only`).
     """
     outlines: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, parameter in model.named_parameters():
@@ -54,7 +57,8 @@ def expected_state(model: nn.Module, strategy: Strategy, *, moments: bool) -> Ou
         trains = parameter.requires_grad
         outlines[f"model.{name}"] = (shape, "float32" if trains else _dtype_name(parameter))
         if trains and moments:
-            outlines |= {f"moments.{name}.{key}": (shape, "float32") for key in MOMENTS}
+            keys = MOMENTS[:1] if name in momentum_only else MOMENTS
+            outlines |= {f"moments.{name}.{key}": (shape, "float32") for key in keys}
     return outlines
 
 
@@ -66,8 +70,8 @@ def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimiz
         with strategy.editing([parameter]):
             strategy.write(parameter, local(f"model.{name}"))
         if optimizer is not None and f"moments.{name}.{MOMENTS[0]}" in shares:
-            first, second = (local(f"moments.{name}.{key}") for key in MOMENTS)
-            strategy.write_moments(optimizer, parameter, (first, second))
+            keys = [f"moments.{name}.{key}" for key in MOMENTS]
+            strategy.write_moments(optimizer, parameter, [local(key) for key in keys if key in shares])
 
 
 def describe(shares: Shares) -> Outlines:

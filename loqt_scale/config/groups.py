@@ -12,6 +12,7 @@ _MANY = 2**24  # tokens of a sequence, sequences of a batch, tokens of a vocabul
 _YEAR = 365 * 24 * 3600
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
+OptimizerName = Literal["adamw", "muon"]
 OptimizerStates = Literal["float32", "int8"]
 
 
@@ -107,15 +108,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule.
+    """The optimizer and its learning-rate schedule.
 
     Args:
+        name: adamw, or muon = Muon's spectral step for the factors B (of every converted linear under `--method full`),
+            which keeps one moment instead of two, and AdamW for the rest.
+        momentum: Muon's momentum.
         lr: Peak learning rate of the factors B (of every converted linear under `--method full`).
         full_precision_lr: Peak rate of embeddings, norms, biases and head. Default: `lr`.
         betas: Adam's two decay rates.
         eps: Adam's epsilon.
         weight_decay: Decoupled weight decay.
-        states: How Adam's moments are kept: float32, or int8 = 8-bit codes (a quarter of the memory), under every
+        states: How the moments are kept: float32, or int8 = 8-bit codes (a quarter of the memory), under every
             strategy.
         per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
             pile up. One micro-batch a step, without clipping to a global norm; not under ddp or zero.
@@ -125,6 +129,8 @@ class OptimConfig:
         max_skipped_steps: A step whose gradient is not finite is skipped; so many in a row end the run.
     """
 
+    name: OptimizerName = "adamw"
+    momentum: float = 0.95
     lr: float = 0.01
     full_precision_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
@@ -145,6 +151,7 @@ class OptimConfig:
             f"optim.full_precision_lr is {self.full_precision_lr}; write a positive number, or null for optim.lr's",
         )
         require(all(0.0 <= b < 1.0 for b in self.betas), f"optim.betas is {self.betas}; write two numbers in [0, 1)")
+        require(0.0 <= self.momentum < 1.0, f"optim.momentum is {self.momentum}; write a number in [0, 1)")
         require(self.eps > 0.0, f"optim.eps is {self.eps}; write a positive number")
         require(self.weight_decay >= 0.0, f"optim.weight_decay is {self.weight_decay}; write 0 or more")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; write 0 or more")

@@ -48,8 +48,10 @@ class RunConfig:
 
     @property
     def streams_updates(self) -> bool:
-        """Whether the optimizer takes one parameter at a time, to save memory."""
-        return self.optim.states == "int8" or self.optim.per_layer or self.model.trained_dtype == "bfloat16"
+        """Whether the optimizer takes a parameter, or a few, at a time: to save memory, and for Muon."""
+        optim = self.optim
+        saves = optim.states == "int8" or optim.per_layer or self.model.trained_dtype == "bfloat16"
+        return saves or optim.name == "muon"
 
     def _check_small_states(self) -> None:
         ours_alone = {

@@ -1,8 +1,8 @@
-"""Carrying Adam's moments of B from one basis to the next.
+"""Carrying the optimizer's moments of B from one basis to the next.
 
 B's rows are coordinates in the basis P. When a merge replaces P_old by P_new, a gradient that read g in the old
 coordinates reads g R in the new ones, R = P_old^T P_new (r x r). The first moment is linear in g and follows exactly
-(up to what the new subspace cannot see); for the second, E[(g R)_j^2] = sum_k E[g_k^2] R_kj^2 when the coordinates are
+(up to what the new subspace cannot see), Muon's momentum too; for the second, E[(g R)_j^2] = sum_k E[g_k^2] R_kj^2 when the coordinates are
 uncorrelated (as Fira and LDAdam do). `keep` would read old coordinates as if they were new ones; `reset` forgets.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 StatePolicy = Literal["keep", "reset", "transport"]
@@ -20,21 +21,21 @@ def basis_rotation(old_FR: Tensor, new_FR: Tensor) -> Tensor:
     return old_FR.float().T @ new_FR.float()
 
 
-def apply_state_policy(first_NR: Tensor, second_NR: Tensor, rotation_RR: Tensor | None, policy: StatePolicy) -> None:
-    """Changes Adam's moments of B, or of a shard of its rows, in place.
+def apply_state_policy(
+    first_NR: Tensor, second_NR: Tensor | None, rotation_RR: Tensor | None, policy: StatePolicy
+) -> None:
+    """Changes the moments of B, or of a shard of its rows, in place.
 
     Args:
         first_NR: First moment, (rows of B on this shard, r).
-        second_NR: Second moment, same shape.
+        second_NR: Second moment, same shape; None: the optimizer has none.
         rotation_RR: P_old^T P_new; None when there was no old basis, which resets.
         policy: `keep`, `reset` or `transport`.
     """
     if policy == "keep":
         return
-    if policy == "reset" or rotation_RR is None:
-        first_NR.zero_()
-        second_NR.zero_()
-        return
-    rotation = rotation_RR.to(first_NR.dtype)
-    first_NR.copy_(first_NR @ rotation)
-    second_NR.copy_(second_NR @ rotation.square())
+    forgets = policy == "reset" or rotation_RR is None
+    rotation = first_NR.new_zeros(()) if rotation_RR is None else rotation_RR.to(first_NR.dtype)
+    first_NR.copy_(torch.zeros_like(first_NR) if forgets else first_NR @ rotation)
+    if second_NR is not None:
+        second_NR.copy_(torch.zeros_like(second_NR) if forgets else second_NR @ rotation.square())

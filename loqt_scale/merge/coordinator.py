@@ -252,12 +252,12 @@ class MergeCoordinator:
             strategy.store(layer.factor, strategy.gather_pieces(result.factor, ranges))
 
     def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
-        """Applies the state policy to B's Adam moments. Every rank."""
+        """Applies the state policy to B's moments. Every rank."""
         policy = self._config.merge.optimizer_state
         self._strategy.edit_moments(
             self._optimizer,
             layer.factor,
-            lambda first, second: apply_state_policy(first, second, rotation, policy),
+            lambda first, second=None: apply_state_policy(first, second, rotation, policy),
         )
 
 

@@ -1,8 +1,9 @@
-"""AdamW over two groups of parameters, and its schedule.
+"""The optimizer over two groups of parameters, and its schedule.
 
 Group `low_rank` holds the factors B (under `--method full`: the same layers' dense weights), group `full_precision`
 everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what
-suits a factor (1e-2) ruins an embedding in plain Adam.
+suits a factor (1e-2) ruins an embedding in plain Adam. With `optim.name: muon` the first takes Muon's step, the second
+AdamW's, as is the convention.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loqt_scale.config import OptimConfig
 from loqt_scale.layers import loqt_layers
+from loqt_scale.optim.muon import StreamedMuon
+from loqt_scale.optim.shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW
 
 
@@ -35,40 +39,42 @@ def create_optimizer(
     first_row: Callable[[Tensor], int] = lambda _: 0,
     seed: int = 0,
     streamed: bool = False,
+    shards: RowShards = RowShards(),
 ) -> torch.optim.Optimizer:
-    """AdamW over everything that trains: torch's fused one, or a `StreamedAdamW` where memory is to be saved.
+    """Muon and AdamW (`StreamedMuon`), or AdamW alone: torch's fused one, or a `StreamedAdamW` that saves memory.
 
     Args:
         model: The model, its parameters allocated and, where a strategy shards, sharded.
-        config: Rates, betas, decay, kind of states.
+        config: Which optimizer, rates, betas, decay, kind of states.
         dense_layers: Under `--method full`, names of the linears whose weights take `lr`.
         local: The stored rows of a parameter or gradient.
         first_row: Index of the first of them in the whole parameter.
         seed: Of what is rounded at random.
         streamed: Take a `StreamedAdamW` (see `RunConfig.streams_updates`).
+        shards: The ranks that each store a part of every parameter.
     """
     low_rank = low_rank_parameters(model, dense_layers)
     taken = {id(parameter) for parameter in low_rank}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     full_precision_lr = config.lr if config.full_precision_lr is None else config.full_precision_lr
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": low_rank, "lr": config.lr, "name": "low_rank"},
         {"params": rest, "lr": full_precision_lr, "name": "full_precision"},
     ]
     groups = [group for group in groups if group["params"]]
-    betas, eps, decay = config.betas, config.eps, config.weight_decay
-    if streamed:
-        return StreamedAdamW(
-            groups,
-            betas=betas,
-            eps=eps,
-            weight_decay=decay,
-            states=config.states,
-            local=local,
-            first_row=first_row,
-            seed=seed,
-        )
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=decay, fused=True)
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    rows: dict[str, Any] = {"states": config.states, "local": local, "first_row": first_row, "seed": seed}
+    if config.name == "muon":
+        for group in groups:
+            group["muon"] = group["name"] == "low_rank"
+        return StreamedMuon(groups, momentum=config.momentum, shards=shards, **adam, **rows)
+    return StreamedAdamW(groups, **adam, **rows) if streamed else torch.optim.AdamW(groups, **adam, fused=True)
+
+
+def momentum_only(model: nn.Module, config: OptimConfig, dense_layers: Iterable[str] = ()) -> frozenset[str]:
+    """Names of the parameters that have one moment instead of two: what Muon updates."""
+    taken = {id(p) for p in low_rank_parameters(model, dense_layers)} if config.name == "muon" else set()
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in taken)
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, final_fraction: float) -> float:

@@ -1,4 +1,4 @@
-"""What a rank stores of a parameter, and Adam's moments of it in 8 bits or in 32.
+"""What a rank stores of a parameter, and the optimizer's moments of it in 8 bits or in 32.
 
     fsdp, ddp, single   whole rows, in a tensor of their own
     ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (see `zero_flat`)
@@ -31,8 +31,9 @@ class Fragment:
         parameter: The parameter.
         at: Index of the first of them in the tensor that holds them, flattened.
         first: Its index in the whole parameter.
-        values: How many.
+        values: How many; 0 where other ranks hold all of the parameter.
         columns: Values of one row of the parameter.
+        rows: Rows of the whole parameter.
     """
 
     parameter: Tensor
@@ -40,6 +41,7 @@ class Fragment:
     first: int
     values: int
     columns: int
+    rows: int
 
     def within(self, tensor: Tensor) -> Tensor:
         """These values of a flat tensor that holds them; shares its memory."""
@@ -65,7 +67,7 @@ def chunk_values(device_type: str) -> int:
 
 
 class Moment:
-    """One of Adam's moments of a fragment, zero at first.
+    """One of the optimizer's moments of a fragment, zero at first.
 
     Args:
         fragment: Of what.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,10 @@ class StreamedAdamW(torch.optim.Optimizer):
         for fragment in fragments:
             self._begin(fragment, flat.device)
 
+    def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
+        """Which moments a parameter has."""
+        return ("exp_avg", "exp_avg_sq")
+
     def ensure_state(self, parameter: Tensor) -> dict[str, Any]:
         """The state of a parameter, made of zeros if there is none."""
         state: dict[str, Any] = self.state[parameter]
@@ -107,8 +112,8 @@ class StreamedAdamW(torch.optim.Optimizer):
     def _begin(self, fragment: Fragment, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = self.state[fragment.parameter]
         state["step"] = torch.zeros((), dtype=torch.float64, device=device)
-        state["exp_avg"] = Moment(fragment, self._states, signed=True, device=device)
-        state["exp_avg_sq"] = Moment(fragment, self._states, signed=False, device=device)
+        for name in self.moment_names(fragment.parameter):
+            state[name] = Moment(fragment, self._states, signed=name == "exp_avg", device=device)
         return state
 
     def _stored(self, parameter: Tensor) -> Fragment:
@@ -116,30 +121,45 @@ class StreamedAdamW(torch.optim.Optimizer):
         rows = self._local(parameter.detach())
         columns = math.prod(rows.shape[1:])
         first = self._first_row(parameter) * columns
-        return Fragment(parameter=parameter, first=first, values=rows.numel(), columns=columns)
+        size = {"values": rows.numel(), "columns": columns, "rows": parameter.shape[0]}
+        return Fragment(parameter=parameter, first=first, **size)
 
     def _update(self, tensor: Tensor, group: dict[str, Any]) -> None:
+        for work in self._work_of(tensor):
+            state = self.ensure_state(work.fragment.parameter)
+            self._replace(work, partial(_adamw, work, state, _terms(state, group, work.skip)))
+
+    def _work_of(self, tensor: Tensor) -> list[Work]:
+        """What this rank has to update of a tensor that a group names; nothing if it has no gradient."""
         if tensor.grad is None:
-            return
+            return []
         weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
         skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
         _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
-        for fragment in fragments:
-            state = self.ensure_state(fragment.parameter)
-            self._apply(fragment, fragment.within(weights), fragment.within(gradients), _terms(state, group, skip))
+        return [Work(fragment, fragment.within(weights), fragment.within(gradients), skip) for fragment in fragments]
 
-    def _apply(self, fragment: Fragment, weight: Tensor, grad: Tensor, terms: _Terms) -> None:
-        """One update of a fragment's values, (V,) both."""
+    def _replace(self, work: Work, new_values: Callable[[Chunk, Tensor], Tensor]) -> None:
+        """Gives a fragment new values, a chunk at a time, made from the old ones (float32) and rounded as they are."""
+        fragment, weight = work.fragment, work.weight
         state, noise = self.state[fragment.parameter], None
         if weight.dtype == torch.bfloat16:
             seed = stable_seed("rounding", self._seed, self._index_of[id(fragment.parameter)])
             noise = seed_of_update(seed, state["step"])
         for chunk in state["exp_avg"].chunks():
-            old, its_grad = weight[chunk.start : chunk.stop], grad[chunk.start : chunk.stop]
-            new = _adamw(old.float(), its_grad.float(), state, chunk, terms)
+            old = weight[chunk.start : chunk.stop]
+            new = new_values(chunk, old.float())
             if noise is not None:
                 new = stochastic_bfloat16(new, seed=noise, first_index=fragment.first + chunk.start)
-            replace_unless(terms.skip, old, new)
+            replace_unless(work.skip, old, new)
+
+
+class Work(NamedTuple):
+    """A fragment's values and gradients, (V,) both, and whether the update is to be left out (bool scalar)."""
+
+    fragment: Fragment
+    weight: Tensor
+    grad: Tensor
+    skip: Tensor | None
 
 
 class _Terms(NamedTuple):
@@ -150,27 +170,33 @@ class _Terms(NamedTuple):
     decay: float  # factor of the weights
     root: Tensor  # of the second moment's bias correction; this and `rate`: float64 scalars on the count's device
     rate: Tensor  # learning rate over the first moment's bias correction
-    skip: Tensor | None  # bool scalar: nothing changes
+
+
+def count_update(state: dict[str, Any], skip: Tensor | None) -> Tensor:
+    """Counts an update in `state`, unless `skip`, and returns the count, a float64 scalar on its device."""
+    step: Tensor = state["step"]
+    step += 1 if skip is None else ~skip
+    return step
 
 
 def _terms(state: dict[str, Any], group: dict[str, Any], skip: Tensor | None) -> _Terms:
     """Counts an update in `state`, unless `skip`, and returns its terms."""
-    step: Tensor = state["step"]
-    step += 1 if skip is None else ~skip
+    step = count_update(state, skip)
     beta1, beta2 = group["betas"]
     rate, decay = group["lr"], 1.0 - group["lr"] * group["weight_decay"]
     root, corrected = (1.0 - torch.pow(beta2, step)).sqrt(), rate / (1.0 - torch.pow(beta1, step))
-    return _Terms((beta1, beta2), group["eps"], decay, root, corrected, skip)
+    return _Terms((beta1, beta2), group["eps"], decay, root, corrected)
 
 
-def _adamw(weight: Tensor, grad: Tensor, state: dict[str, Any], chunk: Chunk, terms: _Terms) -> Tensor:
+def _adamw(work: Work, state: dict[str, Any], terms: _Terms, chunk: Chunk, weight: Tensor) -> Tensor:
     """One AdamW update of a chunk: stores its moments, unless they are to stay, and returns its weights (float32)."""
     beta1, beta2 = terms.betas
-    may_stay = terms.skip is not None  # then what is stored must not be changed on the way
+    grad = work.grad[chunk.start : chunk.stop].float()
+    may_stay = work.skip is not None  # then what is stored must not be changed on the way
     first = state["exp_avg"].load(chunk, copy=may_stay).lerp_(grad, 1.0 - beta1)
     second = state["exp_avg_sq"].load(chunk, copy=may_stay).mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     denominator = second.sqrt().div_(terms.root).add_(terms.eps)
     change = torch.div(first, denominator, out=denominator).mul_(terms.rate)
-    state["exp_avg"].store(chunk, first, terms.skip)
-    state["exp_avg_sq"].store(chunk, second, terms.skip)
+    state["exp_avg"].store(chunk, first, work.skip)
+    state["exp_avg_sq"].store(chunk, second, work.skip)
     return (weight * terms.decay).sub_(change)

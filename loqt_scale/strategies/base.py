@@ -3,8 +3,8 @@
 A strategy answers four questions and nothing else in the package asks them:
 
 1. *placement*: how is the model wrapped, and which rows of a parameter does this rank store?
-   shard, allocate, wrap, stored_rows, local
-2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are Adam's moments?
+   shard, allocate, wrap, stored_rows, local, row_shards
+2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are the moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
    sum_in_float32, micro_step, after_forward_only, autocast, backward, sum_step, update
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.optim import ensure_adam_state, open_moments, step_if_finite
+from loqt_scale.optim import RowShards, ensure_state, open_moments, step_if_finite
 from loqt_scale.strategies.float32_sums import Float32Sums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -142,6 +142,11 @@ class Strategy:
         """The stored rows of a parameter, gradient or optimizer state, as a plain tensor that shares its memory."""
         return tensor
 
+    @property
+    def row_shards(self) -> RowShards:
+        """The ranks that each store a part of every parameter; here each stores everything."""
+        return RowShards()
+
     def set_schedule_position(self, steps: int) -> None:
         """Puts a scheduler of the strategy's own where `steps` updates would have put it."""
 
@@ -182,16 +187,15 @@ class Strategy:
         return piece
 
     def edit_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[..., None]
     ) -> None:
-        """Applies `edit` in place to Adam's first and second moment of a parameter, if it has them yet. Every rank.
+        """Applies `edit` in place to a parameter's moments (see `open_moments`), if it has them yet. Every rank.
 
         `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
         """
         with open_moments(optimizer, parameter, self.local) as moments:
             if moments is not None:
-                first, second = (self.local(moment) for moment in moments)
-                edit(first, second)
+                edit(*(self.local(moment) for moment in moments))
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -199,16 +203,16 @@ class Strategy:
         """This rank's work share of a tensor of `shape`, as torch.distributed.checkpoint saves it."""
         return piece
 
-    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
-        """This rank's work shares of Adam's moments; None before the first update. Every rank."""
+    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
+        """This rank's work shares of a parameter's moments; None before the first update. Every rank."""
         with open_moments(optimizer, parameter, self.local, edit=False) as moments:
-            return None if moments is None else (self.read(moments[0]), self.read(moments[1]))
+            return None if moments is None else tuple(self.read(moment) for moment in moments)
 
     def write_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: tuple[Tensor, Tensor]
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]
     ) -> None:
-        """Replaces Adam's moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
-        ensure_adam_state(optimizer, parameter)
+        """Replaces the moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
+        ensure_state(optimizer, parameter)
         with open_moments(optimizer, parameter, self.local) as ours:
             assert ours is not None
             for moment, piece in zip(ours, moments, strict=True):

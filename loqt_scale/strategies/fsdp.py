@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Kept
 from loqt_scale.layers import loqt_layers
+from loqt_scale.optim import RowShards
 from loqt_scale.strategies.base import shard_range
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
@@ -91,6 +92,11 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
         start, stop = shard_range(parameter.shape[0], self.rank, self.world_size)
         assert isinstance(parameter, DTensor) and parameter.to_local().shape[0] == stop - start
         return start, stop
+
+    @property
+    def row_shards(self) -> RowShards:
+        """Every rank stores its rows."""
+        return RowShards(self.sum, self.rank, self.world_size)
 
     def read(self, parameter: Tensor) -> Tensor:
         """The stored shard is the work share."""

@@ -92,14 +92,14 @@ class OffloadStrategy(FSDPModelStrategy):
         return self.read(parameter)
 
     def edit_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[..., None]
     ) -> None:
         """Edits copies on the device."""
         with open_moments(optimizer, parameter, self.local) as moments:
             if moments is not None:
-                first, second = (self.read(moment) for moment in moments)
-                edit(first, second)
-                for moment, edited in zip(moments, (first, second), strict=True):
+                copies = [self.read(moment) for moment in moments]
+                edit(*copies)
+                for moment, edited in zip(moments, copies, strict=True):
                     self.local(moment).copy_(edited)
 
     def update(

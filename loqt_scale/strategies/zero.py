@@ -34,13 +34,11 @@ from torch.distributed.distributed_c10d import Store
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLinear
-from loqt_scale.optim import Fragment, StreamedAdamW, ensure_adam_state
+from loqt_scale.optim import Fragment, RowShards, StreamedAdamW, ensure_state, moment_names
 from loqt_scale.strategies.base import DTYPES
 from loqt_scale.strategies.process_group import DistributedStrategy
 from loqt_scale.strategies.zero_config import deepspeed_config, resolve_zero_stage
 from loqt_scale.strategies.zero_flat import link_states, master_fragments, masters
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
@@ -158,6 +156,11 @@ class ZeroStrategy(DistributedStrategy):
         """Whether the DeepSpeed configuration names a scheduler."""
         return "scheduler" in self.settings
 
+    @property
+    def row_shards(self) -> RowShards:
+        """Every rank stores consecutive values, of masters that may lie in host memory."""
+        return RowShards(lambda tensor: self.sum(tensor.to(self.device)).to(tensor.device), self.rank, self.world_size)
+
     def set_schedule_position(self, steps: int) -> None:
         """Steps DeepSpeed's scheduler as the engine does, once an update."""
         for _ in range(steps if self.schedules_learning_rate else 0):
@@ -193,33 +196,34 @@ class ZeroStrategy(DistributedStrategy):
             self._set_state(parameter, whole, None)
 
     def edit_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[[Tensor, Tensor], None]
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[..., None]
     ) -> None:
-        """Gathers both moments of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
+        """Gathers the moments of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
         if not _has_moments(optimizer):
             return
-        moments = [self._whole_moment(optimizer, parameter, key) for key in MOMENTS]
+        names = moment_names(optimizer, parameter)
+        moments = [self._whole_moment(optimizer, parameter, key) for key in names]
         edit(*moments)
-        for key, moment in zip(MOMENTS, moments, strict=True):
+        for key, moment in zip(names, moments, strict=True):
             self._keep_moment(optimizer, parameter, key, moment)
 
-    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
-        """Work shares of both moments, gathered whole one after the other. Every rank."""
+    def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
+        """Work shares of the moments, gathered whole one after the other. Every rank."""
         if not _has_moments(optimizer):
             return None
         self._ensure_states(optimizer)
         start, stop = self.rows(_shape(parameter)[0])
-        first, second = (self._whole_moment(optimizer, parameter, key)[start:stop].clone() for key in MOMENTS)
-        return first, second
+        names = moment_names(optimizer, parameter)
+        return tuple(self._whole_moment(optimizer, parameter, key)[start:stop].clone() for key in names)
 
     def write_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: tuple[Tensor, Tensor]
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]
     ) -> None:
         """Gathers each moment whole; each rank keeps its shard. Every rank."""
         self._ensure_states(optimizer)
         rows = _shape(parameter)[0]
         ranges = [self.rows(rows, rank) for rank in range(self.world_size)]
-        for key, piece in zip(MOMENTS, moments, strict=True):
+        for key, piece in zip(moment_names(optimizer, parameter), moments, strict=True):
             self._keep_moment(optimizer, parameter, key, self.gather_pieces(piece, ranges))
 
     def _whole_moment(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
@@ -248,7 +252,7 @@ class ZeroStrategy(DistributedStrategy):
             return
         if not optimizer.state:
             for flat in masters(self._engine, self.stage):
-                ensure_adam_state(optimizer, flat)
+                ensure_state(optimizer, flat)
         if self.stage < 3 and not self._linked:
             link_states(self._engine)
             self._linked = True

@@ -138,6 +138,14 @@ def _shared_values(config: RunConfig, tree: Tree, world_size: int) -> Iterator[_
     if optim.states == "int8":
         setting = "optim.states is 'int8', whose optimizer is not one of those that DeepSpeed knows"
         yield _Ours("zero_allow_untested_optimizer", True, setting, "optim.states: float32")
+    if optim.name == "muon":
+        if lookup(tree, "optimizer.type") is not None:
+            raise ConfigError(
+                f"optimizer.type is {shown(lookup(tree, 'optimizer.type'))}, but optim.name is 'muon', which is this "
+                "package's own; leave the file's optimizer block out, or write optim.name: adamw"
+            )
+        setting = "optim.name is 'muon', which is this package's own"
+        yield _Ours("zero_allow_untested_optimizer", True, setting, "optim.name: adamw")
     if parallel.zero_stage is not None:
         yield _same(_STAGE, "parallel.zero_stage", parallel.zero_stage)
     if parallel.zero_offload is not None:

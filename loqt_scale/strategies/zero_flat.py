@@ -12,6 +12,7 @@ the names that are its own affair (those of 0.19); everything else goes by its p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def masters(engine: Any, stage: int) -> list[Tensor]:
 
 
 def master_fragments(engine: Any, stage: int, rank: int) -> list[tuple[Tensor, list[Fragment]]]:
-    """What each of this rank's flat tensors holds; padding is in no fragment. Local.
+    """What each of this rank's flat tensors holds of each parameter, if only nothing; padding is in no fragment. Local.
 
     Args:
         engine: After `deepspeed.initialize`.
@@ -37,27 +38,29 @@ def master_fragments(engine: Any, stage: int, rank: int) -> list[tuple[Tensor, l
     zero = engine.optimizer
     groups, find = (zero.fp16_groups, _in_stage_3) if stage == 3 else (zero.bit16_groups, _in_stages_1_and_2)
     found = [[find(zero, parameter, rank) for parameter in group] for group in groups]
-    held = [[fragment for fragment in group if fragment is not None] for group in found]
-    return list(zip(masters(engine, stage), held, strict=True))
+    return list(zip(masters(engine, stage), found, strict=True))
 
 
-def _in_stages_1_and_2(zero: Any, parameter: Any, rank: int) -> Fragment | None:
+def _in_stages_1_and_2(zero: Any, parameter: Any, rank: int) -> Fragment:
     mapping = parameter._hp_mapping
     if mapping is None:  # other ranks hold all of it
-        return None
+        return _fragment(parameter, parameter.shape)
     flat, own = mapping.hp_fragment_address, mapping.lp_fragment_address
-    columns = math.prod(parameter.shape[1:])
-    return Fragment(parameter=parameter, at=flat.start, first=own.start, values=own.numel, columns=columns)
+    return _fragment(parameter, parameter.shape, at=flat.start, first=own.start, values=own.numel)
 
 
-def _in_stage_3(zero: Any, parameter: Any, rank: int) -> Fragment | None:
+def _in_stage_3(zero: Any, parameter: Any, rank: int) -> Fragment:
     _, at, size = zero.grad_position[zero.get_param_id(parameter)]
     first = rank * size
     values = min(size, parameter.ds_numel - first)
     if values <= 0:  # nothing but padding
-        return None
-    columns = math.prod(parameter.ds_shape[1:])
-    return Fragment(parameter=parameter, at=at, first=first, values=values, columns=columns)
+        return _fragment(parameter, parameter.ds_shape)
+    return _fragment(parameter, parameter.ds_shape, at=at, first=first, values=values)
+
+
+def _fragment(parameter: Tensor, shape: Sequence[int], *, at: int = 0, first: int = 0, values: int = 0) -> Fragment:
+    columns = math.prod(shape[1:])
+    return Fragment(parameter=parameter, at=at, first=first, values=values, columns=columns, rows=shape[0])
 
 
 def link_states(engine: Any) -> None:

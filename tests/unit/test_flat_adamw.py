@@ -54,7 +54,7 @@ def cut_flat(parameters: list[nn.Parameter], cuts: list[int], padding: int) -> l
             first, last = max(start, begin), min(stop, begin + p.numel())
             if first < last:
                 at, columns = padding + first - start, math.prod(p.shape[1:])
-                of = Fragment(parameter=p, at=at, first=first - begin, values=last - first, columns=columns)
+                of = Fragment(parameter=p, at=at, first=first - begin, values=last - first, columns=columns, rows=p.shape[0])
                 fragments.append(of)
             begin += p.numel()
         parts.append((flat, fragments))
@@ -191,7 +191,7 @@ def test_runs_are_the_whole_blocks_and_the_rest_at_either_end(first: int, values
 @pytest.mark.parametrize("signed", [True, False])
 def test_moments_of_a_fragment_survive_float32(first: int, values: int, signed: bool) -> None:
     """And one scale a block, whole or cut, is all that is kept beside the codes."""
-    of = Fragment(parameter=torch.zeros(3, 64), first=first, values=values, columns=64)
+    of = Fragment(parameter=torch.zeros(3, 64), first=first, values=values, columns=64, rows=3)
     moment = Moment(of, "int8", signed=signed, device=torch.device("cpu"))
     drawn = torch.randn(values, generator=torch.Generator().manual_seed(1)).pow(3)
     moment.write(drawn if signed else drawn.square())

@@ -1,0 +1,189 @@
+"""Muon for the low-rank group, AdamW for the rest, one parameter or a few at a time, rows where they are.
+
+    momentum    M <- mu M + (1 - mu) G,   U = mu M + (1 - mu) G      (Nesterov)
+    step        B <- (1 - lr wd) B - lr 0.2 sqrt(max(N, r)) U Q      Q from U^T U (see `functional.orthogonal`)
+
+It keeps one moment where Adam keeps two. What the ranks exchange is each layer's Gram matrix U^T U, r x r, all layers of
+a wave in one all-reduce; B, its momentum and its update stay with whoever stores the rows. P is orthonormal, so making
+B's update orthogonal is the spectral step of W inside the subspace (Bernstein and Newhouse 2024).
+
+Under ZeRO a rank's fragment may begin or end inside a row. Such rows are completed by one more message, of at most two
+rows a rank and layer.
+
+A dense weight (`--method full`) is a B like any other. Where this rank stores all of it, the smaller side's Gram matrix
+serves: U U^T U Q = Q' U.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loqt_scale.functional.orthogonal import gram, orthogonalizer, pack_symmetric, unpack_symmetric, update_scale
+from loqt_scale.optim.fragment import Chunk
+from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
+
+WAVE_VALUES = 2**23  # of B on this rank, about, whose updates are in flight together, unless one layer has more
+
+
+class StreamedMuon(StreamedAdamW):
+    """See the module's docstring; everything else is as in `StreamedAdamW`.
+
+    Args:
+        groups: Parameter groups with `lr`; those with `muon: True` hold matrices and take Muon's step.
+        momentum: mu.
+        shards: The ranks that each store a part of every matrix. Every one of them must take part in each step.
+        **settings: Those of `StreamedAdamW`.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, shards: RowShards, **settings: Any) -> None:
+        super().__init__([{"muon": False, **group} for group in groups], **settings)
+        self._momentum, self._shards = momentum, shards
+
+    def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
+        """Muon's one moment, or Adam's two."""
+        return ("exp_avg",) if self._group_of[id(parameter)]["muon"] else super().moment_names(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient. Every rank of the shards."""
+        assert closure is None
+        for group in self.param_groups:
+            if group["muon"]:
+                work = [work for tensor in group["params"] for work in self._work_of(tensor)]
+                for wave in self._waves(work):
+                    self._orthogonal_update(wave, group)
+            else:
+                for tensor in group["params"]:
+                    self._update(tensor, group)
+
+    @torch.no_grad()
+    def update(self, parameter: Tensor) -> None:
+        """Updates one parameter from its `.grad`, if it has one. Every rank of the shards, in the same order."""
+        group = self._group_of[id(parameter)]
+        if not group["muon"]:
+            self._update(parameter, group)
+        elif work := self._work_of(parameter):
+            self._orthogonal_update(work, group)
+
+    def _waves(self, work: Sequence[Work]) -> Iterator[list[Work]]:
+        """Consecutive ones with Gram matrices of one size, cut alike on all ranks."""
+        wave: list[Work] = []
+        most = WAVE_VALUES * self._shards.count
+        for one in work:
+            values = sum(each.fragment.rows * each.fragment.columns for each in (*wave, one))
+            if wave and (self._side(one) != self._side(wave[0]) or values > most):
+                yield wave
+                wave = []
+            wave.append(one)
+        if wave:
+            yield wave
+
+    def _side(self, work: Work) -> tuple[int, bool]:
+        """(size of the Gram matrix, whether it is that of the rows)."""
+        rows, columns = work.fragment.rows, work.fragment.columns
+        return (rows, True) if self._shards.count == 1 and rows < columns else (columns, False)
+
+    def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
+        """One update of matrices with Gram matrices of one size."""
+        pieces = [self._accelerate(work) for work in wave]
+        if self._shards.count > 1:
+            self._complete_rows(pieces)
+        _, of_rows = self._side(wave[0])
+        grams = torch.stack([gram(piece.matrix.T if of_rows else piece.begun_here) for piece in pieces])
+        for work, piece, turn in zip(wave, pieces, orthogonalizer(self._sum(grams)).float(), strict=True):
+            piece.matrix = turn @ piece.matrix if of_rows else piece.matrix @ turn
+            self._replace(work, partial(_descend, piece, group["lr"], 1.0 - group["lr"] * group["weight_decay"]))
+
+    def _accelerate(self, work: Work) -> _Rows:
+        """Updates the momentum and returns the rows of U that a fragment touches."""
+        state = self.ensure_state(work.fragment.parameter)
+        count_update(state, work.skip)
+        moment, piece = state["exp_avg"], _Rows.of(work)
+        for chunk in moment.chunks():
+            grad = work.grad[chunk.start : chunk.stop].float()
+            mean = moment.load(chunk, copy=work.skip is not None).lerp_(grad, 1.0 - self._momentum)
+            torch.lerp(grad, mean, self._momentum, out=piece.values[chunk.start : chunk.stop])
+            moment.store(chunk, mean, work.skip)
+        return piece
+
+    def _sum(self, grams: Tensor) -> Tensor:
+        """Sums Gram matrices over the shards. Every rank of them. One all-reduce."""
+        if self._shards.count == 1:
+            return grams
+        return unpack_symmetric(self._shards.sum(pack_symmetric(grams)), grams.shape[-1])
+
+    def _complete_rows(self, pieces: Sequence[_Rows]) -> None:
+        """Gives rows that the ranks' cuts go through the values that others hold. Every rank. One all-reduce, if any.
+
+        Each rank sends its parts of the first and the last row that it touches, and which rows they are.
+        """
+        if not self._adopted:  # whole rows
+            return
+        columns = pieces[0].matrix.shape[1]
+        sent = pieces[0].matrix.new_zeros(self._shards.count, len(pieces), 2, columns + 1)
+        for mine, piece in zip(sent[self._shards.rank], pieces, strict=True):
+            for slot, row in piece.cut_rows():
+                mine[slot, :columns], mine[slot, columns] = piece.matrix[row], piece.first_row + row + 1
+        sent = self._shards.sum(sent)
+        for theirs, piece in zip(sent.unbind(1), pieces, strict=True):
+            parts = theirs.reshape(-1, columns + 1)
+            for _, row in piece.cut_rows():
+                same = parts[:, columns:] == piece.first_row + row + 1
+                piece.matrix[row] = torch.where(same, parts[:, :columns], 0.0).sum(0)
+
+
+@dataclass
+class _Rows:
+    """The rows of a matrix that a fragment touches, float32 (n, r); the first and the last may be cut.
+
+    Args:
+        matrix: The rows; zeros where other ranks hold the values.
+        first_row: Index of the first in the whole matrix, up to 2^24.
+        offset: Where the fragment begins in it.
+        length: The fragment's values.
+        update_scale: Of the whole matrix.
+    """
+
+    matrix: Tensor
+    first_row: int
+    offset: int
+    length: int
+    update_scale: float
+
+    @classmethod
+    def of(cls, work: Work) -> _Rows:
+        """Zeros."""
+        first, values, columns = work.fragment.first, work.fragment.values, work.fragment.columns
+        offset = first % columns
+        rows = -(-(offset + values) // columns) if values else 0
+        matrix = torch.zeros(rows, columns, device=work.grad.device)
+        return cls(matrix, first // columns, offset, values, update_scale(work.fragment.rows, columns))
+
+    @property
+    def values(self) -> Tensor:
+        """The fragment's own, (V,); shares the matrix's memory."""
+        return self.matrix.view(-1)[self.offset : self.offset + self.length]
+
+    @property
+    def begun_here(self) -> Tensor:
+        """The rows whose first value the fragment holds: of all ranks, exactly one has it."""
+        return self.matrix[1:] if self.offset else self.matrix
+
+    def cut_rows(self) -> list[tuple[int, int]]:
+        """(0 or 1, index) of the rows that are cut: the first, the last."""
+        last = self.matrix.shape[0] - 1
+        head = [(0, 0)] if self.offset and self.length else []
+        open_end = (self.offset + self.length) % self.matrix.shape[1] != 0
+        return head + ([(1, last)] if open_end and not (head and last == 0) else [])
+
+
+def _descend(piece: _Rows, rate: float, decay: float, chunk: Chunk, weight: Tensor) -> Tensor:
+    """New weights of a chunk, float32."""
+    return (weight * decay).sub_(piece.values[chunk.start : chunk.stop], alpha=rate * piece.update_scale)
