@@ -1,0 +1,75 @@
+"""Muon on any number of ranks: its one exchange, a Gram matrix a layer, makes the steps of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.pool import RankPool
+from tests.distributed.test_equivalence import ODD, SPREAD, UNQUANTIZED, Runs, assert_same_losses
+
+MUON = {"optim.name": "muon", "optim.lr": 5e-3, "optim.full_precision_lr": 5e-3}
+# shards of ZeRO end inside rows of B (see test_equivalence.ODD)
+CUT = {**MUON, **UNQUANTIZED, "model.overrides": ODD}
+INT8 = {**CUT, "optim.states": "int8", "loqt.rank": 32}
+DENSE = {**MUON, "method": "full", "optim.lr": 2e-3, "model.overrides": ODD}
+FRUGAL = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "loqt.rank": 32, "optim.states": "int8"}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
+) -> Runs:
+    return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
+def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strategy: str) -> None:
+    """Through merges, whose transport moves the one moment too."""
+    assert_same_losses(runs.losses(world_size, strategy, **CUT), runs.losses(1, "single", **CUT), exact=True)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp"), (2, "zero-2"), (3, "zero-3")])
+def test_full_rank_linears_too(runs: Runs, world_size: int, strategy: str) -> None:
+    """One process takes the smaller side's Gram matrix, shards that of the columns."""
+    assert_same_losses(runs.losses(world_size, strategy, **DENSE), runs.losses(1, "single", **DENSE), exact=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "settings"),
+    [
+        (1, "single", {"train.micro_batch_size": 2}),
+        (2, "fsdp", {"train.micro_batch_size": 1}),
+        (2, "zero-2", {"train.micro_batch_size": 1}),
+        (2, "zero-1", {"parallel.zero_offload": "optimizer"}),
+    ],
+)
+def test_passes_and_places_change_nothing(
+    runs: Runs, world_size: int, strategy: str, settings: dict[str, Any]
+) -> None:
+    losses = runs.losses(world_size, strategy, **CUT, **settings)
+    assert_same_losses(losses, runs.losses(1, "single", **CUT), exact=True)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (3, "fsdp")])
+def test_updates_in_the_backward_pass_change_nothing(runs: Runs, world_size: int, strategy: str) -> None:
+    unclipped = {**CUT, "optim.clip_norm": 0.0}
+    losses = runs.losses(world_size, strategy, **unclipped, **{"optim.per_layer": True})
+    assert_same_losses(losses, runs.losses(1, "single", **unclipped), exact=True)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp"), (2, "zero-1"), (2, "zero-3")])
+def test_momentum_in_8_bits_learns_as_float32_does(runs: Runs, world_size: int, strategy: str) -> None:
+    """Codes that fall to the other side move losses by what 8 bits move them, not by more."""
+    reference, float32 = runs.losses(1, "single", **INT8), runs.losses(1, "single", **CUT, **{"loqt.rank": 32})
+    losses = runs.losses(world_size, strategy, **INT8)
+    assert max(abs(a - b) for a, b in zip(losses[:5], reference[:5], strict=True)) < 1e-3
+    for others in (losses, float32):
+        assert sum(others[-5:]) / 5 == pytest.approx(sum(reference[-5:]) / 5, rel=0.02)
+
+
+def test_offloading_changes_no_bit(runs: Runs) -> None:
+    settings = {**MUON, **FRUGAL, "train.micro_batch_size": 4}
+    assert runs.losses(1, "single-all", **settings) == runs.losses(1, "single", **settings)
