@@ -39,7 +39,7 @@ KINDS = {
     "factor": "B",
     "full_precision": "full-precision parameters",
     "gradients": "gradients",
-    "adam": "Adam moments",
+    "adam": "moments",
 }
 METHODS = ("loqt", "full")
 RANKS = 2

@@ -31,7 +31,7 @@ KINDS = {
     "factor": "B",
     "full_precision": "full-precision parameters",
     "masters": "float32 masters",
-    "adam": "Adam moments",
+    "adam": "moments",
     "other": "buffers between steps",
     "gradients": "gradients before the update, beyond that",
 }

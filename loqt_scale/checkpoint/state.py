@@ -1,7 +1,8 @@
 """The tensors of a run, whatever its strategy: each rank brings its share of every tensor's rows.
 
     model.NAME                  every parameter: packed bytes as bytes, what trains in float32 (under ZeRO the master)
-    moments.NAME.first|second   the moments of what trains (Muon has no second), float32 (exact for 8-bit states too, see `blockwise`)
+    moments.NAME.first|second   the moments of what trains (Muon has no second), float32: exact for 8-bit states too,
+                                see `blockwise`
 
 A rank's share are the rows that it would work on in a merge (`Strategy.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor

@@ -50,8 +50,8 @@ class MergeConfig:
         last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
         compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; with 0, B stays
             at zero.
-        optimizer_state: What happens to B's Adam moments: transport = rotated into the new basis; reset = zeroed;
-            keep = left as they are, in the old basis (what the published code does).
+        optimizer_state: What happens to the optimizer's moments of B: transport = rotated into the new basis; reset =
+            zeroed; keep = left as they are, in the old basis (what the published code does).
     """
 
     gap: int = 100

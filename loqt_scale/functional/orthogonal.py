@@ -1,7 +1,7 @@
 """Muon's spectral step from a Gram matrix (Jordan et al. 2024; scaled as in Liu et al. 2025, "Muon is scalable").
 
-Muon replaces a momentum matrix U (N x r) by the nearest matrix with orthonormal columns, U (U^T U)^(-1/2), found about by
-five Newton-Schulz iterations
+Muon replaces a momentum matrix U (N x r) by the nearest matrix with orthonormal columns, U (U^T U)^(-1/2), which five
+Newton-Schulz iterations find about
 
     X <- X (a 1 + b A + c A^2),   A = X^T X,   X_0 = U / ||U||_F.
 
@@ -70,7 +70,7 @@ def orthogonalize(matrix_NR: Tensor) -> Tensor:
 
 
 def update_scale(rows: int, columns: int) -> float:
-    """What an orthogonalized (N, r) matrix is multiplied by so that AdamW's learning rates suit: 0.2 sqrt(max(N, r))."""
+    """0.2 sqrt(max(N, r)): by it an orthogonalized (N, r) matrix is multiplied, so that AdamW's learning rates suit."""
     return RMS * float(max(rows, columns)) ** 0.5
 
 

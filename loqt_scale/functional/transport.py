@@ -1,9 +1,10 @@
 """Carrying the optimizer's moments of B from one basis to the next.
 
 B's rows are coordinates in the basis P. When a merge replaces P_old by P_new, a gradient that read g in the old
-coordinates reads g R in the new ones, R = P_old^T P_new (r x r). The first moment is linear in g and follows exactly
-(up to what the new subspace cannot see), Muon's momentum too; for the second, E[(g R)_j^2] = sum_k E[g_k^2] R_kj^2 when the coordinates are
-uncorrelated (as Fira and LDAdam do). `keep` would read old coordinates as if they were new ones; `reset` forgets.
+coordinates reads g R in the new ones, R = P_old^T P_new (r x r). The first moment (Muon's only one) is linear in g and
+follows exactly, up to what the new subspace cannot see; for the second, E[(g R)_j^2] = sum_k E[g_k^2] R_kj^2 when the
+coordinates are uncorrelated (as Fira and LDAdam do). `keep` would read old coordinates as if they were new ones;
+`reset` forgets.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def create_optimizer(
     first_row: Callable[[Tensor], int] = lambda _: 0,
     seed: int = 0,
     streamed: bool = False,
-    shards: RowShards = RowShards(),
+    shards: RowShards | None = None,
 ) -> torch.optim.Optimizer:
     """Muon and AdamW (`StreamedMuon`), or AdamW alone: torch's fused one, or a `StreamedAdamW` that saves memory.
 
@@ -51,7 +51,7 @@ def create_optimizer(
         first_row: Index of the first of them in the whole parameter.
         seed: Of what is rounded at random.
         streamed: Take a `StreamedAdamW` (see `RunConfig.streams_updates`).
-        shards: The ranks that each store a part of every parameter.
+        shards: The ranks that each store a part of every parameter; default: each stores everything.
     """
     low_rank = low_rank_parameters(model, dense_layers)
     taken = {id(parameter) for parameter in low_rank}
@@ -67,7 +67,7 @@ def create_optimizer(
     if config.name == "muon":
         for group in groups:
             group["muon"] = group["name"] == "low_rank"
-        return StreamedMuon(groups, momentum=config.momentum, shards=shards, **adam, **rows)
+        return StreamedMuon(groups, momentum=config.momentum, shards=shards or RowShards(), **adam, **rows)
     return StreamedAdamW(groups, **adam, **rows) if streamed else torch.optim.AdamW(groups, **adam, fused=True)
 
 

@@ -3,9 +3,9 @@
     momentum    M <- mu M + (1 - mu) G,   U = mu M + (1 - mu) G      (Nesterov)
     step        B <- (1 - lr wd) B - lr 0.2 sqrt(max(N, r)) U Q      Q from U^T U (see `functional.orthogonal`)
 
-It keeps one moment where Adam keeps two. What the ranks exchange is each layer's Gram matrix U^T U, r x r, all layers of
-a wave in one all-reduce; B, its momentum and its update stay with whoever stores the rows. P is orthonormal, so making
-B's update orthogonal is the spectral step of W inside the subspace (Bernstein and Newhouse 2024).
+It keeps one moment where Adam keeps two. What the ranks exchange is each layer's Gram matrix U^T U, r x r, those of a
+few layers in one all-reduce; B, its momentum and its update stay with whoever stores the rows. P is orthonormal, so
+making B's update orthogonal is the spectral step of W inside the subspace (Bernstein and Newhouse 2024).
 
 Under ZeRO a rank's fragment may begin or end inside a row. Such rows are completed by one more message, of at most two
 rows a rank and layer.
@@ -42,7 +42,9 @@ class StreamedMuon(StreamedAdamW):
         **settings: Those of `StreamedAdamW`.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float, shards: RowShards, **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, momentum: float, shards: RowShards, **settings: Any
+    ) -> None:
         super().__init__([{"muon": False, **group} for group in groups], **settings)
         self._momentum, self._shards = momentum, shards
 

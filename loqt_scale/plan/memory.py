@@ -12,20 +12,17 @@ from dataclasses import dataclass
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.config import RunConfig
-from loqt_scale.functional.blockwise import row_block
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
-from loqt_scale.optim.fragment import chunk_values
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
-from loqt_scale.strategies import DTYPES, is_offloaded, resolve_device
+from loqt_scale.plan.updates import FLOAT, device_type, moment_bytes, update_scratch
+from loqt_scale.strategies import DTYPES, is_offloaded
 
-FLOAT = 4  # bytes
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
 QUANTIZER_BYTES = 14  # a value, of the table look-up's own chunk
 BUCKET_VALUES = 25 * 2**20 // 2  # bfloat16 gradients of a bucket of DDP's, unless one parameter has more
-UPDATE_BYTES = 44  # a value, of a streamed update's chunk: float32 copies, 64-bit hashes of the rounding
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class RankMemory:
     """Bytes on the rank that has most.
 
     Args:
-        state: Parameters by kind, and `Adam moments`: there all the time.
+        state: Parameters by kind, and `moments`: there all the time.
         gradients: Of what trains, as the update finds them; 0 where they never pile up.
         passing: Forward and backward beyond the state: activations, gradients while they are made, temporaries.
         gathered: Blocks of other ranks' parameters while they are used (fsdp), and buckets (ddp).
@@ -86,7 +83,7 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     cut, offload = ranks if strategy == "fsdp" else 1, config.parallel.offload
     away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
-    state["Adam moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
+    state["moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
     passes_of_step = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
     one_pass = passes_of_step == 1
@@ -109,19 +106,15 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         joined = joined_bytes(shapes) if strategy == "ddp" and waiting > gradients else 0
         passing = max(passes.gradients_freed, joined) + beside
         merge_passing = max(passes.merge_freed, joined) + beside if merges else 0
+    updating = update_scratch(config, shapes, cut)
     if config.optim.per_layer:
-        passing = passes.gradients_freed + update_scratch(config, shapes, cut)
-        merge_passing += update_scratch(config, shapes, cut) if merges else 0
+        passing = passes.gradients_freed + updating
+        merge_passing += updating if merges else 0
+    elif config.optim.name == "muon":  # whole matrices, when activations are gone
+        passing, merge_passing = (max(p, gradients + updating) if p else 0 for p in (passing, merge_passing))
     merge_passing += collected_bytes(config, shapes, ranks, passes_of_step) if merges else 0
     scratch = merge_scratch(shapes, ranks) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
-
-
-def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> int:
-    """Both of Adam's moments of the largest share."""
-    values = parameter.values(ranks)
-    block = row_block(parameter.row_values) if config.optim.states == "int8" else 0
-    return 2 * (values + values // block * FLOAT if block else values * FLOAT)
 
 
 def summed_bytes(parameter: ParameterShape, passes: int, ranks: int = 1) -> int:
@@ -133,12 +126,6 @@ def joined_bytes(shapes: ModelShapes) -> int:
     """ddp: the largest bucket's float32 sums on their way over the wire, when activations are gone."""
     values = [p.values() for p in shapes.parameters if p.trains]
     return FLOAT * max(min(sum(values), BUCKET_VALUES), max(values, default=0))
-
-
-def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
-    """What a streamed update of the largest parameter takes in passing."""
-    largest = max((p.values(ranks) for p in shapes.parameters if p.trains), default=0)
-    return UPDATE_BYTES * min(largest, chunk_values(_device_type(config)))
 
 
 def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], ranks: int) -> int:
@@ -184,12 +171,7 @@ def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: 
     if passes == 1:
         return 0
     sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
-    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=_device_type(config))
+    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device_type(config))
     largest = max(sizes, default=0)
     air = min(sum(sizes), 2 * wave * largest, AIR_BYTES + largest) if ranks > 1 else 0
     return -(-sum(sizes) // ranks) + air
-
-
-def _device_type(config: RunConfig) -> str:
-    """Where the run will be: `auto` is taken for what is here, though a GPU may be meant (it is about megabytes)."""
-    return resolve_device("auto").type if config.train.device == "auto" else config.train.device

@@ -92,7 +92,7 @@ def _title(config: RunConfig, ranks: int) -> str:
     method = "full-rank training"
     if config.method == "loqt":
         method = f"LoQT, rank {config.loqt.rank}, W in {config.loqt.quantization.weight}"
-    kept = f"{model.trained_dtype} parameters, {optim.states} states" + (
+    kept = f"{model.trained_dtype} parameters, {optim.name}, {optim.states} states" + (
         ", updated per layer" if optim.per_layer else ""
     )
     batch = min(train.micro_batch_size, -(-train.global_batch_size // ranks))

@@ -12,6 +12,7 @@ from loqt_scale.build import ModelDesign
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.layers import loqt_layers
 from loqt_scale.models import decoder_blocks
+from loqt_scale.optim import low_rank_parameters
 from loqt_scale.strategies import shard_range
 
 # kind of memory, by how a parameter's name ends
@@ -37,6 +38,7 @@ class ParameterShape:
         trains: Whether it has a gradient and moments.
         unit: The block that FSDP2 gathers it with, from 0; -1 is the root (embedding, last norm, head).
         of_layer: Whether it is B (or the bias) of a LoQT layer, which may be gathered apart from its block.
+        low_rank: Whether it is of the optimizer's group of that name: B, or a linear under `--method full`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ParameterShape:
     trains: bool
     unit: int
     of_layer: bool = False
+    low_rank: bool = False
 
     @property
     def kind(self) -> str:
@@ -95,8 +98,17 @@ def model_shapes(design: ModelDesign) -> ModelShapes:
         return next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), -1)
 
     layers = dict(loqt_layers(design.model))
+    low_rank = {id(parameter) for parameter in low_rank_parameters(design.model, design.dense_layers)}
     parameters = tuple(
-        ParameterShape(name, tuple(p.shape), p.dtype, p.requires_grad, unit(name), name.rpartition(".")[0] in layers)
+        ParameterShape(
+            name=name,
+            shape=tuple(p.shape),
+            dtype=p.dtype,
+            trains=p.requires_grad,
+            unit=unit(name),
+            of_layer=name.rpartition(".")[0] in layers,
+            low_rank=id(p) in low_rank,
+        )
         for name, p in design.model.named_parameters()
     )
     return ModelShapes(parameters, tuple(layer.spec for layer in layers.values()))

@@ -46,9 +46,7 @@ def test_full_rank_linears_too(runs: Runs, world_size: int, strategy: str) -> No
         (2, "zero-1", {"parallel.zero_offload": "optimizer"}),
     ],
 )
-def test_passes_and_places_change_nothing(
-    runs: Runs, world_size: int, strategy: str, settings: dict[str, Any]
-) -> None:
+def test_passes_and_places_change_nothing(runs: Runs, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     losses = runs.losses(world_size, strategy, **CUT, **settings)
     assert_same_losses(losses, runs.losses(1, "single", **CUT), exact=True)
 

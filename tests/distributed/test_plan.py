@@ -28,7 +28,7 @@ KINDS = {
     "projection": "P",
     "factor": "B",
     "full_precision": "other parameters",
-    "adam": "Adam moments",
+    "adam": "moments",
 }
 BYTES = 320  # the byte tokenizer's vocabulary
 LEAN = {
@@ -47,8 +47,9 @@ CASES = [
     (2, "ddp", {}),
     (2, "fsdp", {}),
     (3, "fsdp", LEAN),
+    (2, "fsdp", {"optim.name": "muon"}),
 ]
-IDS = ["single", "lean", "checkpointed", "full", "ddp", "fsdp", "fsdp-lean"]
+IDS = ["single", "lean", "checkpointed", "full", "ddp", "fsdp", "fsdp-lean", "fsdp-muon"]
 
 
 @pytest.fixture

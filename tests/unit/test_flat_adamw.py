@@ -54,7 +54,9 @@ def cut_flat(parameters: list[nn.Parameter], cuts: list[int], padding: int) -> l
             first, last = max(start, begin), min(stop, begin + p.numel())
             if first < last:
                 at, columns = padding + first - start, math.prod(p.shape[1:])
-                of = Fragment(parameter=p, at=at, first=first - begin, values=last - first, columns=columns, rows=p.shape[0])
+                of = Fragment(
+                    parameter=p, at=at, first=first - begin, values=last - first, columns=columns, rows=p.shape[0]
+                )
                 fragments.append(of)
             begin += p.numel()
         parts.append((flat, fragments))
