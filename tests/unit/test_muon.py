@@ -60,7 +60,7 @@ def test_gram_iteration_is_the_iteration() -> None:
         step = matrix.double() @ orthogonalizer(gram(matrix))
         assert torch.allclose(step, orthogonalize(matrix.double()), atol=1e-7)
     values = torch.linalg.svdvals(draw(2, [(64, 16)])[0].double() @ orthogonalizer(gram(draw(2, [(64, 16)])[0])))
-    assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3
 
 
 def test_it_is_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_it_is_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.grad, theirs.grad = (draw(step + 1, [(64, 16)])[0] for _ in range(2))
         optimizer.step()
         reference.step()
-    assert float((ours - theirs).norm()) < 0.02 * float((ours - start).norm())
+    assert float((ours - theirs).detach().norm()) < 0.02 * float((ours - start).detach().norm())
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
