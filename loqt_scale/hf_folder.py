@@ -22,6 +22,7 @@ CAREFULLY = {"trust_remote_code": False, "local_files_only": True}
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PlainName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*\.safetensors\z", max_length=256)]
+_Rank = Annotated[int, Field(ge=1, lt=2**20)]
 _LayerName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*\z", max_length=512)]
 
 
@@ -38,6 +39,8 @@ class AdapterSettings(BaseModel):
         r: The rank.
         lora_alpha: Scale times rank.
         target_modules: Names of the layers.
+        rank_pattern: Ranks of layers that have another one, by name.
+        alpha_pattern: Scale times rank of those.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -45,12 +48,14 @@ class AdapterSettings(BaseModel):
     peft_type: Literal["LORA"] = "LORA"
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     base_model_name_or_path: Literal[".."] = ".."
-    r: Annotated[int, Field(ge=1, lt=2**20)]
-    lora_alpha: Annotated[int, Field(ge=1, lt=2**20)]
+    r: _Rank
+    lora_alpha: _Rank
     lora_dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
     bias: Literal["none"] = "none"
     inference_mode: Literal[True] = True
     target_modules: Annotated[list[_LayerName], Field(max_length=2**20)]
+    rank_pattern: Annotated[dict[_LayerName, _Rank], Field(max_length=2**20)] = {}
+    alpha_pattern: Annotated[dict[_LayerName, _Rank], Field(max_length=2**20)] = {}
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -24,7 +24,9 @@ def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strat
     train, trained = config.train, format_count(built.trained_values)
     method = "full-rank training"
     if layers:
-        method = f"LoQT, rank {config.loqt.rank}: {len(layers)} linears, {format_count(frozen)} weights"
+        ranks = sorted({layer.rank for layer in layers})
+        span = " to ".join(map(str, sorted({ranks[0], ranks[-1]})))
+        method = f"LoQT, rank {span}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
     lines = [
         f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from loqt_scale.config.check import require, settle
@@ -105,6 +106,7 @@ class LoQTConfig:
 
     Args:
         rank: r: columns of P and B. At most the smaller side of every converted layer.
+        rank_pattern: Other ranks by name pattern (fnmatch), e.g. {"*.q_proj": 64}; the first that matches counts.
         scale: s in W_eff = W_q + s · (low-rank product).
         side: Side of the gradient whose singular vectors form P: auto = the shorter one.
         target_modules: Name patterns (fnmatch) of the `nn.Linear` modules to convert.
@@ -117,6 +119,7 @@ class LoQTConfig:
     """
 
     rank: int = 128
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     scale: float = 0.5
     side: Side = "auto"
     target_modules: list[str] = field(default_factory=lambda: ["*"])
@@ -129,5 +132,16 @@ class LoQTConfig:
     def __post_init__(self) -> None:
         settle(self, "loqt")
         require(self.rank >= 1, f"loqt.rank is {self.rank}; write 1 or more")
+        for pattern, rank in self.rank_pattern.items():
+            require(rank >= 1, f"loqt.rank_pattern has {pattern}: {rank}; write 1 or more")
         require(self.scale > 0.0, f"loqt.scale is {self.scale}; write a positive number (the paper: 0.25 to 0.5)")
         require(len(self.target_modules) > 0, "loqt.target_modules is empty; write ['*'] or use --method full")
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the layer of this dotted name."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if fnmatchcase(name, pattern)), self.rank)
+
+    @property
+    def ranks(self) -> list[int]:
+        """All ranks that a layer may have."""
+        return [self.rank, *self.rank_pattern.values()]

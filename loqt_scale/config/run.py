@@ -54,6 +54,7 @@ class RunConfig:
         return saves or optim.name == "muon"
 
     def _check_small_states(self) -> None:
+        uneven = next((rank for rank in self.loqt.ranks if rank % 32), 0)
         ours_alone = {
             "optim.per_layer: true": self.optim.per_layer,
             "model.trained_dtype: bfloat16": self.model.trained_dtype == "bfloat16",
@@ -79,7 +80,8 @@ class RunConfig:
             "parallel.offload is base, but full-rank training has no frozen base; write parallel.offload: optimizer",
         )
         require(
-            not (self.optim.states == "int8" and self.method == "loqt" and self.loqt.rank % 32),
-            f"optim.states is int8, whose blocks are parts of a row, but loqt.rank is {self.loqt.rank}; write a "
+            not (self.optim.states == "int8" and self.method == "loqt" and uneven),
+            "optim.states is int8, whose blocks are parts of a row, but loqt.rank "
+            f"{'' if self.loqt.rank % 32 else '(by loqt.rank_pattern) '}is {uneven}; write a "
             "multiple of 32, or optim.states: float32",
         )

@@ -178,11 +178,14 @@ def _quantization(model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _write_adapter_config(folder: Path, parts: Parts, config: RunConfig) -> None:
-    rank = config.loqt.rank
+    ranks = {part.layer: part.spec.projection.cols for part in parts.all.values() if part.spec is not None}
+    others = {layer: rank for layer, rank in ranks.items() if rank != config.loqt.rank}
     settings = AdapterSettings(
-        r=rank,
-        lora_alpha=rank,  # the scale s is in lora_B
-        target_modules=[part.layer for part in parts.all.values() if part.spec is not None],
+        r=config.loqt.rank,
+        lora_alpha=config.loqt.rank,  # the scale s is in lora_B
+        target_modules=list(ranks),
+        rank_pattern=others,
+        alpha_pattern=others,
     )
     (folder / ADAPTER_SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -27,21 +27,31 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> list[str]:
         Names of the converted layers, in module order.
 
     Raises:
-        ValueError: No linear matches, or the rank exceeds a matching layer's smaller side.
+        ValueError: No linear matches, a rank exceeds its layer's smaller side, or a pattern of ranks matches nothing.
     """
     selected = select_linears(model, config)
     linears = {name: model.get_submodule(name) for name in selected}
-    smallest = min(linears, key=lambda name: min(_shape(linears[name])))
-    if config.rank > min(_shape(linears[smallest])):
-        out_features, in_features = _shape(linears[smallest])
-        raise UserError(
-            f"loqt.rank is {config.rank}, but {smallest} is {out_features} x {in_features}; write "
-            f"{min(out_features, in_features)} or less, or name the layer in loqt.exclude_modules"
-        )
+    _check_ranks(linears, config)
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, LoQTLinear.from_linear(linear, config))
+        model.set_submodule(name, LoQTLinear.from_linear(linear, config, rank=config.rank_of(name)))
     return selected
+
+
+def _check_ranks(linears: Mapping[str, nn.Module], config: LoQTConfig) -> None:
+    for pattern in config.rank_pattern:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise UserError(
+                f"loqt.rank_pattern has {pattern!r}, which matches no converted layer; they are: "
+                f"{', '.join(list(linears)[:8])}"
+            )
+    tightest = min(linears, key=lambda name: min(_shape(linears[name])) - config.rank_of(name))
+    rank, (out_features, in_features) = config.rank_of(tightest), _shape(linears[tightest])
+    if rank > min(out_features, in_features):
+        raise UserError(
+            f"loqt.rank is {rank}, but {tightest} is {out_features} x {in_features}; write "
+            f"{min(out_features, in_features)} or less, or name the layer in loqt.exclude_modules or loqt.rank_pattern"
+        )
 
 
 def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:

@@ -47,6 +47,7 @@ class LoQTLinear(nn.Module):
         out_features: O.
         bias: Whether a (full-precision, trained) bias is added.
         config: Rank, scale, side and storage.
+        rank: r; default: `config.rank`.
         device: Where parameters live; `meta` allocates nothing.
         dtype: Dtype of `factor` and `bias`.
 
@@ -70,13 +71,15 @@ class LoQTLinear(nn.Module):
         *,
         bias: bool,
         config: LoQTConfig,
+        rank: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if config.rank > min(in_features, out_features):
+        rank = config.rank if rank is None else rank
+        if rank > min(in_features, out_features):
             raise UserError(
-                f"loqt.rank is {config.rank}, but the layer is {out_features} x {in_features}; "
+                f"loqt.rank is {rank}, but the layer is {out_features} x {in_features}; "
                 f"write {min(in_features, out_features)} or less, or name the layer in loqt.exclude_modules"
             )
         self.in_features, self.out_features = in_features, out_features
@@ -85,19 +88,19 @@ class LoQTLinear(nn.Module):
         block = config.quantization.block_size
         self.spec = LowRankSpec(
             base=MatrixLayout(out_features, in_features, config.quantization.weight, block),
-            projection=MatrixLayout(proj_rows, config.rank, config.quantization.projection, block),
+            projection=MatrixLayout(proj_rows, rank, config.quantization.projection, block),
             side=side,
             scale=config.scale,
             compute=config.compute,
         )
         self.base = FrozenMatrix(self.spec.base, device)
         self.projection = FrozenMatrix(self.spec.projection, device)
-        self.factor = nn.Parameter(torch.zeros(factor_rows, config.rank, device=device, dtype=dtype))
+        self.factor = nn.Parameter(torch.zeros(factor_rows, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.probe = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: LoQTConfig) -> LoQTLinear:
+    def from_linear(cls, linear: nn.Linear, config: LoQTConfig, *, rank: int | None = None) -> LoQTLinear:
         """Quantizes an existing layer. A layer on the meta device gives one on the meta device, nothing allocated."""
         weight = linear.weight
         layer = cls(
@@ -105,6 +108,7 @@ class LoQTLinear(nn.Module):
             linear.out_features,
             bias=linear.bias is not None,
             config=config,
+            rank=rank,
             device=weight.device,
             dtype=weight.dtype,
         )

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankFailed, RankPool
+from tests.distributed.test_checkpoint import SavedRuns
 from tests.distributed.test_equivalence import ODD, SPREAD, UNQUANTIZED, Runs, assert_same_losses
 
 MUON = {"optim.name": "muon", "optim.lr": 5e-3, "optim.full_precision_lr": 5e-3}
 # shards of ZeRO end inside rows of B (see test_equivalence.ODD)
-CUT = {**MUON, **UNQUANTIZED, "model.overrides": ODD}
-INT8 = {**CUT, "optim.states": "int8", "loqt.rank": 32}
+CUT = {**MUON, **UNQUANTIZED, "model.overrides": ODD, "loqt.rank_pattern": {"*.up_proj": 5}}
+INT8 = {**MUON, **UNQUANTIZED, "model.overrides": ODD, "optim.states": "int8", "loqt.rank": 32}
 DENSE = {**MUON, "method": "full", "optim.lr": 2e-3, "model.overrides": ODD}
 FRUGAL = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "loqt.rank": 32, "optim.states": "int8"}
 
@@ -23,6 +24,14 @@ def runs(
     ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
 ) -> Runs:
     return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
+
+
+@pytest.fixture(scope="module")
+def saved(
+    ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
+) -> SavedRuns:
+    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
+    return SavedRuns(ranks, three_ranks, tmp_path_factory.mktemp("saved"), common)
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), SPREAD)
@@ -61,7 +70,10 @@ def test_updates_in_the_backward_pass_change_nothing(runs: Runs, world_size: int
 @pytest.mark.parametrize(("world_size", "strategy"), [(2, "ddp"), (3, "fsdp"), (2, "zero-1"), (2, "zero-3")])
 def test_momentum_in_8_bits_learns_as_float32_does(runs: Runs, world_size: int, strategy: str) -> None:
     """Codes that fall to the other side move losses by what 8 bits move them, not by more."""
-    reference, float32 = runs.losses(1, "single", **INT8), runs.losses(1, "single", **CUT, **{"loqt.rank": 32})
+    reference, float32 = (
+        runs.losses(1, "single", **INT8),
+        runs.losses(1, "single", **{**INT8, "optim.states": "float32"}),
+    )
     losses = runs.losses(world_size, strategy, **INT8)
     assert max(abs(a - b) for a, b in zip(losses[:5], reference[:5], strict=True)) < 1e-3
     for others in (losses, float32):
@@ -71,3 +83,33 @@ def test_momentum_in_8_bits_learns_as_float32_does(runs: Runs, world_size: int, 
 def test_offloading_changes_no_bit(runs: Runs) -> None:
     settings = {**MUON, **FRUGAL, "train.micro_batch_size": 4}
     assert runs.losses(1, "single-all", **settings) == runs.losses(1, "single", **settings)
+
+
+SAVED = {**INT8, "loqt.rank_pattern": {"*.up_proj": 64}, "checkpoint.every": 8, "train.steps": 14}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "other"),
+    [
+        (1, "single", (2, "zero-2")),
+        (2, "zero-3", (1, "single")),
+        pytest.param(2, "fsdp", (2, "zero-1"), marks=pytest.mark.long),
+        pytest.param(2, "zero-2", (2, "fsdp"), marks=pytest.mark.long),
+    ],
+)
+def test_a_run_goes_on_with_its_one_moment(
+    saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str, other: tuple[int, str]
+) -> None:
+    """Bit for bit on the same ranks, within rounding on others. A merge lies behind the checkpoint, one before it."""
+    unbroken = saved.run(world_size, strategy, tmp_path / "a", **SAVED)
+    after = {step: loss for step, loss in unbroken.items() if step > 8}
+    resume = {"checkpoint.resume": str(tmp_path / "a" / "checkpoints" / "step-00000008")}
+    assert saved.run(world_size, strategy, tmp_path / "b", **SAVED, **resume) == after and len(after) == 6
+    assert saved.run(*other, tmp_path / "c", **SAVED, **resume) == pytest.approx(after, abs=1e-4)
+
+
+def test_another_optimizer_does_not_go_on(saved: SavedRuns, tmp_path: Path) -> None:
+    saved.run(1, "single", tmp_path / "a", **SAVED)
+    resume = {"checkpoint.resume": str(tmp_path / "a" / "checkpoints" / "step-00000008")}
+    with pytest.raises(RankFailed, match=r"optim\.name was 'muon', is 'adamw'"):
+        saved.run(1, "single", tmp_path / "b", **{**SAVED, "optim.name": "adamw"}, **resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Literal
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loqt_scale.config import LoQTConfig, QuantizationConfig
+from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import LowRankLinear, choose_path
-from loqt_scale.layers import GradientProbe, LoQTLinear
+from loqt_scale.layers import GradientProbe, LoQTLinear, convert_to_loqt, loqt_layers
 
 Side = Literal["input", "output"]
 Compute = Literal["fold", "branch"]
@@ -229,3 +231,16 @@ def test_what_it_returns_may_be_changed_in_place_as_of_an_ordinary_linear(bias: 
         assert layer.factor.grad is not None
         gradients.append(layer.factor.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_ranks_follow_the_first_pattern_that_matches() -> None:
+    model = nn.Sequential(OrderedDict(query=nn.Linear(32, 32), key=nn.Linear(32, 32), up=nn.Linear(32, 64)))
+    convert_to_loqt(model, LoQTConfig(rank=8, rank_pattern={"q*": 4, "*e*": 2}))
+    assert {name: layer.factor.shape[1] for name, layer in loqt_layers(model)} == {"query": 4, "key": 2, "up": 8}
+
+
+@pytest.mark.parametrize(("pattern", "said"), [({"q*": 33}, "query is 32 x 64; write 32"), ({"z": 4}, "matches no")])
+def test_a_pattern_of_ranks_that_cannot_be_is_refused(pattern: dict[str, int], said: str) -> None:
+    model = nn.Sequential(OrderedDict(query=nn.Linear(64, 32), up=nn.Linear(64, 64)))
+    with pytest.raises(UserError, match=said):
+        convert_to_loqt(model, LoQTConfig(rank=8, rank_pattern=pattern))
