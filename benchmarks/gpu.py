@@ -10,6 +10,7 @@
     tests       tests/cuda: kernels, merges, runs, strategies of one rank, peaks; against the CPU
     throughput  tokens/s of full-rank AdamW, LoQT, GaLore; plain and compiled
     merge       seconds of a merge over those of a step; its parts
+    optimizers  updates of AdamW and Muon, with float32 and with small states
     cap         13b and 7b where torch may take 24 GB: real steps and a merge
     memory      peaks of every method at 1b and 7b
     profile     where a step's time goes, the most that a fused kernel could save
@@ -41,7 +42,7 @@ from common import ROOT, publish
 sys.path.insert(0, str(ROOT))
 
 TESTS = "tests"
-PARTS = ("throughput", "merge", "cap", "memory", "profile", "offload")
+PARTS = ("throughput", "merge", "optimizers", "cap", "memory", "profile", "offload")
 GRACE = 10.0  # seconds to end in, after being told that the time is up
 
 
@@ -79,6 +80,7 @@ IN_A_HURRY = (
     Task("throughput", 50, ("llama_1b",), compiled=True),
     Task("throughput", 45, ("llama_350m",), compiled=True),
     Task("merge", 40, ("llama_1b",)),
+    Task("optimizers", 25, ("llama_350m",)),
     Task("cap", 150, ("llama_13b",)),
     Task("cap", 80, ("llama_7b",)),
     Task("profile", 30, ("llama_1b",)),
@@ -94,6 +96,7 @@ def run_part(options: argparse.Namespace) -> int:
     if options.part == TESTS:
         return run_tests(options)
     import gpu_memory
+    import gpu_optimizers
     import gpu_profile
     import gpu_speed
     import torch
@@ -104,6 +107,7 @@ def run_part(options: argparse.Namespace) -> int:
     parts = {
         "throughput": gpu_speed.throughput,
         "merge": gpu_speed.merge,
+        "optimizers": gpu_optimizers.optimizers,
         "cap": gpu_memory.cap,
         "memory": gpu_memory.memory,
         "profile": gpu_profile.profile,
