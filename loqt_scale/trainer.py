@@ -40,6 +40,7 @@ from loqt_scale.checkpoint import (
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
 from loqt_scale.data import AnotherTextError, Batch, Corpus
+from loqt_scale.diagnosis import Diagnosis, chance_overlaps
 from loqt_scale.errors import one_line
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
@@ -115,6 +116,7 @@ class Trainer:
         self.learning_rates = LearningRates.of_run(config.optim, train.steps)
         self.scheduler = create_scheduler(self.optimizer, lambda s: self.learning_rates.factor(s)) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
+        self.diagnosis = Diagnosis(config, chance_overlaps(self.built.model), progress.line)
         self.rates = RateMeter()
         self.done = 0  # steps
         self.pending: PendingStep | None = None
@@ -312,6 +314,7 @@ class Trainer:
         warning = self.health.judge(step + 1, loss, norm)
         if warning is None:
             self.updates += 1
+            self.diagnosis.take_loss(loss)
             values |= self.merge(step) if merging else {}
         else:
             self.progress.line(f"WARNING: {warning}")
@@ -415,6 +418,7 @@ class Trainer:
             report = self.merges.finish(step)
         assert report is not None
         self.progress.line(merge_line(report))
+        self.diagnosis.take_merge(report)
         means = {f"merge/{key}": value for key, value in report.means().items()}
         return (
             means

@@ -87,8 +87,8 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
     if steps < before:
         raise CheckpointError(
             f"train.steps was {before} in {checkpoint} (after step {manifest.step}), is {steps}: it may grow but not "
-            f"shrink, since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume never to "
-            "start anew"
+            f"shrink, since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume "
+            "never to start anew"
         )
     return _notes(manifest, changes, config)
 
