@@ -306,7 +306,8 @@ class CheckpointConfig:
     Args:
         every: Save every so many steps (and at the end, and when the job is told to stop); 0 = only then.
         background: Write files while training goes on; only the copy to host memory holds it up.
-        keep_last: Keep the newest so many checkpoints.
+        keep_last: Keep the newest so many checkpoints (and that of the step at which optim.schedule: wsd begins to
+            decay, from which the run can be made longer).
         keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
         resume: auto = go on with the run in train.run_dir, if there is one; never = start anew; else a checkpoint's
             folder, from which the run begins (what train.run_dir holds that came of it goes first).
