@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from loqt_scale.attention import attend_causally
 from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
@@ -53,7 +54,6 @@ from loqt_scale.optim import (
     StreamedAdamW,
     UpdateInBackward,
     create_optimizer,
-    create_scheduler,
     set_schedule_position,
     set_update_count,
 )
@@ -114,7 +114,7 @@ class Trainer:
             self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.local)
         ours = not strategy.schedules_learning_rate
         self.learning_rates = LearningRates.of_run(config.optim, train.steps)
-        self.scheduler = create_scheduler(self.optimizer, lambda s: self.learning_rates.factor(s)) if ours else None
+        self.scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rates.factor(step)) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
         self.diagnosis = Diagnosis(config, chance_overlaps(self.built.model), progress.line)
         self.rates = RateMeter()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -122,14 +121,9 @@ def describe_rates(optim: OptimConfig, total_steps: int) -> str:
     return f"{optim.lr:g} (embeddings, norms, head: {rest:g}); {schedule}{shrunk}"
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> LambdaLR:
-    """A fraction of the peak on every group of an optimizer whose groups hold their peaks.
-
-    Args:
-        optimizer: The optimizer.
-        factor: The fraction by step, `LearningRates.factor` say.
-    """
-    return LambdaLR(optimizer, factor)
+def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
+    """The rates of a run of so many steps on every group of an optimizer whose groups hold their peaks."""
+    return LambdaLR(optimizer, LearningRates.of_run(config, total_steps).factor)
 
 
 def set_schedule_position(scheduler: LambdaLR, steps: int) -> None:

@@ -92,10 +92,11 @@ def test_the_warm_up_shrinks_only_with_a_run_that_it_would_fill() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_groups_follow_from_any_position(shape: str) -> None:
-    rates = LearningRates.of_run(OptimConfig(schedule=shape, warmup_fraction=0.2), 20)  # type: ignore[arg-type]
+    optim = OptimConfig(schedule=shape, warmup_fraction=0.2)  # type: ignore[arg-type]
+    rates = LearningRates.of_run(optim, 20)
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.5, 0.25)]
     optimizer = torch.optim.AdamW(groups)
-    scheduler = create_scheduler(optimizer, rates.factor)
+    scheduler = create_scheduler(optimizer, optim, 20)
     for step in (0, 3, 19, 7):
         set_schedule_position(scheduler, step)
         assert [group["lr"] for group in optimizer.param_groups] == [lr * rates.factor(step) for lr in (0.5, 0.25)]
