@@ -117,5 +117,5 @@ class Health:
         good = ", ".join(f"{key} {value:.6g}" for key, value in self._last_good.items()) or "none yet"
         raise NonFiniteLossError(
             f"{what}, {self.in_a_row} in a row. Last good values: {good}. Lower optim.lr or optim.full_precision_lr, "
-            "lengthen optim.warmup_steps, or look at the data of this step"
+            "lengthen the warm-up (optim.warmup_fraction), or look at the data of this step"
         )

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strategy) -> str:
     """What is about to be trained, on what, where."""
     from loqt_scale.layers import loqt_layers
+    from loqt_scale.optim import describe_rates
 
+    ours = not strategy.schedules_learning_rate
+    rates = describe_rates(config.optim, config.train.steps) if ours else "those of parallel.zero_config's scheduler"
     layers = [layer for _, layer in loqt_layers(built.model)]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)
     train, trained = config.train, format_count(built.trained_values)
@@ -33,11 +36,8 @@ def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strat
         f"data     {corpus.description}",
         f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
         f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
+        f"rates    {rates}",
     ]
-    if (warmup := config.optim.warmup_of(train.steps)) != config.optim.warmup_steps:
-        lines.append(
-            f"warm-up  {warmup} steps: the run has {train.steps}, optim.warmup_steps is {config.optim.warmup_steps}"
-        )
     return "\n".join(lines)
 
 

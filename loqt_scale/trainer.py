@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from loqt_scale.attention import attend_causally
 from loqt_scale.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
@@ -40,6 +41,7 @@ from loqt_scale.checkpoint import (
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
 from loqt_scale.data import AnotherTextError, Batch, Corpus
+from loqt_scale.diagnosis import Diagnosis, chance_overlaps
 from loqt_scale.errors import one_line
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
@@ -48,10 +50,10 @@ from loqt_scale.merge import MergeCoordinator
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.models import portable_config
 from loqt_scale.optim import (
+    LearningRates,
     StreamedAdamW,
     UpdateInBackward,
     create_optimizer,
-    create_scheduler,
     set_schedule_position,
     set_update_count,
 )
@@ -111,8 +113,10 @@ class Trainer:
             assert isinstance(self.optimizer, StreamedAdamW)
             self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.local)
         ours = not strategy.schedules_learning_rate
-        self.scheduler = create_scheduler(self.optimizer, config.optim, train.steps) if ours else None
+        self.learning_rates = LearningRates.of_run(config.optim, train.steps)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rates.factor(step)) if ours else None
         self.merges = self._create_merges() if config.method == "loqt" else None
+        self.diagnosis = Diagnosis(config, chance_overlaps(self.built.model), progress.line)
         self.rates = RateMeter()
         self.done = 0  # steps
         self.pending: PendingStep | None = None
@@ -127,7 +131,9 @@ class Trainer:
         # what the backward pass has applied cannot be skipped any more: the first such step ends the run
         self.health = Health(1 if config.optim.per_layer else config.optim.max_skipped_steps)
         folder = Path(train.run_dir) / CHECKPOINTS
-        self.saver = CheckpointSaver(folder, config.checkpoint, strategy, tell=progress.line)
+        self.saver = CheckpointSaver(
+            folder, config.checkpoint, strategy, tell=progress.line, kept=self.learning_rates.branching_step
+        )
 
     def _create_merges(self) -> MergeCoordinator:
         return MergeCoordinator(
@@ -173,7 +179,8 @@ class Trainer:
         last = self.done == train.steps
         if train.eval_every and self.done % train.eval_every == 0 and not last:
             self.evaluate(self.done)
-        if last or self.stopping or self.save_again or (every and self.done % every == 0):
+        due = every and (self.done % every == 0 or self.done == self.learning_rates.branching_step)
+        if last or self.stopping or self.save_again or due:
             self.save()
         if self.stopping:
             self.saver.wait()
@@ -199,6 +206,7 @@ class Trainer:
             skipped_in_a_row=self.health.in_a_row,
             merge_is_due=self.merges is not None and self.merges.is_merge_step(self.done),
             tokens=self.tokens,
+            warmup_steps=self.learning_rates.warmup_steps,
             eval_before=self.eval_before,
             world_size=self.strategy.world_size,
             strategy=self.strategy.description,
@@ -229,6 +237,7 @@ class Trainer:
         seek_text(self.corpus, checkpoint)
         load_checkpoint(checkpoint, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
+        self._keep_warmup(manifest.warmup_steps)
         if self.scheduler is not None:
             set_schedule_position(self.scheduler, manifest.step)
         self.strategy.set_schedule_position(manifest.updates)
@@ -240,6 +249,13 @@ class Trainer:
         self.progress.line(
             f"resumed after step {self.done} from {checkpoint.path} (saved by {manifest.world_size} ranks)"
         )
+
+    def _keep_warmup(self, steps: int | None) -> None:
+        """The warm-up of a run that goes on is the one with which it began, however long the run is by now."""
+        train, optim = self.config.train, self.config.optim
+        if steps not in (None, self.learning_rates.warmup_steps):
+            self.progress.line(f"the warm-up stays as the run began: {steps} steps")
+        self.learning_rates = LearningRates.of_run(optim, train.steps, warmup_steps=steps)
 
     def step(self, step: int) -> None:
         """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""
@@ -298,6 +314,7 @@ class Trainer:
         warning = self.health.judge(step + 1, loss, norm)
         if warning is None:
             self.updates += 1
+            self.diagnosis.take_loss(loss)
             values |= self.merge(step) if merging else {}
         else:
             self.progress.line(f"WARNING: {warning}")
@@ -401,6 +418,7 @@ class Trainer:
             report = self.merges.finish(step)
         assert report is not None
         self.progress.line(merge_line(report))
+        self.diagnosis.take_merge(report)
         means = {f"merge/{key}": value for key, value in report.means().items()}
         return (
             means

@@ -1,7 +1,8 @@
 """Which settings may change between a checkpoint and the run that goes on from it, and what works for the others.
 
-Free are those that do not change the numbers. Two that do may change as well, and it is said: `train.steps` may grow,
-and `optim.states` may be another. Every other change is refused, with the ways that lead on.
+Free are those that do not change the numbers (a warm-up in steps that is as long as one in a fraction, say). Two that
+do may change as well, and it is said: `train.steps` may grow, and `optim.states` may be another. Every other change is
+refused, with the ways that lead on.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.growth import describe_growth
+from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config_keys import flat_settings
+from loqt_scale.strategies.zero_config import names_scheduler
 
 FREE = (
     "checkpoint.",
@@ -29,6 +33,7 @@ FREE = (
     "train.progress",
     "train.wire_counter",
 )
+_WARMUP = ("optim.warmup_steps", "optim.warmup_fraction")
 _MAY_CHANGE = ("train.steps", "optim.states")
 _OF_THE_MODEL = ("model.preset", "model.path", "model.weights", "model.overrides", "data.tokenizer", "data.bpe_vocab")
 Changes = dict[str, tuple[Any, Any]]
@@ -40,8 +45,12 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> Changes:
     Raises:
         CheckpointError: Its manifest or its settings cannot be read.
     """
-    old, new = flat_settings(Checkpoint(checkpoint).settings()), flat_settings(config)
-    return {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(FREE)}
+    before = Checkpoint(checkpoint).settings()
+    steps = before.train.steps
+    same_warmup = before.optim.warmup_of(steps) == config.optim.warmup_of(steps)
+    free = FREE + (_WARMUP if same_warmup else ())
+    old, new = flat_settings(before), flat_settings(config)
+    return {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(free)}
 
 
 def of_another_run(changes: Changes) -> Changes:
@@ -54,13 +63,14 @@ def describe(changes: Changes) -> str:
     return "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
 
 
-def check_changes(checkpoint: Path, step: int, changes: Changes) -> list[str]:
+def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]:
     """Refuses changes that a run cannot go on with.
 
     Args:
         checkpoint: What it would go on from.
-        step: Steps that had been done there.
+        manifest: What that says about itself.
         changes: See `changed_settings`.
+        config: The run that would go on.
 
     Returns:
         Lines for people on those that it can go on with.
@@ -76,20 +86,24 @@ def check_changes(checkpoint: Path, step: int, changes: Changes) -> list[str]:
     before, steps = changes.get("train.steps", (0, 0))
     if steps < before:
         raise CheckpointError(
-            f"train.steps was {before} in {checkpoint} (after step {step}), is {steps}: it may grow but not shrink, "
-            f"since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume never to "
-            "start anew"
+            f"train.steps was {before} in {checkpoint} (after step {manifest.step}), is {steps}: it may grow but not "
+            f"shrink, since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume "
+            "never to start anew"
         )
-    return _notes(step, changes)
+    return _notes(manifest, changes, config)
 
 
-def _notes(step: int, changes: Changes) -> list[str]:
+def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]:
     what = {"train.steps": "learning rates and merges", "optim.states": "Adam's moments"}
-    return [
-        f"{key} was {changes[key][0]}, is {changes[key][1]}: from step {step + 1} on, {whose} are those of such a run"
+    notes = {
+        key: f"{key} was {changes[key][0]}, is {changes[key][1]}: from step {manifest.step + 1} on, {whose} are those "
+        "of such a run"
         for key, whose in what.items()
         if key in changes
-    ]
+    }
+    if "train.steps" in notes and not names_scheduler(config):
+        notes["train.steps"] += f", {describe_growth(manifest, config, changes['train.steps'][0])}"
+    return list(notes.values())
 
 
 def _ways(checkpoint: Path, wrong: Changes) -> str:

@@ -96,14 +96,19 @@ class CheckpointFolder:
         """Whether `latest` names this checkpoint, there or not."""
         return self._pointed() == checkpoint.relative_to(self.root).as_posix()
 
-    def prune(self, *, keep_last: int, keep_every: int) -> None:
+    def prune(self, *, keep_last: int, keep_every: int, kept: int | None = None) -> None:
         """Removes of the line that `latest` ends what need not be kept. One rank.
+
+        Args:
+            keep_last: The newest so many stay.
+            keep_every: Those of a multiple of so many steps stay; 0: none.
+            kept: That of this step stays.
 
         Raises:
             OSError: One cannot be removed.
         """
         for step in self.line()[:-keep_last]:
-            if not (keep_every and step % keep_every == 0):
+            if step != kept and not (keep_every and step % keep_every == 0):
                 self._remove(step)
 
     def _remove(self, step: int) -> None:

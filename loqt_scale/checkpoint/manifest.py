@@ -49,6 +49,7 @@ class Manifest(BaseModel):
         skipped_in_a_row: How many of the last steps were skipped.
         merge_is_due: Whether the next step ends in a merge.
         tokens: Tokens trained on.
+        warmup_steps: The warm-up with which the run began; None: a checkpoint of before this was written down.
         eval_before: Held-out loss before training, in nats.
         world_size: Ranks that wrote it.
         strategy: Their strategy, for people; any other can read it.
@@ -68,6 +69,7 @@ class Manifest(BaseModel):
     skipped_in_a_row: Count
     merge_is_due: bool
     tokens: Count
+    warmup_steps: Count | None = None
     eval_before: float
     world_size: Annotated[int, Field(ge=1, lt=2**20)]
     strategy: Annotated[str, StringConstraints(max_length=1000)]

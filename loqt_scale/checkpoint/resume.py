@@ -200,8 +200,8 @@ class _Decision:
         return record if record is not None and record.identity == identity(newest) else None
 
     def _going_on(self, checkpoint: Path, changes: Changes, folder: Literal["kept", "back", "new"]) -> Start:
-        step, steps = read_manifest(checkpoint).step, self.config.train.steps
-        notes = check_changes(checkpoint, step, changes)
+        manifest, steps = read_manifest(checkpoint), self.config.train.steps
+        notes, step = check_changes(checkpoint, manifest, changes, self.config), manifest.step
         if step > steps:
             raise CheckpointError(
                 f"{checkpoint} is after step {step}, but train.steps is {steps}; write {step} or more to go on, or "

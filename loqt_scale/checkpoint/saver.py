@@ -41,11 +41,19 @@ class CheckpointSaver:
         config: What is kept, and whether files are written in the background.
         strategy: How the model is spread.
         tell: Takes a line for people.
+        kept: A step whose checkpoint is kept for good, too.
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, strategy: Strategy, *, tell: Callable[[str], None]
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        strategy: Strategy,
+        *,
+        tell: Callable[[str], None],
+        kept: int | None = None,
     ) -> None:
+        self._kept = kept
         self._folder, self._config, self._strategy, self._tell = CheckpointFolder(root), config, strategy, tell
         self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
         self.failure: CheckpointError | None = None  # of the last save
@@ -161,6 +169,6 @@ class CheckpointSaver:
 
     def _prune(self) -> None:
         try:
-            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every, kept=self._kept)
         except OSError as error:
             self._tell(f"WARNING: an old checkpoint cannot be removed: {error}")

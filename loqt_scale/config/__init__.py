@@ -19,6 +19,7 @@ from loqt_scale.config.groups import (
     OptimizerName,
     OptimizerStates,
     ParallelConfig,
+    RateSchedule,
     Strategy,
     TrainConfig,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ParallelConfig",
     "QuantScheme",
     "QuantizationConfig",
+    "RateSchedule",
     "RunConfig",
     "Side",
     "StatePolicy",

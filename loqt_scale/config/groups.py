@@ -14,6 +14,7 @@ _YEAR = 365 * 24 * 3600
 Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
 OptimizerName = Literal["adamw", "muon"]
 OptimizerStates = Literal["float32", "int8"]
+RateSchedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,12 @@ class OptimConfig:
             strategy.
         per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
             pile up. One micro-batch a step, without clipping to a global norm; not under ddp or zero.
+        schedule: What the rates do after the warm-up: cosine or linear = down to the end; wsd = stay at the peak, and
+            come down in the last part of the run (a run can be made longer from before that); constant = stay.
+        decay_fraction: wsd: share of the run's steps in which the rates come down.
         warmup_steps: Steps of linear warm-up. A run that is no longer than this warms up for a tenth of its steps.
-        final_lr_fraction: The cosine ends at this fraction of the peak rate.
+        warmup_fraction: The same as a share of the run's steps; either this or `warmup_steps`. Default of both: none.
+        final_lr_fraction: The schedule ends at this fraction of the peak rate.
         clip_norm: Global gradient norm above which gradients are scaled down; 0 switches clipping off.
         max_skipped_steps: A step whose gradient is not finite is skipped; so many in a row end the run.
     """
@@ -138,7 +143,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     states: OptimizerStates = "float32"
     per_layer: bool = False
-    warmup_steps: int = 0
+    schedule: RateSchedule = "cosine"
+    decay_fraction: float = 0.2
+    warmup_steps: int | None = None
+    warmup_fraction: float | None = None
     final_lr_fraction: float = 0.1
     clip_norm: float = 1.0
     max_skipped_steps: int = 5
@@ -154,22 +162,45 @@ class OptimConfig:
         require(0.0 <= self.momentum < 1.0, f"optim.momentum is {self.momentum}; write a number in [0, 1)")
         require(self.eps > 0.0, f"optim.eps is {self.eps}; write a positive number")
         require(self.weight_decay >= 0.0, f"optim.weight_decay is {self.weight_decay}; write 0 or more")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; write 0 or more")
+        self._check_schedule()
         require(self.max_skipped_steps >= 1, f"optim.max_skipped_steps is {self.max_skipped_steps}; write 1 or more")
         require(self.clip_norm >= 0.0, f"optim.clip_norm is {self.clip_norm}; write 0 (off) or more")
-        require(
-            0.0 <= self.final_lr_fraction <= 1.0,
-            f"optim.final_lr_fraction is {self.final_lr_fraction}; write a number in [0, 1]",
-        )
         require(
             not self.per_layer or self.clip_norm == 0.0,
             f"optim.per_layer is true, but optim.clip_norm is {self.clip_norm}: the global norm is known only when all "
             "gradients are; write optim.clip_norm: 0, or optim.per_layer: false",
         )
 
+    def _check_schedule(self) -> None:
+        steps, fraction, decay, final = (
+            self.warmup_steps,
+            self.warmup_fraction,
+            self.decay_fraction,
+            self.final_lr_fraction,
+        )
+        require(steps is None or steps >= 0, f"optim.warmup_steps is {steps}; write 0 or more")
+        require(
+            fraction is None or 0.0 <= fraction < 1.0, f"optim.warmup_fraction is {fraction}; write a number in [0, 1)"
+        )
+        require(
+            steps is None or fraction is None,
+            f"optim.warmup_steps is {steps} and optim.warmup_fraction is {fraction}; write one of them, and the other "
+            "as null",
+        )
+        require(0.0 < decay <= 1.0, f"optim.decay_fraction is {decay}; write a number in (0, 1]")
+        require(0.0 <= final <= 1.0, f"optim.final_lr_fraction is {final}; write a number in [0, 1]")
+        require(
+            self.schedule != "wsd" or (fraction or 0.0) + decay <= 1.0,
+            f"optim.warmup_fraction {fraction} and optim.decay_fraction {decay} are more than the whole run; write two "
+            "numbers that add up to 1 or less",
+        )
+
     def warmup_of(self, total_steps: int) -> int:
         """Steps of warm-up of a run of so many steps: a tenth of them if `warmup_steps` is as many or more."""
-        return self.warmup_steps if self.warmup_steps < total_steps else total_steps // 10
+        if self.warmup_fraction is not None:
+            return round(self.warmup_fraction * total_steps)
+        steps = self.warmup_steps or 0
+        return steps if steps < total_steps else total_steps // 10
 
 
 Kept = Literal["nothing", "gradients", "trained"]
@@ -275,7 +306,8 @@ class CheckpointConfig:
     Args:
         every: Save every so many steps (and at the end, and when the job is told to stop); 0 = only then.
         background: Write files while training goes on; only the copy to host memory holds it up.
-        keep_last: Keep the newest so many checkpoints.
+        keep_last: Keep the newest so many checkpoints (and that of the step at which optim.schedule: wsd begins to
+            decay, from which the run can be made longer).
         keep_every: Keep also those whose step is a multiple of this, for good; 0 = none.
         resume: auto = go on with the run in train.run_dir, if there is one; never = start anew; else a checkpoint's
             folder, from which the run begins (what train.run_dir holds that came of it goes first).

@@ -75,6 +75,10 @@ class MergeConfig:
             f"loqt.merge.last_step_fraction is {self.last_step_fraction}; write a number in (0, 1]",
         )
 
+    def last_step(self, total_steps: int) -> int:
+        """The last step of a run of so many on which a merge may fall."""
+        return int(self.last_step_fraction * (total_steps - 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:

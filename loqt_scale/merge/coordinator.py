@@ -79,7 +79,7 @@ class MergeCoordinator:
         self._strategy = strategy or Strategy(device)
         self._initial_weights = initial_weights
         merge = config.merge
-        last = int(merge.last_step_fraction * (total_steps - 1))
+        last = merge.last_step(total_steps)
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._schedule, self._steps = steps, set(steps)
         self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)

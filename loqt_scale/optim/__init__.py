@@ -1,25 +1,20 @@
-"""AdamW in two forms, Muon, their schedule, and access to their moments."""
+"""AdamW in two forms, Muon, learning rates over a run, and access to their moments."""
 
-from loqt_scale.optim.create import (
-    create_optimizer,
-    create_scheduler,
-    learning_rate_factor,
-    low_rank_parameters,
-    momentum_only,
-    set_schedule_position,
-)
+from loqt_scale.optim.create import create_optimizer, low_rank_parameters, momentum_only
 from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
 from loqt_scale.optim.muon import WAVE_VALUES, StreamedMuon
 from loqt_scale.optim.per_layer import UpdateInBackward
+from loqt_scale.optim.schedule import LearningRates, create_scheduler, describe_rates, set_schedule_position
 from loqt_scale.optim.shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW
 
 __all__ = [
     "WAVE_VALUES",
     "Fragment",
+    "LearningRates",
     "Moment",
     "RowShards",
     "StreamedAdamW",
@@ -27,8 +22,8 @@ __all__ = [
     "UpdateInBackward",
     "create_optimizer",
     "create_scheduler",
+    "describe_rates",
     "ensure_state",
-    "learning_rate_factor",
     "low_rank_parameters",
     "moment_names",
     "momentum_only",

@@ -1,4 +1,4 @@
-"""The optimizer over two groups of parameters, and its schedule.
+"""The optimizer over two groups of parameters.
 
 Group `low_rank` holds the factors B (under `--method full`: the same layers' dense weights), group `full_precision`
 everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what
@@ -8,14 +8,11 @@ AdamW's, as is the convention.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from loqt_scale.config import OptimConfig
 from loqt_scale.layers import loqt_layers
@@ -75,30 +72,3 @@ def momentum_only(model: nn.Module, config: OptimConfig, dense_layers: Iterable[
     """Names of the parameters that have one moment instead of two: what Muon updates."""
     taken = {id(p) for p in low_rank_parameters(model, dense_layers)} if config.name == "muon" else set()
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in taken)
-
-
-def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Linear warm-up to 1, then a cosine down to `final_fraction`, reached at the last step."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
-    """`learning_rate_factor` on every group."""
-    warmup = config.warmup_of(total_steps)
-    return LambdaLR(
-        optimizer,
-        lambda step: learning_rate_factor(
-            step, total_steps=total_steps, warmup_steps=warmup, final_fraction=config.final_lr_fraction
-        ),
-    )
-
-
-def set_schedule_position(scheduler: LambdaLR, steps: int) -> None:
-    """Puts the scheduler, and the groups' rates, where `steps` calls of `step` would have put them."""
-    scheduler.last_epoch = steps - 1
-    with warnings.catch_warnings():  # that no update came before: true, and meant
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-        scheduler.step()

@@ -10,6 +10,7 @@ from loqt_scale.build import design_model
 from loqt_scale.command_options import OUTSIDE, PlanOptions
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
+from loqt_scale.optim import describe_rates
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.advice import first_that_fits
 from loqt_scale.plan.memory import RankMemory, rank_memory
@@ -100,6 +101,7 @@ def _title(config: RunConfig, ranks: int) -> str:
         f"{model.path or model.preset}: {method}; {kept}\n"
         f"{ranks} rank(s), {_strategy(config, ranks)}, {batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
         + (", activations recomputed" if model.activation_checkpointing else "")
+        + f"\nrates {describe_rates(optim, train.steps)}"
     )
 
 

@@ -51,6 +51,15 @@ def resolve_zero_stage(config: RunConfig) -> int:
     return _stage(config, read_zero_json(config.parallel.zero_config))
 
 
+def names_scheduler(config: RunConfig) -> bool:
+    """Whether a run's DeepSpeed JSON has a scheduler, which then moves the learning rates instead of `optim.schedule`.
+
+    Raises:
+        ConfigError: The JSON cannot be used.
+    """
+    return config.parallel.strategy == "zero" and "scheduler" in read_zero_json(config.parallel.zero_config)
+
+
 def check_zero_config(config: RunConfig, *, world_size: int) -> None:
     """Checks what a run says about ZeRO; reads a file, changes nothing.
 
@@ -99,6 +108,7 @@ def _checked(config: RunConfig, world_size: int) -> Tree:
             _check_same(tree, ours)
         _check_offload(config, tree)
         _check_dtypes(config, tree)
+        _check_one_schedule(config, tree)
     return tree
 
 
@@ -184,9 +194,12 @@ def _scheduler_values(config: RunConfig, tree: Tree) -> list[_Ours]:
     train, optim = config.train, config.optim
     rates = [optim.lr, optim.lr if optim.full_precision_lr is None else optim.full_precision_lr]  # low_rank first
     warmup = max(1, optim.warmup_of(train.steps))  # DeepSpeed wants 1 at least
+    asked = f"optim.warmup_steps is {optim.warmup_steps or 0}"
+    if optim.warmup_fraction is not None:
+        asked = f"optim.warmup_fraction is {optim.warmup_fraction} of {train.steps} steps"
     known = {
         "total_num_steps": _same("", "train.steps", train.steps),
-        "warmup_num_steps": _Ours("", warmup, f"optim.warmup_steps is {optim.warmup_steps}", "optim.warmup_steps: {}"),
+        "warmup_num_steps": _Ours("", warmup, asked, "optim.warmup_steps: {}"),
         "warmup_max_lr": _Ours("", rates, f"optim.lr and optim.full_precision_lr are {shown(rates)}"),
         "cos_min_ratio": _same("", "optim.final_lr_fraction", optim.final_lr_fraction),
     }
@@ -219,6 +232,16 @@ def _check_dtypes(config: RunConfig, tree: Tree) -> None:
         raise ConfigError(
             f"data_types.grad_accum_dtype is \"{summed}\", but model.dtype is '{dtype}' and the stage is 1: DeepSpeed "
             f'would take another optimizer, which merges do not know; write "{AUTO}" in the file, or stage 2'
+        )
+
+
+def _check_one_schedule(config: RunConfig, tree: Tree) -> None:
+    """A scheduler in the file takes the place of `optim.schedule`, unless that asks for another than the default."""
+    asked = config.optim.schedule
+    if "scheduler" in tree and asked != "cosine":
+        raise ConfigError(
+            f"scheduler.type is {shown(lookup(tree, 'scheduler.type'))}, but optim.schedule is '{asked}'; leave one of "
+            "the two out"
         )
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from loqt_scale.config_io import parse_run_config
 from loqt_scale.functional.projection import subspace_overlap
+from loqt_scale.optim import LearningRates
 from loqt_scale.strategies import create_strategy
 from tests.distributed.pool import RankFailed, RankPool
+from tests.distributed.tasks import small_config
 from tests.distributed.test_equivalence import ODD
 
 STAGES = (1, 2, 3)
@@ -181,6 +183,20 @@ def test_deepspeeds_scheduler_moves_the_rates_if_it_is_named(
     assert low_rank[: peak + 1] == sorted(low_rank[: peak + 1]) and low_rank[peak:] == sorted(low_rank[peak:])[::-1]
     assert low_rank[-1] < 1e-3 and ratios == pytest.approx([5.0] * len(ratios))
     assert '"WarmupDecayLR"' in (tmp_path / "run" / "deepspeed.json").read_text()
+
+
+@pytest.mark.parametrize(("stage", "schedule", "method"), [(3, "wsd", "loqt"), (2, "linear", "full")])
+def test_our_schedules_move_the_rates_if_none_is_named(
+    ranks: RankPool, common: dict[str, Any], stage: int, schedule: str, method: str
+) -> None:
+    short = {"optim.schedule": schedule, "method": method, "train.steps": 10, "optim.full_precision_lr": 1e-3}
+    settings = {**common, **zero(stage), **short}
+    rows = ranks.run(2, "tests.distributed.tasks:train_run", **settings)[0]
+    optim = small_config(settings).optim
+    factors = [LearningRates.of_run(optim, 10).factor(step) for step in range(10)]
+    for group, peak in (("low_rank", optim.lr), ("full_precision", 1e-3)):
+        rates = [row[f"train/lr_{group}"] for row in rows if "train/loss" in row]
+        assert rates == pytest.approx([peak * factor for factor in factors])
 
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

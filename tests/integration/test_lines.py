@@ -556,6 +556,56 @@ def test_train_steps_may_grow(runs: Runs, killed: Callable[..., None]) -> None:
     assert content(runs.folder) == state
 
 
+def test_a_run_grows_from_its_stable_part_as_if_it_had_been_longer(runs: Runs) -> None:
+    """Under wsd, bit for bit; the checkpoint of before the decay is there for it. After the decay rates jump."""
+    wsd = {"optim__schedule": "wsd", "optim__decay_fraction": 0.34}  # 2 of 6 steps, 1 of 4
+    sparse = {**wsd, "checkpoint__every": 50, "checkpoint__keep_last": 1}
+    runs("long", **wsd)
+    runs("short", **sparse, train__steps=4)
+    assert runs.saved("short") == [3, 4]
+    shutil.copytree(runs.folder / "short", runs.folder / "done")
+    said = runs("short", **sparse, checkpoint__resume=str(runs.checkpoint(3, "short")))
+    assert "are those of such a run, as they were from its first step" in said
+
+    def numbers(name: str) -> list[dict[str, float]]:
+        kept = ("train/loss", "train/lr", "train/grad_norm", "merge/", "eval/", "step")
+        return [{k: v for k, v in row.items() if k.startswith(kept) and "seconds" not in k} for row in runs.rows(name)]
+
+    assert numbers("short") == numbers("long")
+    said = runs("done", **sparse)
+    assert (
+        "but the rate goes from 0.1 to 0.364 of its peak, since the decay had begun; without that a checkpoint" in said
+    )
+    assert "of step 3 or before goes on: --checkpoint.resume PATH" in said
+    assert numbers("done") != numbers("long")
+
+
+def test_a_warm_up_that_is_over_does_not_come_back(runs: Runs, killed: Callable[..., None]) -> None:
+    """However much longer the run gets, and however often it is resumed after that."""
+    from loqt_scale.trainer import Trainer
+
+    half = {"optim__warmup_steps": None, "optim__warmup_fraction": 0.5, "optim__schedule": "constant"}
+    killed(Trainer, "step", 3, lambda: runs(**half, train__steps=4))
+    killed(Trainer, "step", 2, lambda: runs(**half, train__steps=8))
+    state = content(runs.folder)
+    with pytest.raises(CheckpointError, match=r"settings have changed .*optim.warmup_fraction was 0.5, is 0.75"):
+        runs(**{**half, "optim__warmup_fraction": 0.75}, train__steps=8)
+    assert content(runs.folder) == state
+    in_steps = {"optim__warmup_steps": 4, "optim__schedule": "constant"}  # of 8: the same
+    said = runs(**in_steps, train__steps=9)
+    assert "but the warm-up was 2 steps, not 4" in said and "the warm-up stays as the run began: 2 steps" in said
+    peak = runs.common.optim.lr
+    assert [row["train/lr_low_rank"] / peak for row in runs.rows() if "train/loss" in row] == [0.5] + 8 * [1.0]
+
+
+def test_merges_that_the_old_end_left_out_are_told(runs: Runs) -> None:
+    early = {"loqt__merge__last_step_fraction": 0.4, "loqt__merge__schedule": "constant", "loqt__merge__gap": 2}
+    runs(**early, train__steps=4, optim__schedule="constant")
+    said = runs(**early, train__steps=8, optim__schedule="constant")
+    assert "such a run, but 1 merge(s) of before, which loqt.merge.last_step_fraction had left out, do not" in said
+    assert [row["step"] for row in runs.rows() if "merge/seconds" in row] == [1]
+
+
 @pytest.mark.parametrize(("before", "after"), [pytest.param("float32", "int8", marks=LONG), ("int8", "float32")])
 def test_states_may_change(runs: Runs, killed: Callable[..., None], before: str, after: str) -> None:
     from loqt_scale.trainer import Trainer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -26,7 +27,7 @@ from loqt_scale.config_io import dump_run_config, load_run_config, parse_run_con
 from loqt_scale.config_keys import setting_types
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.schedule import merge_steps
-from loqt_scale.optim.create import learning_rate_factor
+from loqt_scale.optim import LearningRates
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,22 +163,42 @@ def test_no_is_the_name_of_a_language_and_yes_is_true_where_that_is_meant(tmp_pa
     assert read(tmp_path, "data: {files: [no, yes.txt]}").data.files == ["no", "yes.txt"]
 
 
-# ---- warm-up ---------------------------------------------------------------------------------------------------------
+# ---- learning rates --------------------------------------------------------------------------------------------------
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_short_run_of_a_shipped_config_needs_no_other_warm_up(path: Path) -> None:
     config = parse_run_config([f"--config={path}", "--train.steps=30"])
-    assert config.optim.warmup_of(30) == 3 if config.optim.warmup_steps >= 30 else config.optim.warmup_steps
+    assert config.optim.warmup_of(30) == 3
 
 
-def test_the_warm_up_shrinks_only_with_a_run_that_it_would_fill() -> None:
-    optim = parse_run_config(["--optim.warmup_steps=100"]).optim
-    assert [optim.warmup_of(steps) for steps in (1000, 101, 100, 50, 9, 1)] == [100, 100, 10, 5, 0, 0]
-    for steps in (1, 9, 50):
-        how = {"total_steps": steps, "warmup_steps": optim.warmup_of(steps), "final_fraction": 0.1}
-        rates = [learning_rate_factor(step, **how) for step in range(steps)]
-        assert max(rates) == 1.0 and min(rates) > 0.0
+@pytest.mark.xfail(strict=True, reason="the values come from the quality study")
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_config_names_the_rate_of_the_rest(path: Path) -> None:
+    """At the factors' rate plain Adam ruins an embedding."""
+    optim = yaml.safe_load(path.read_text())["optim"]
+    assert optim["full_precision_lr"] < optim["lr"]
+
+
+def test_warm_up_is_a_number_or_a_fraction(tmp_path: Path) -> None:
+    for steps, fraction in ((100, 0.1), (0, 0.1), (100, 0.0)):
+        both = rf"optim.warmup_steps is {steps} and optim.warmup_fraction is {fraction}; write one of them"
+        with pytest.raises(ConfigError, match=both):
+            parse_run_config([f"--optim.warmup_steps={steps}", f"--optim.warmup_fraction={fraction}"])
+    over = parse_run_config(
+        [f"--config={SHIPPED[0]}", "--optim.warmup_fraction=null", "--optim.warmup_steps=7", "--train.steps=1000"]
+    )
+    assert over.optim.warmup_of(1000) == 7
+    assert parse_run_config([]).optim.warmup_of(1000) == 0
+    assert read(tmp_path, "optim: {warmup_fraction: 0.25}").optim.warmup_of(1000) == 250
+
+
+def test_a_decay_leaves_room_for_the_warm_up() -> None:
+    with pytest.raises(ConfigError, match=r"optim.warmup_fraction 0.5 and optim.decay_fraction 0.6 are more than"):
+        parse_run_config(["--optim.schedule=wsd", "--optim.warmup_fraction=0.5", "--optim.decay_fraction=0.6"])
+    parse_run_config(["--optim.warmup_fraction=0.5", "--optim.decay_fraction=0.6"])  # a cosine has no decay
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -217,9 +238,7 @@ def check(config: RunConfig) -> None:
     dump_run_config(config).encode("utf-8")
     steps, merge = config.train.steps, config.loqt.merge
     assert merge_steps(min(steps, 10**4), gap=merge.gap, schedule=merge.schedule, growth=merge.growth)[0] == 0
-    assert (
-        learning_rate_factor(0, total_steps=steps, warmup_steps=config.optim.warmup_of(steps), final_fraction=1) > 0.0
-    )
+    assert LearningRates.of_run(config.optim, steps).factor(0) > 0.0
 
 
 @MANY

@@ -251,6 +251,7 @@ LINEAR = {"warmup_num_steps": 5, "warmup_max_lr": 0.25}
         ("WarmupLR", {"warmup_max_lr": [0.25, 0.5]}, {"full_precision_lr": 0.5}, None),
         ("WarmupLR", {"warmup_min_lr": 0.1, "warmup_num_steps": 5.0}, {}, {"warmup_min_lr": 0.1, **LINEAR}),
         ("WarmupLR", {}, {"warmup_steps": 0}, {"warmup_num_steps": 1}),
+        ("WarmupLR", {}, {"warmup_steps": None, "warmup_fraction": 0.5}, {"warmup_num_steps": 35}),
         ("WarmupCosineLR", {}, {}, {"total_num_steps": 70, "warmup_num_steps": 5, "cos_min_ratio": 0.125}),
         ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}, {}, {"cycle_momentum": False}),
         ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_momentum": True}, {}, {"cycle_momentum": True}),
@@ -445,6 +446,16 @@ def test_any_other_value_is_refused_with_both(json_file, key):
             {"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.5}}},
             {},
             "scheduler.params.cos_min_ratio is 0.5, but optim.final_lr_fraction is 0.1",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}},
+            {"optim": {"warmup_fraction": 0.25}, "train": {"steps": 100}},
+            "scheduler.params.warmup_num_steps is 9, but optim.warmup_fraction is 0.25 of 100 steps; write",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            {"optim": {"schedule": "wsd"}},
+            "scheduler.type is \"WarmupLR\", but optim.schedule is 'wsd'; leave one of the two out",
         ),
         (
             {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": "auto"}}},
