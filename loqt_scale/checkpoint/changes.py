@@ -12,7 +12,8 @@ from typing import Any
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
-from loqt_scale.config_keys import flat_settings
+from loqt_scale.config.paths import same_files
+from loqt_scale.config_keys import flat_settings, path_settings
 
 FREE = (
     "checkpoint.",
@@ -40,8 +41,15 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> Changes:
     Raises:
         CheckpointError: Its manifest or its settings cannot be read.
     """
-    old, new = flat_settings(Checkpoint(checkpoint).settings()), flat_settings(config)
-    return {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(FREE)}
+    return changes_between(Checkpoint(checkpoint).settings(), config)
+
+
+def changes_between(before: RunConfig, after: RunConfig) -> Changes:
+    """Settings that are not free and mean something else in another run: both values by dotted key."""
+    old, new = flat_settings(before), flat_settings(after)
+    changed = (key for key in new if old[key] != new[key] and not key.startswith(FREE))
+    paths = path_settings()
+    return {key: (old[key], new[key]) for key in changed if key not in paths or not same_files(old[key], new[key])}
 
 
 def of_another_run(changes: Changes) -> Changes:

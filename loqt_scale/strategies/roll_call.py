@@ -220,8 +220,8 @@ class RollCall:
             return bounded(self._there, max(seconds, SILENT_SECONDS))
         except TimeoutError:
             raise LostRankError(
-                f"rank 0 of {len(self._keys)} has not answered within {self._timeout:.0f} s (parallel.timeout_seconds): "
-                "stopped, or cut off from the network; start all ranks anew"
+                f"rank 0 of {len(self._keys)} has not answered within {self._timeout:.0f} s "
+                "(parallel.timeout_seconds): stopped, or cut off from the network; start all ranks anew"
             ) from None
 
     def _there(self) -> dict[int, Entry]:
@@ -241,7 +241,7 @@ class RollCall:
                 store = self._renew(store)
 
     def _watch(self) -> None:
-        """The other thread: looks once a second at what is known of the others, and for how long this rank has waited."""
+        """The other thread: looks once a second at what is known of the others, and how long this rank has waited."""
         stuck = _Stuck()
         while not self._closed.wait(PULSE_SECONDS):
             self._warn_of_silence()

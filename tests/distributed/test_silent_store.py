@@ -17,7 +17,7 @@ from loqt_scale.strategies import LostRankError, RollCall, open_store
 
 
 class Line:
-    """The network between a rank and the one that keeps the store; `held`, nothing gets through, as if that stood still."""
+    """The network between a rank and the one that keeps the store. `held`: nothing gets through."""
 
     def __init__(self, port: int) -> None:
         self.held = threading.Event()

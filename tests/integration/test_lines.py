@@ -19,6 +19,7 @@ import torch
 from loqt_scale.checkpoint import CheckpointError, Start, identity
 from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.config.paths import same_files
 from loqt_scale.export import export_checkpoint
 from loqt_scale.job import train
 from loqt_scale.opening import OpenRun
@@ -181,6 +182,23 @@ def test_a_finished_run_makes_room_for_another_one(runs: Runs) -> None:
     assert runs.losses() != runs.losses("run.old-1")
 
 
+def test_a_finished_run_without_its_checkpoints_is_finished(runs: Runs) -> None:
+    """Somebody has made room: nothing is trained a second time, and nothing is moved, unless it is told so."""
+    runs(train__steps=2)
+    path = str(runs.checkpoint(1))
+    runs("other", train__steps=2, checkpoint__resume=path)
+    for name in ("run", "other"):
+        shutil.rmtree(runs.folder / name / "checkpoints")
+    before = content(runs.folder)
+    said = runs(train__steps=2)
+    assert f"{FINISHED} 2 steps" in said and "holds no checkpoint any more" in said
+    assert runs.prepare("other", train__steps=2, checkpoint__resume=path).folder == "over"
+    with pytest.raises(CheckpointError, match=r"finished after 2 steps, and .* is 6: put the checkpoints back, or wri"):
+        runs()
+    assert content(runs.folder) == before
+    assert runs.prepare(train__steps=2, optim__lr=1e-3).folder == "new" and (runs.folder / "run.old-1").is_dir()
+
+
 # ---- an earlier checkpoint -------------------------------------------------------------------------------------------
 
 
@@ -317,6 +335,7 @@ def test_a_relative_link_is_set_aside_with_what_it_names(runs: Runs) -> None:
     runs.checkpoint(3).symlink_to("../../disk")
     runs.prepare(train__steps=3, checkpoint__resume=str(runs.checkpoint(2)))
     aside = runs.folder / "run" / "checkpoints" / "abandoned-1"
+    assert (aside / "finished.json").is_file() and not (runs.folder / "run" / "finished.json").exists()
     assert (aside / "step-00000003" / "manifest.json").is_file() and (aside / "step-00000003").is_symlink()
     runs.prepare(train__steps=3, checkpoint__resume=str(aside))
     assert (runs.checkpoint(3) / "manifest.json").is_file() and runs.saved() == [1, 2, 3]
@@ -391,6 +410,24 @@ def test_a_path_is_the_way_on_where_latest_names_nothing(runs: Runs) -> None:
         runs(train__steps=4)
     said = runs(train__steps=4, checkpoint__resume=str(runs.checkpoint(3)))
     assert "resumed after step 3" in said and FINISHED in runs(train__steps=4)
+
+
+def test_without_latest_the_newest_whole_one_is_it(runs: Runs, killed: Callable[..., None]) -> None:
+    from loqt_scale.checkpoint import CheckpointFolder
+
+    killed(CheckpointFolder, "point", 1, lambda: runs(train__steps=4, checkpoint__background=False))
+    pointer = runs.checkpoint(1).with_name("latest")
+    assert runs.saved() == [1] and not pointer.exists()
+    said = runs(train__steps=4)
+    assert f"{pointer} is not there; step-00000001 is the newest whole" in said and "resumed after step 1" in said
+    losses = runs.losses()
+    pointer.unlink()
+    before = content(runs.folder)
+    assert FINISHED in runs(train__steps=4) and content(runs.folder) == before
+    (runs.checkpoint(4) / SHARD).unlink()
+    said = runs(train__steps=4)
+    assert "step-00000003 is the newest whole" in said and "resumed after step 3" in said and "of step 4 to 4" in said
+    assert runs.losses() == losses and FINISHED in runs(train__steps=4) and runs.latest() == "step-00000004"
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +532,24 @@ def test_a_path_through_a_link_is_the_runs_own(runs: Runs) -> None:
     (runs.folder / "elsewhere").symlink_to(runs.folder / "run")
     said = runs(checkpoint__resume=str(runs.folder / "elsewhere" / "checkpoints" / "step-00000004"))
     assert "abandoned-1" in said and not (runs.folder / "run.old-1").exists() and FINISHED in runs()
+
+
+def test_a_text_is_the_same_however_it_is_spelled(runs: Runs, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a tokenizer's folder, or a model's, another one for its name."""
+    here = runs.folder / "here"
+    here.mkdir()
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(text_file, here / name)
+    (runs.folder / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    runs(train__steps=1, data__files=["a.txt", "b.txt"])
+    spelled = [["*.txt"], [str(here / "a.txt"), "./b.txt"], [f"{runs.folder}/link/[ab].txt"], ["~/a.txt", "b.txt"]]
+    for files in spelled:
+        assert runs.prepare(train__steps=1, data__files=files).folder == "over"
+    assert runs.prepare(train__steps=1, data__files=["b.txt", "a.txt"]).folder == "new"
+    assert same_files(str(here), f"{runs.folder}/link/") and not same_files("bytes", "bpe")
+    assert not same_files(None, "here") and same_files("no/such-*", "no/such-*")
 
 
 def test_checkpoints_on_a_disk_that_is_not_there(runs: Runs) -> None:
