@@ -99,7 +99,9 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
         seek_text(corpus, checkpoint)
         check_numbers(checkpoint, design.model, strategy)
-    run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    with stop.patience():  # what has been moved is said, whatever signal comes
+        run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    stop.check()
     if checkpoint is not None and run.place is not None:
         checkpoint.follow(run.place)
     keep_errors_in(config.train.run_dir)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from loqt_scale import opening
 from loqt_scale.checkpoint import CheckpointError, Start, identity
 from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
@@ -24,9 +26,11 @@ from loqt_scale.export import export_checkpoint
 from loqt_scale.job import train
 from loqt_scale.opening import OpenRun
 from loqt_scale.runlock import RunInUse
+from loqt_scale.stopping import Stopped
 from loqt_scale.strategies import Strategy
 from tests.distributed.tasks import small_config
 from tests.unit.test_foreign_checkpoint import SHARD, edit_tensors
+from tests.unit.test_metrics import same_curves
 from tests.unit.test_runlock import another_job
 
 STEPS = 6
@@ -215,6 +219,7 @@ def test_going_back_keeps_both_lines(runs: Runs, background: bool) -> None:
     assert (aside / "step-00000005" / "manifest.json").read_bytes() == old
     assert len((aside / "metrics.jsonl").read_text().splitlines()) == STEPS + 2 and (aside / "finished.json").exists()
     assert runs.losses() == losses, "the same steps again, bit for bit"
+    assert same_curves(runs.folder / "run")
     # the line that was left can be gone back to, and then the other one is set aside
     shutil.rmtree(aside / "step-00000006")
     (aside / "latest").write_text("step-00000005\n")
@@ -283,6 +288,7 @@ def test_a_line_that_was_set_aside_comes_back_with_its_metrics(two_lines: Runs) 
     digests = {path.name: identity(path) for path in aside.glob("step-*")}
     said = runs(checkpoint__resume=str(aside), train__steps=4)
     assert "are back in" in said and "of step 3 to 5" in said and runs.rows()[:-1] == first[:-1]
+    assert same_curves(runs.folder / "run"), "TensorBoard shows this line too"
     assert runs.latest() == "step-00000004" and runs.saved() == [1, 2, 3, 4], "what both lines came of is there"
     assert digests == {path.name: identity(path) for path in (runs.checkpoint(3), runs.checkpoint(4))}
     other = aside.with_name("abandoned-2")
@@ -463,6 +469,48 @@ def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
     assert ("resumed after step 2" in said) == (resume == "auto") and list(runs.losses()) == list(range(1, STEPS + 1))
     assert (runs.folder / "run.old-1").exists() == (resume == "never")
     assert not list(runs.folder.rglob("run.lock*"))
+
+
+def test_a_folder_in_which_another_job_runs_is_not_moved(runs: Runs) -> None:
+    """A run folder inside the one that would make room for this run."""
+    (runs.folder / "run" / "b").mkdir(parents=True)
+    runs.prepare()
+    with another_job(runs.folder / "run" / "b") as job:
+        before = content(runs.folder)
+        named = rf"cannot be moved aside while a job works in .*run/b \(process {job.pid} on .*\); .*write another --tr"
+        with pytest.raises(RunInUse, match=named):
+            runs.prepare(checkpoint__resume="never")
+        assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
+        job.kill()
+        runs.prepare(checkpoint__resume="never")
+    assert (runs.folder / "run.old-1" / "b" / "run.lock").exists()
+
+
+@pytest.mark.parametrize("event", ["told to stop", "a full disk"])
+def test_where_the_old_run_went_is_said_whatever_happens_then(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], event: str
+) -> None:
+    """Between the move and the new folder."""
+    runs.prepare()
+    alive = opening.make_room
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def disturbed(*given: Any) -> Path | None:
+        old = alive(*given)
+        if event == "told to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            monkeypatch.setattr(Path, "mkdir", full)
+        return old
+
+    monkeypatch.setattr(opening, "make_room", disturbed)
+    with pytest.raises((Stopped, PermissionError)) as ended:
+        runs(checkpoint__resume="never")
+    assert isinstance(ended.value, Stopped) == (event == "told to stop")
+    assert f"held another run, which is now {runs.folder / 'run.old-1'}" in capsys.readouterr().out
+    assert (runs.folder / "run.old-1" / "begun.json").is_file()
 
 
 # ---- links, other spellings, strays ----------------------------------------------------------------------------------
