@@ -39,7 +39,7 @@ from loqt_scale.checkpoint import (
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
-from loqt_scale.data import AnotherTextError, Batch, Corpus
+from loqt_scale.data import Batch, Corpus
 from loqt_scale.errors import one_line
 from loqt_scale.evaluation import evaluate
 from loqt_scale.functional.seeding import stable_seed
@@ -220,13 +220,12 @@ class Trainer:
         tokenizer.save(folder / HUGGINGFACE)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where a (verified) checkpoint was saved. Every rank.
+        """Goes back to where a (verified) checkpoint was saved; its text stands there (`seek_text`). Every rank.
 
         Raises:
             CheckpointError: It is of another model, holds a number that is not finite, or has changed meanwhile.
         """
         manifest = checkpoint.manifest
-        seek_text(self.corpus, checkpoint)
         load_checkpoint(checkpoint, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
         if self.scheduler is not None:
@@ -448,20 +447,3 @@ class Trainer:
             return {}
         sent = counter.sent_bytes() + earlier * (self.strategy.world_size - 1) // self.strategy.world_size
         return {f"{name}_payload_bytes": counter.payload_bytes() + earlier, f"{name}_sent_bytes": sent}
-
-
-def seek_text(corpus: Corpus, checkpoint: Checkpoint) -> None:
-    """Goes to where a checkpoint's run stood in its text, which nobody has read from yet; twice is as well as once.
-
-    Raises:
-        CheckpointError: It is another text, or has no such place.
-    """
-    position = checkpoint.position()
-    if position is None:
-        return
-    try:
-        corpus.train.seek(checkpoint.manifest.step, position)
-    except AnotherTextError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    except ValueError as error:
-        raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None
