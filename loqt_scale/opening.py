@@ -166,7 +166,8 @@ class OpenRun:
 
     def _change_line(self) -> None:
         """Makes the line of the checkpoints here that of `start`."""
-        change = LineChange(self._run_dir, self.start.own or self._folder.latest())
+        begins = self.start.folder == "new"  # whatever checkpoints lie here are none of its own
+        change = LineChange(self._run_dir, None if begins else self.start.own or self._folder.latest())
         change.make({Begun.FILE: self.start.begun.text(), "config.yaml": dump_run_config(self._config)})
         others = change.others
         if change.aside is not None:

@@ -436,6 +436,15 @@ def test_without_latest_the_newest_whole_one_is_it(runs: Runs, killed: Callable[
     assert runs.losses() == losses and FINISHED in runs(train__steps=4) and runs.latest() == "step-00000004"
 
 
+def test_a_checkpoint_that_was_copied_here_is_not_of_a_run_that_begins(runs: Runs) -> None:
+    runs(train__steps=1)
+    copied = runs.checkpoint(1, "other")
+    shutil.copytree(runs.checkpoint(1), copied)
+    assert runs.prepare("other", train__steps=2, checkpoint__resume="never").checkpoint is None
+    assert [path.name for path in copied.parent.iterdir()] == ["abandoned-1"]
+    assert runs.prepare("other", train__steps=2).checkpoint is None
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = Path.rename
 
