@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -178,7 +177,8 @@ class Trainer:
         if self.stopping:
             self.saver.wait()
             self.progress.line(f"stopped after step {self.done}; {self.saver.way_on(self.done)}")
-            raise Stopped(self.stop.number or signal.SIGTERM, together=True)
+            signals = filter(None, self.strategy.gather_objects(self.stop.number))  # perhaps one rank alone was told
+            raise Stopped(next(signals), together=True)
 
     def save_if_unsaved(self) -> None:
         """Waits for the last save, and makes one more try if it has failed. Every rank."""

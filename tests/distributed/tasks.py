@@ -157,6 +157,30 @@ def run_with_unreadable_data(rank: int, step: int, **settings: Any) -> tuple[str
     return "nothing", ""
 
 
+def run_told_to_stop(rank: int, number: int, **settings: Any) -> int:
+    """A run on whose third step one rank alone gets a signal; the number with which this rank ends."""
+    import os
+
+    from loqt_scale.stopping import Stopped
+    from loqt_scale.trainer import Trainer
+
+    whole = Trainer.step
+
+    def step(self: Trainer, position: int) -> None:
+        if os.environ["RANK"] == str(rank) and position == 2:
+            os.kill(os.getpid(), number)
+        whole(self, position)
+
+    Trainer.step = step  # type: ignore[method-assign]
+    try:
+        train_run(**settings)
+    except Stopped as stopped:
+        return stopped.number
+    finally:
+        Trainer.step = whole  # type: ignore[method-assign]
+    return 0
+
+
 def run_with_failing_evaluation(rank: int, **settings: Any) -> tuple[str, str, str]:
     """A run in whose second evaluation one rank finds no memory; its error, what it came from, and the way on."""
     import os

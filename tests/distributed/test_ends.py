@@ -75,6 +75,12 @@ def test_an_evaluation_that_fails_on_one_rank_ends_all_of_them_saved(
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
 
+def test_all_ranks_end_with_the_signal_that_one_got(ranks: RankPool, settings: dict[str, Any], tmp_path: Path) -> None:
+    task, settings = "tests.distributed.tasks:run_told_to_stop", {**settings, "parallel.strategy": "ddp"}
+    assert ranks.run(2, task, rank=1, number=int(signal.SIGINT), **settings) == [signal.SIGINT] * 2
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() in ("step-00000004\n", "step-00000005\n")
+
+
 def test_a_mark_that_rank_0_cannot_write_is_told_on_every_rank(
     ranks: RankPool, settings: dict[str, Any], tmp_path: Path
 ) -> None:
