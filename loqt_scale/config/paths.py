@@ -56,9 +56,9 @@ def same_files(one: str | list[str] | None, other: str | list[str] | None) -> bo
 
 
 def _meant(value: str | list[str]) -> list[str]:
-    """The files that are there, without links, in their order; what is not there as it is written."""
+    """Absolute paths without links, in their order, of what is there or would be; ids too, which is as good."""
     names = [name for pattern in ([value] if isinstance(value, str) else value) for name in _matches(pattern)]
-    return list(dict.fromkeys(os.path.realpath(name) if os.path.exists(name) else name for name in names))
+    return list(dict.fromkeys(map(os.path.realpath, names)))
 
 
 def _matches(pattern: str) -> list[str]:
