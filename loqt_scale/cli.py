@@ -13,6 +13,7 @@ The error log is in the run's folder, one for each rank (see `error_log`). LOQT_
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -173,9 +174,8 @@ def _delivered(watch: Watch, prog: str) -> int:
         return 0
     if isinstance(error, BrokenPipeError):
         return CLOSED
-    return _fail(
-        prog, f"standard output cannot be written to ({reason_of(error)}); {advice_on(error)}", every_rank=True
-    )
+    advice = "let it lead somewhere, to /dev/null say" if error.errno == errno.EBADF else advice_on(error)
+    return _fail(prog, f"standard output cannot be written to ({reason_of(error)}); {advice}", every_rank=True)
 
 
 def _report(prog: str, error: Exception) -> int:

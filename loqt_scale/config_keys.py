@@ -3,6 +3,7 @@
 The dataclasses in `config` are the only list of settings. This module reads that list back from them, so that an
 error can say what to write instead without a second table that goes stale:
 
+* `path_settings()` are those that hold paths;
 * `setting_types()` maps every dotted key (`loqt.merge.gap`) to its type;
 * `describe_type()` turns a type into the words of an error message ("a whole number", "one of nf4, none");
 * `plain_message()` words the error of a value of the wrong type;
@@ -16,7 +17,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
 from typing import Any, Literal, Union, get_args, get_origin
@@ -35,6 +36,21 @@ def setting_types() -> dict[str, Any]:
 def setting_groups() -> frozenset[str]:
     """Dotted names of the groups: loqt, loqt.merge, …"""
     return frozenset(key for key, hint in _walk(RunConfig, "") if is_dataclass(hint))
+
+
+@cache
+def path_settings() -> frozenset[str]:
+    """Dotted settings that hold a path, or several."""
+    return frozenset(_paths(RunConfig, ""))
+
+
+def _paths(cls: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            yield from _paths(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+        elif item.metadata.get("path"):
+            yield prefix + item.name
 
 
 def _walk(cls: type, prefix: str) -> list[tuple[str, Any]]:

@@ -2,13 +2,14 @@
 
 An import that is interrupted cannot say so on one line, and some libraries swallow the exception. While they load there
 is nothing to save, so the process ends right in the handler. When the command is over, a further Ctrl-C ends the
-process without a word.
+process without a word. Standard streams that are closed are held, too, before a file is opened.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -16,6 +17,7 @@ from types import FrameType
 
 def main() -> int:
     """The console command `loqt-scale`; returns its exit status."""
+    hold_standard_streams()
     with _silent_when_over():
         with _ending_at_once("loqt-scale"):
             from loqt_scale.cli import main as run
@@ -24,10 +26,27 @@ def main() -> int:
 
 def enter(name: str, argv: Sequence[str], prog: str) -> int:
     """Runs one subcommand, as `loqt_scale.cli.run_command` does; returns its exit status."""
+    hold_standard_streams()
     with _silent_when_over():
         with _ending_at_once(prog):
             from loqt_scale.cli import run_command as run
         return run(name, argv, prog)
+
+
+def hold_standard_streams() -> None:
+    """Takes the places of standard streams that the process was started without (`>&-`), or a file of ours would.
+
+    What is written to such a standard output fails, as it does where a reader has gone; errors are told to nobody.
+    """
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, mode), True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ _REASON_CHARS = 300
 # exceptions whose message says little without their name
 _NAMED = (LookupError, AttributeError, TypeError, AssertionError, ArithmeticError)
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|DefaultCPUAllocator|can(not|'t) allocate memory|Unable to allocate", re.IGNORECASE
+    r"out of memory|MemoryError|DefaultCPUAllocator|can(not|'t) allocate memory|Unable to allocate", re.IGNORECASE
 )
 _ROOM = "make room on its disk, or have the quota raised"
 _RIGHTS = "give this user the right to it"

@@ -20,6 +20,7 @@ from loqt_scale.batching import counted_tokens
 from loqt_scale.checkpoint import Checkpoint, read_settings
 from loqt_scale.command_options import GenerateOptions
 from loqt_scale.config import DataConfig, RunConfig
+from loqt_scale.config.paths import same_files
 from loqt_scale.config_io import parse_run_config, save_run_config
 from loqt_scale.config_keys import flat_settings
 from loqt_scale.data import Corpus, build_corpus
@@ -191,6 +192,8 @@ def _override(settings: RunConfig, argv: Sequence[str]) -> RunConfig:
     old, new = flat_settings(settings), flat_settings(config)
     changed = [key for key in new if new[key] != old[key]]
     for key in changed:
+        if key == "data.tokenizer" and same_files(old[key], new[key]):
+            continue
         if key == "data.tokenizer" or not key.startswith(_OPEN):
             raise ConfigError(f"{key} is the model's and stays {old[key]!r}; eval takes {', '.join(_OPEN)}")
     return config

@@ -16,7 +16,7 @@ from typing import Any
 
 from loqt_scale.batching import micro_steps
 from loqt_scale.build import design_model
-from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint
+from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint, seek_text
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.data import build_corpus
@@ -37,7 +37,7 @@ from loqt_scale.strategies import (
     resolve_strategy,
 )
 from loqt_scale.together import one_for_all
-from loqt_scale.trainer import Trainer, seek_text
+from loqt_scale.trainer import Trainer
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float]:
@@ -97,9 +97,11 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     if checkpoint is not None:
         single = momentum_only(design.model, config.optim, design.dense_layers)
         check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
-        seek_text(corpus, checkpoint)
+        seek_text(checkpoint, corpus.train)
         check_numbers(checkpoint, design.model, strategy)
-    run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    with stop.patience():  # what has been moved is said, whatever signal comes
+        run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    stop.check()
     if checkpoint is not None and run.place is not None:
         checkpoint.follow(run.place)
     keep_errors_in(config.train.run_dir)

@@ -8,7 +8,6 @@ Rank 0 does it and tells the others, errors too, so all ranks start from the sam
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Self, TypeVar
 
 import psutil
 
+from loqt_scale import processes
 from loqt_scale.checkpoint import (
     CHECKPOINTS,
     Begun,
@@ -31,7 +31,8 @@ from loqt_scale.checkpoint import (
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import dump_run_config
 from loqt_scale.errors import UnwritableError, advice_on, reason_of
-from loqt_scale.rundir import make_room, prepare_run_dir
+from loqt_scale.metrics import replay
+from loqt_scale.rundir import holds_run, make_room, prepare_run_dir
 from loqt_scale.runlock import LOCK, RunLock
 from loqt_scale.strategies import Strategy
 
@@ -80,9 +81,7 @@ class OpenRun:
             OSError: On all ranks; see `make_room`.
             CheckpointError: On all ranks: a checkpoint of another line cannot be moved.
         """
-        for line in on_main(self._strategy, self._prepare):
-            if self._strategy.is_main:
-                self._tell(line)
+        on_main(self._strategy, self._prepare)
 
     @property
     def place(self) -> Path | None:
@@ -128,13 +127,13 @@ class OpenRun:
             with suppress(OSError):  # only what is empty goes
                 folder.rmdir()
 
-    def _prepare(self) -> list[str]:
-        start, told = self.start, []
-        if start.folder == "new":
-            told += self._make_room()
+    def _prepare(self) -> None:
+        for note in self.start.notes:
+            self._tell(note)
+        if self.start.folder == "new":
+            self._make_room()
         with self._advice():
-            told += self._change_line()
-        return [*start.notes, *told]
+            self._change_line()
 
     @contextmanager
     def _advice(self) -> Iterator[None]:
@@ -149,38 +148,40 @@ class OpenRun:
                 "write another --train.run_dir"
             ) from None
 
-    def _make_room(self) -> list[str]:
+    def _make_room(self) -> None:
+        assert self._lock is not None
+        if holds_run(self._run_dir):
+            self._lock.refuse_jobs_below(self._run_dir)
         old = make_room(self._run_dir, "archive" if self.start.again else self._config.train.on_existing_run)
         if old is None:
-            return []
-        assert self._lock is not None
+            return
+        self._tell(f"{self._run_dir} held another run, which is now {old}")  # at once: whatever follows may fail
+        if old.is_symlink():
+            self._tell(f"{old} is a link to {os.path.realpath(old)}; this run is written to {self._run_dir} itself")
+        if (old / CHECKPOINTS).is_symlink():
+            self._tell(f"its checkpoints are on another disk; this run's are written to {self._folder.root}")
         prepare_run_dir(self._run_dir)
         self._lock.take()
         self._lock.release(old / LOCK)
-        told = [f"{self._run_dir} held another run, which is now {old}"]
-        if old.is_symlink():
-            told.append(f"{old} is a link to {os.path.realpath(old)}; this run is written to {self._run_dir} itself")
-        if (old / CHECKPOINTS).is_symlink():
-            told.append(f"its checkpoints are on another disk; this run's are written to {self._folder.root}")
-        return told
 
-    def _change_line(self) -> list[str]:
+    def _change_line(self) -> None:
         """Makes the line of the checkpoints here that of `start`."""
-        change = LineChange(self._run_dir, self.start.own or self._folder.latest())
+        begins = self.start.folder == "new"  # whatever checkpoints lie here are none of its own
+        change = LineChange(self._run_dir, None if begins else self.start.own or self._folder.latest())
         change.make({Begun.FILE: self.start.begun.text(), "config.yaml": dump_run_config(self._config)})
-        told, others = [], change.others
+        others = change.others
         if change.aside is not None:
-            told.append(
+            self._tell(
                 f"{len(others)} checkpoint(s), of step {others[0]} to {others[-1]}, are not of the line that the run "
                 f"goes on with, and have been moved to {change.aside}; --checkpoint.resume {change.aside} goes back to "
                 "them"
             )
         if change.brings_back and self.place is not None:
-            told.append(
+            replay(self._run_dir, self._tell)
+            self._tell(
                 f"the checkpoints up to {self.place.name} that had been set aside are back in {self._folder.root}, and "
-                "metrics.jsonl is theirs again; TensorBoard still shows the other line's curves up to there"
+                "metrics.jsonl and TensorBoard's curves are theirs again"
             )
-        return told
 
 
 def on_main(strategy: Strategy, work: Callable[[], T]) -> T:
@@ -202,4 +203,5 @@ def job_name(environment: Mapping[str, str] = os.environ) -> str:
     if "SLURM_JOB_ID" in environment:
         return f"SLURM {environment['SLURM_JOB_ID']}"
     parent = psutil.Process(os.getppid())
-    return f"{socket.gethostname()} {parent.pid} {parent.create_time():.0f}"
+    began = processes.began(parent.pid)
+    return f"{processes.place()} {parent.pid} {began if began is not None else round(parent.create_time())}"

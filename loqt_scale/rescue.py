@@ -2,7 +2,8 @@
 
 one rank      any error, unless it came in the middle of an update or of a merge
 many ranks    errors that all ranks raise together at the same step: data that a rank could not read, too many
-              steps that were not finite. One rank alone cannot save, and the others wait for it in a collective
+              steps that were not finite, an evaluation that failed on one (where each rank has all weights). One rank
+              alone cannot save, and the others wait for it in a collective
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from loqt_scale.errors import one_line
+from loqt_scale.evaluation import EvaluationError
 from loqt_scale.health import NonFiniteLossError, OutOfStepError, UnreadableDataError
 
 if TYPE_CHECKING:
     from loqt_scale.trainer import Trainer
 
-TOGETHER = (NonFiniteLossError, UnreadableDataError)  # raised on all ranks, at the same step
+TOGETHER = (NonFiniteLossError, UnreadableDataError, EvaluationError)  # raised on all ranks, at the same step
 
 
 @contextmanager
@@ -68,8 +70,9 @@ def _try_to_save(trainer: Trainer, error: Exception) -> str | None:
 
 def _let_go(trainer: Trainer, error: Exception) -> None:
     """Frees what the unfinished step holds: there may be no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        traceback.clear_frames(error.__traceback__)
+    for each in (error, error.__cause__):
+        if isinstance(each, torch.OutOfMemoryError):
+            traceback.clear_frames(each.__traceback__)
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.strategy.after_forward_only(trainer.model)
     gc.collect()

@@ -3,7 +3,7 @@
 The lock is `run.lock` in the run's folder, so every job that sees the folder sees it, under whatever path and from
 whatever node. It names host, process and start time. Whether its holder still lives is found out without clocks:
 
-    same host (and the same view of its processes)   the process is there, and it began when the lock says
+    same host (and the same view of its processes)   the process is there, and it began when the lock says (to the tick)
     another one                                      the holder touches the file every few seconds; a file that nobody
                                                      has touched while we watched belongs to a job that is gone
 
@@ -28,12 +28,13 @@ from typing import Self
 
 import psutil
 
+from loqt_scale import processes
 from loqt_scale.errors import UserError
 
 LOCK = "run.lock"
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0  # of another host's job until it counts as gone; file attributes may be cached for that long
-_SAME_START_SECONDS = 2.0  # psutil derives start times from the time of boot, which a clock that is set may shift
+_SAME_START_SECONDS = 2.0  # where there are no ticks: start times on a clock that may be set
 _ATTEMPTS = 20
 
 
@@ -50,6 +51,7 @@ class Holder:
         place: The boot of that host, and the container in it, whose process numbers these are.
         pid: Process number.
         started: When that process began, in seconds since 1970 on its own clock.
+        ticks: And in the kernel's ticks since the boot; None: not Linux.
         since: When it took the lock, for people.
         token: Drawn for this lock alone.
     """
@@ -60,15 +62,17 @@ class Holder:
     started: float
     since: str
     token: str
+    ticks: int | None = None
 
     @classmethod
     def here(cls) -> Holder:
         """This process, with a new token."""
         return cls(
             host=socket.gethostname(),
-            place=_place(),
+            place=processes.place(),
             pid=os.getpid(),
             started=psutil.Process().create_time(),
+            ticks=processes.began(os.getpid()),
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
             token=secrets.token_hex(8),
         )
@@ -78,16 +82,21 @@ class Holder:
 
     def lives(self) -> bool | None:
         """Whether that process is still there; None if that cannot be told from here."""
-        if self.place != _place():
+        if self.place != processes.place():
             return None
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _SAME_START_SECONDS
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return self._is(process) and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:  # somebody else's, but there
             return True
+
+    def _is(self, process: psutil.Process) -> bool:
+        """Whether this is the process, and not a later one of its number."""
+        if self.ticks is not None:
+            return processes.began(self.pid) == self.ticks
+        return abs(process.create_time() - self.started) < _SAME_START_SECONDS
 
 
 class RunLock:
@@ -139,7 +148,7 @@ class RunLock:
             holder = _read(self.path)
             if holder is not None and holder.token == self._me.token:
                 return
-            if not self._gone(holder):
+            if not self._gone(holder, self.path):
                 if self.path.exists():
                     break
             else:
@@ -148,6 +157,24 @@ class RunLock:
             f"train.run_dir '{self.path.parent}' is in use by another job ({_read(self.path) or 'just started'}); wait "
             "for its end, stop it, or write another --train.run_dir"
         )
+
+    def refuse_jobs_below(self, folder: Path) -> None:
+        """Raises RunInUse if a job works in a folder inside this one, which is about to be moved.
+
+        Args:
+            folder: A run's folder. Its own lock is not looked at, links are not followed.
+        """
+        for where, _, names in os.walk(folder):
+            path = Path(where, LOCK)
+            if LOCK not in names or path.parent == folder:
+                continue
+            holder = _read(path)
+            if not self._gone(holder, path) and path.exists():
+                raise RunInUse(
+                    f"train.run_dir '{folder}' holds another run, which cannot be moved aside while a job works in "
+                    f"{path.parent} ({holder or 'just started'}); wait for its end, stop it, or write another "
+                    "--train.run_dir"
+                )
 
     def release(self, path: Path) -> None:
         """Removes this process's lock from where it lies (perhaps in a folder that has been moved aside)."""
@@ -171,15 +198,15 @@ class RunLock:
             os.close(descriptor)
         return True
 
-    def _gone(self, holder: Holder | None) -> bool:
+    def _gone(self, holder: Holder | None, path: Path) -> bool:
         """Whether a lock's holder is no more. None, a lock without a holder: who wrote it was killed while it did."""
         lives = None if holder is None else holder.lives()
         if lives is not None:
             return not lives
         seconds = self._silence if holder is not None else min(2.0, self._silence)
         if holder is not None:
-            self._tell(f"{self.path} was left by {holder}; waiting {seconds:.0f} s for a sign of life of it")
-        return self._is_silent(self.path, seconds)
+            self._tell(f"{path} was left by {holder}; waiting {seconds:.0f} s for a sign of life of it")
+        return self._is_silent(path, seconds)
 
     def _is_silent(self, path: Path, seconds: float) -> bool:
         """Whether nobody touches a file for so long."""
@@ -225,15 +252,6 @@ class RunLock:
         folder = self.path.parent
         print(f"error: train.run_dir '{folder}' has been taken over by {holder}; ended", file=sys.stderr, flush=True)
         os._exit(1)
-
-
-def _place() -> str:
-    """This boot of this host and this set of process numbers: containers of one host may share its name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return socket.gethostname()
 
 
 def _read(path: Path) -> Holder | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -40,7 +39,7 @@ from loqt_scale.checkpoint import (
 )
 from loqt_scale.config import RunConfig
 from loqt_scale.config_io import save_run_config
-from loqt_scale.data import AnotherTextError, Batch, Corpus
+from loqt_scale.data import Batch, Corpus
 from loqt_scale.diagnosis import Diagnosis, chance_overlaps
 from loqt_scale.errors import one_line
 from loqt_scale.evaluation import evaluate
@@ -185,7 +184,8 @@ class Trainer:
         if self.stopping:
             self.saver.wait()
             self.progress.line(f"stopped after step {self.done}; {self.saver.way_on(self.done)}")
-            raise Stopped(self.stop.number or signal.SIGTERM, together=True)
+            signals = filter(None, self.strategy.gather_objects(self.stop.number))  # perhaps one rank alone was told
+            raise Stopped(next(signals), together=True)
 
     def save_if_unsaved(self) -> None:
         """Waits for the last save, and makes one more try if it has failed. Every rank."""
@@ -228,13 +228,12 @@ class Trainer:
         tokenizer.save(folder / HUGGINGFACE)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where a (verified) checkpoint was saved. Every rank.
+        """Goes back to where a (verified) checkpoint was saved; its text stands there (`seek_text`). Every rank.
 
         Raises:
             CheckpointError: It is of another model, holds a number that is not finite, or has changed meanwhile.
         """
         manifest = checkpoint.manifest
-        seek_text(self.corpus, checkpoint)
         load_checkpoint(checkpoint, self.built.model, self.optimizer, self.strategy)
         set_update_count(self.optimizer, manifest.updates)
         self._keep_warmup(manifest.warmup_steps)
@@ -466,20 +465,3 @@ class Trainer:
             return {}
         sent = counter.sent_bytes() + earlier * (self.strategy.world_size - 1) // self.strategy.world_size
         return {f"{name}_payload_bytes": counter.payload_bytes() + earlier, f"{name}_sent_bytes": sent}
-
-
-def seek_text(corpus: Corpus, checkpoint: Checkpoint) -> None:
-    """Goes to where a checkpoint's run stood in its text, which nobody has read from yet; twice is as well as once.
-
-    Raises:
-        CheckpointError: It is another text, or has no such place.
-    """
-    position = checkpoint.position()
-    if position is None:
-        return
-    try:
-        corpus.train.seek(checkpoint.manifest.step, position)
-    except AnotherTextError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    except ValueError as error:
-        raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None

@@ -27,6 +27,7 @@ from loqt_scale.checkpoint.load import (
     load_checkpoint,
     open_checkpoint,
     read_tensors,
+    seek_text,
     verify_checkpoint,
 )
 from loqt_scale.checkpoint.manifest import FORMAT, Manifest, read_manifest
@@ -60,5 +61,6 @@ __all__ = [
     "read_manifest",
     "read_settings",
     "read_tensors",
+    "seek_text",
     "verify_checkpoint",
 ]

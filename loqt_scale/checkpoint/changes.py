@@ -15,7 +15,8 @@ from loqt_scale.checkpoint.growth import describe_growth
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
-from loqt_scale.config_keys import flat_settings
+from loqt_scale.config.paths import same_files
+from loqt_scale.config_keys import flat_settings, path_settings
 from loqt_scale.strategies.zero_config import names_scheduler
 
 FREE = (
@@ -45,12 +46,18 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> Changes:
     Raises:
         CheckpointError: Its manifest or its settings cannot be read.
     """
-    before = Checkpoint(checkpoint).settings()
+    return changes_between(Checkpoint(checkpoint).settings(), config)
+
+
+def changes_between(before: RunConfig, after: RunConfig) -> Changes:
+    """Settings that are not free and mean something else in another run: both values by dotted key."""
     steps = before.train.steps
-    same_warmup = before.optim.warmup_of(steps) == config.optim.warmup_of(steps)
+    same_warmup = before.optim.warmup_of(steps) == after.optim.warmup_of(steps)
     free = FREE + (_WARMUP if same_warmup else ())
-    old, new = flat_settings(before), flat_settings(config)
-    return {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(free)}
+    old, new = flat_settings(before), flat_settings(after)
+    changed = (key for key in new if old[key] != new[key] and not key.startswith(free))
+    paths = path_settings()
+    return {key: (old[key], new[key]) for key in changed if key not in paths or not same_files(old[key], new[key])}
 
 
 def of_another_run(changes: Changes) -> Changes:

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -94,7 +94,11 @@ class ListedFiles:
 
     def damaged(self, names: Iterable[str] | None = None) -> list[str]:
         """What is wrong with files (default: all) that are missing or are not what the manifest says."""
-        return [text for name in (self if names is None else names) if (text := self._damage(name))]
+        return [text for name in (self if names is None else names) if (text := self._defect(name, self._compare))]
+
+    def absent(self) -> list[str]:
+        """What is wrong with files that are missing or of another size; their contents are not read."""
+        return [text for name in self if (text := self._defect(name, self._recognize))]
 
     def error(self, *damaged: str) -> CheckpointError:
         """The error that says what is wrong with files."""
@@ -109,17 +113,23 @@ class ListedFiles:
             found += [os.path.relpath(os.path.join(where, name), self.folder) for name in (*names, *links)]
         return sorted(name for name in found if name not in self._digests and not Path(name).name.startswith("."))
 
-    def _damage(self, name: str) -> str | None:
+    def _defect(self, name: str, check: Callable[[str, BufferedReader], None]) -> str | None:
+        """Why a file cannot be opened, or does not pass a check, in a few words; None if it does."""
         try:
             with _open_inside(self.folder, name) as file:
-                self._recognize(name, file)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                self._recognize(name, file)
+                check(name, file)
         except OSError as error:
             return _what_is_wrong(name, error)
         except _FileError as error:
             return str(error)
-        return None if digest == self._digests[name] else f"{name} does not have its checksum"
+        return None
+
+    def _compare(self, name: str, file: BufferedReader) -> None:
+        self._recognize(name, file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._recognize(name, file)
+        if digest != self._digests[name]:
+            raise _FileError(f"{name} does not have its checksum")
 
     def _recognize(self, name: str, file: BufferedReader) -> None:
         if name not in self._digests:

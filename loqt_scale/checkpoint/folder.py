@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from loqt_scale.checkpoint.files import CheckpointError, file_digest, read_inside
-from loqt_scale.checkpoint.manifest import MANIFEST, Manifest
+from loqt_scale.checkpoint.files import CheckpointError, ListedFiles, file_digest, read_inside
+from loqt_scale.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from loqt_scale.errors import advice_on, named
 
 CONFIG, LATEST = "config.yaml", "latest"
@@ -91,6 +91,11 @@ class CheckpointFolder:
     def point(self, checkpoint: Path) -> None:
         """Makes a checkpoint below this folder the one that a run goes on from. One rank."""
         replace_durably(self.root / LATEST, checkpoint.relative_to(self.root).as_posix() + "\n")
+
+    @property
+    def has_lost_latest(self) -> bool:
+        """Whether checkpoints lie here, and no `latest`: somebody has removed it, or a job was killed at its first."""
+        return self._pointed() is None and bool(self.steps())
 
     def points_at(self, checkpoint: Path) -> bool:
         """Whether `latest` names this checkpoint, there or not."""
@@ -258,7 +263,7 @@ class CheckpointFolder:
         return [folder.path(step) for folder in folders for step in folder.steps()]
 
     def latest(self) -> Path | None:
-        """The checkpoint that a run goes on from; None if there is none.
+        """The checkpoint that a run goes on from; None if there is none. Without `latest` it is the newest whole one.
 
         Raises:
             CheckpointError: `latest` names something that is not there, or the folder's disk is not there.
@@ -266,7 +271,7 @@ class CheckpointFolder:
         self._refuse_missing_disk()
         name = self._pointed()
         if name is None:
-            return None
+            return next((path for path in map(self.path, reversed(self.steps())) if _is_whole(path)), None)
         aside, _, last = name.rpartition("/")
         known = _STEP.fullmatch(last) and (not aside or re.fullmatch(rf"{_ASIDE}\d+", aside, re.ASCII))
         if known and aside and not (self.root / name).exists() and self._is_back(self.root / aside, last):
@@ -323,6 +328,15 @@ def locate_checkpoint(path: Path) -> Path:
             f"{path} holds no checkpoint; write a checkpoint's folder, or that of a run which has saved one"
         )
     return found
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its manifest can be read, and all files that it lists are there, of their sizes."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return not ListedFiles(checkpoint, manifest.files, manifest.sizes).absent()
 
 
 def _step_of(checkpoint: Path) -> int:

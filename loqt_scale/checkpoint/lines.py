@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loqt_scale.checkpoint.folder import CHECKPOINTS, HISTORY, CheckpointFolder, put_in_place, stage
+from loqt_scale.checkpoint.records import Finished
 
 
 class LineChange:
@@ -60,6 +61,8 @@ class LineChange:
             put_in_place(new)
         if self.aside is not None:
             self._folder.move_aside(map(self._folder.path, self.others), self.aside)
+            if (self.aside / Finished.FILE).is_file():  # it is of the line that is left
+                (self._run_dir / Finished.FILE).unlink(missing_ok=True)
         for new in self._staged[len(records) :]:  # not before its old content lies with the checkpoints of its line
             put_in_place(new)
         if self.brings_back and self._newest is not None:

@@ -4,6 +4,7 @@ manifest    types, ranges, names                        read_manifest
 model       shapes and dtypes are this model's          check_tensors      before anything is allocated
 headers     every row is in a file once                 Checkpoint.pieces  before anything is allocated
 checksums   every byte is what was saved                verify_checkpoint  each host reads it all, its ranks in turn
+text        the run's, at its place                     seek_text          before a run's folder is changed
 numbers     neither NaN nor infinity                    check_numbers      before a run's folder is changed; and again
                                                         load_checkpoint    before the model is changed
 """
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError
-from loqt_scale.checkpoint.folder import CONFIG
+from loqt_scale.checkpoint.folder import CONFIG, DATA
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.checkpoint.shards import read_rows
 from loqt_scale.checkpoint.state import expected_state, write_state
+from loqt_scale.data import AnotherTextError, TrainStream
 from loqt_scale.functional.schemes import Scheme
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import moment_names
@@ -68,6 +70,23 @@ def verify_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> None:
     if strategy.is_main and (strays := checkpoint.unlisted()):
         names = ", ".join(map(ascii, strays[:5]))
         print(f"WARNING: {checkpoint.path} holds files that are not of it, and are ignored: {names}", file=sys.stderr)
+
+
+def seek_text(checkpoint: Checkpoint, text: TrainStream) -> None:
+    """Goes to where a checkpoint's run stood in its text, which nobody has read from yet. Every rank.
+
+    Raises:
+        CheckpointError: It is another text, or has no such place.
+    """
+    position = checkpoint.position()
+    if position is None:
+        return
+    try:
+        text.seek(checkpoint.manifest.step, position)
+    except AnotherTextError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    except ValueError as error:
+        raise checkpoint.files.error(f"{DATA} is no place in this data set ({error})") from None
 
 
 def check_tensors(

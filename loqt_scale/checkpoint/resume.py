@@ -12,12 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from loqt_scale.checkpoint.changes import Changes, changed_settings, check_changes, describe, of_another_run
+from loqt_scale.checkpoint.changes import (
+    Changes,
+    changed_settings,
+    changes_between,
+    check_changes,
+    describe,
+    of_another_run,
+)
 from loqt_scale.checkpoint.files import CheckpointError
-from loqt_scale.checkpoint.folder import CHECKPOINTS, CheckpointFolder, locate_checkpoint
+from loqt_scale.checkpoint.folder import CHECKPOINTS, CONFIG, LATEST, CheckpointFolder, locate_checkpoint
 from loqt_scale.checkpoint.manifest import read_manifest
+from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.checkpoint.records import Begun, Finished, identity, read_record
 from loqt_scale.config import RunConfig
+from loqt_scale.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,8 @@ class _Decision:
         if wanted == "never" and not self.again:
             return self._anew("never")
         if wanted in ("auto", "never"):
-            return self._own(may_be_another=True) or self._where_it_began() or self._anew(wanted)
+            found = self._own(may_be_another=True) or self._over_without_checkpoints() or self._where_it_began()
+            return found or self._anew(wanted)
         return self._from_path(Path(wanted))
 
     def _anew(self, asked: str, *notes: str) -> Start:
@@ -96,12 +106,45 @@ class _Decision:
         changes = changed_settings(newest, self.config)
         finished = self._finished(newest)
         if finished is not None and may_be_another and (other := of_another_run(changes)):
-            return self._anew("auto", f"{self.run_dir} holds a finished run with other settings ({describe(other)})")
+            return self._anew("auto", self._of_another(other))
         start = self._going_on(newest, changes, "kept")
-        start = replace(start, own=newest, begun=self.before or start.begun)
+        notes = (*self._without_latest(newest), *start.notes)
+        start = replace(start, own=newest, begun=self.before or start.begun, notes=notes)
         if finished is not None and finished.step == self.config.train.steps:
             return replace(start, folder="over", finished=finished)
         return start
+
+    def _without_latest(self, newest: Path) -> tuple[str, ...]:
+        if not self.folder.has_lost_latest:
+            return ()
+        return (f"{self.folder.root / LATEST} is not there; {newest.name} is the newest whole checkpoint beside it",)
+
+    def _over_without_checkpoints(self) -> Start | None:
+        """A finished run whose checkpoints somebody has removed, to save room say."""
+        finished, steps = read_record(self.run_dir, Finished), self.config.train.steps
+        if finished is None:
+            return None
+        if other := of_another_run(self._changed_since()):
+            return self._anew("auto", self._of_another(other))
+        if finished.step != steps:
+            raise CheckpointError(
+                f"the run in {self.run_dir} is finished after {finished.step} steps, and its checkpoints are not there "
+                f"any more, so it cannot go on; train.steps is {steps}: put the checkpoints back, or write "
+                "--checkpoint.resume never to start anew, or another --train.run_dir"
+            )
+        begun = self.before or Begun(asked=self.config.checkpoint.resume, job=self.job)
+        note = f"{self.folder.root} holds no checkpoint any more"
+        return Start(folder="over", begun=begun, finished=finished, notes=(note,))
+
+    def _changed_since(self) -> Changes:
+        """Settings that have changed since the run in the folder began, as far as it still says how."""
+        try:
+            return changes_between(read_settings(self.run_dir / CONFIG), self.config)
+        except (OSError, ConfigError):
+            return {}
+
+    def _of_another(self, changes: Changes) -> str:
+        return f"{self.run_dir} holds a finished run with other settings ({describe(changes)})"
 
     def _where_it_began(self) -> Start | None:
         """A run that began from another run's checkpoint, and was killed before it saved one of its own."""
@@ -120,6 +163,8 @@ class _Decision:
         """PATH is where a run begins: what its folder holds that came of it goes before."""
         asked = os.path.realpath(path)
         here = self.before is not None and asked in (self.before.asked, self.before.origin)
+        if here and self._newest_or_none() is None and (over := self._over_without_checkpoints()):
+            return over
         if not path.is_dir():
             return self._without_path(path, here)
         try:

@@ -1,4 +1,4 @@
-"""`~` and `$VARIABLES` in settings that are paths.
+"""Settings that are paths: `~` and `$VARIABLES` in them, and when two of them mean the same.
 
 A shell expands them in `--train.run_dir ~/runs/a`, but not in `--train.run_dir=~/runs/a` nor in YAML, where they would
 make a folder called `~`.
@@ -6,6 +6,7 @@ make a folder called `~`.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 
@@ -42,6 +43,29 @@ def expand_path(text: str, key: str) -> str:
         raise ConfigError(f"{key} is '{shortened(text)}', but {user} is nobody's home here; write the path in full")
     _check_length(expanded, key)
     return expanded
+
+
+def same_files(one: str | list[str] | None, other: str | list[str] | None) -> bool:
+    """Whether two values of a setting that is a path mean the same, however they are spelled.
+
+    Args:
+        one: A path, a Hugging Face id, or several paths and globs; None: not set.
+        other: Another one.
+    """
+    return one is not None and other is not None and _meant(one) == _meant(other)
+
+
+def _meant(value: str | list[str]) -> list[str]:
+    """Absolute paths without links, in their order, of what is there or would be; ids too, which is as good."""
+    names = [name for pattern in ([value] if isinstance(value, str) else value) for name in _matches(pattern)]
+    return list(dict.fromkeys(map(os.path.realpath, names)))
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that a glob matches, sorted; the pattern itself if there are none, or if something is called so."""
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) or [pattern]
 
 
 def _check_length(text: str, key: str) -> None:

@@ -1,6 +1,7 @@
 """What a run reports about itself, and where.
 
 * `MetricsWriter`: the same scalars to `metrics.jsonl` (for scripts) and TensorBoard (for eyes);
+* `replay`: TensorBoard's curves anew, from `metrics.jsonl`;
 * `Progress`: one bar on a terminal, about twenty plain lines in a log file;
 * `RateMeter`: tokens and seconds per step, from the host's clock alone;
 * `memory_metrics`: peak memory of this process;
@@ -14,7 +15,7 @@ from loqt_scale.metrics.meters import RateMeter, memory_metrics
 from loqt_scale.metrics.progress import Progress, ProgressMode
 from loqt_scale.metrics.reminder import Reminder, Tell
 from loqt_scale.metrics.text import format_bytes, format_count, format_duration, format_perplexity, perplexity
-from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter
+from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter, replay
 
 __all__ = [
     "METRICS_FILE",
@@ -31,4 +32,5 @@ __all__ = [
     "format_perplexity",
     "memory_metrics",
     "perplexity",
+    "replay",
 ]

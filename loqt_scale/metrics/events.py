@@ -7,6 +7,7 @@ events go through a `LastingFile` instead.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from loqt_scale.metrics.lasting import LastingFile
 from loqt_scale.metrics.reminder import Tell
 
 _FORMAT = "brain.Event:2"
+_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.", re.ASCII)
 
 
 class EventFile:
-    """One event file, `events.out.tfevents.TIME.HOST.PID`.
+    """One event file, `events.out.tfevents.TIME.HOST.PID.0`.
 
     Args:
         folder: Where it is made; the folder too.
@@ -63,6 +65,7 @@ class EventFile:
 
 
 def _file_name(folder: Path) -> str:
-    """A name that no other file has: TensorBoard reads a folder's files in the order of their names."""
-    begun = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-    return f"{begun}.{len(list(folder.glob(begun + '.*')))}"
+    """A name after all that are there: TensorBoard reads files in the order of their names, and clocks are set back."""
+    times = (int(found[1]) for found in map(_NAME.match, os.listdir(folder)) if found)
+    begun = max(int(time.time()), 1 + max(times, default=0))
+    return f"events.out.tfevents.{begun:010d}.{socket.gethostname()}.{os.getpid()}.0"

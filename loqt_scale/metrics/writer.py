@@ -55,11 +55,14 @@ class MetricsWriter:
         self._file: LastingFile | None = None
         self._board: EventFile | None = None
         if enabled:
+            path = Path(run_dir) / METRICS_FILE
             if resume_step is not None:
-                _forget_after(Path(run_dir) / METRICS_FILE, resume_step, evaluation=evaluates_again)
-            purge_step = None if resume_step is None else resume_step + 1
+                _forget_after(path, resume_step, evaluation=evaluates_again)
+            purge_step = None if resume_step is None else resume_step + (not evaluates_again)
             self._board = EventFile(Path(run_dir) / TENSORBOARD_FOLDER, purge_step, tell)
-            self._file = LastingFile(Path(run_dir) / METRICS_FILE, tell)
+            if evaluates_again:
+                _copy(path, self._board, purge_step or 0)
+            self._file = LastingFile(path, tell)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of scalars.
@@ -95,6 +98,34 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def replay(run_dir: str | os.PathLike[str], tell: Tell = warn) -> None:
+    """Makes TensorBoard's curves those of `metrics.jsonl`, which has become that of another line of checkpoints.
+
+    Args:
+        run_dir: Folder of the run.
+        tell: As for `MetricsWriter`.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+        OSError: The event file cannot be opened.
+    """
+    board = EventFile(Path(run_dir) / TENSORBOARD_FOLDER, 0, tell)
+    _copy(Path(run_dir) / METRICS_FILE, board, 0)
+    board.close()
+
+
+def _copy(path: Path, board: EventFile, first: int) -> None:
+    """Whole lines from a step on."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            step, values = int(row.pop("step")), {name: float(value) for name, value in row.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if step >= first:
+            board.log(step, values)
 
 
 def _forget_after(path: Path, step: int, *, evaluation: bool) -> None:

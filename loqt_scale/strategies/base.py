@@ -7,7 +7,7 @@ A strategy answers four questions and nothing else in the package asks them:
 2. *work shares*: which rows does this rank work on in a merge, how do the results spread, and where are the moments?
    editing, rows, read, write, store, gather, edit_moments
 3. *a step*: how are gradients summed over ranks and applied, and in which dtype does the forward pass run?
-   sum_in_float32, micro_step, after_forward_only, autocast, backward, sum_step, update
+   sum_in_float32, micro_step, forward_alone, after_forward_only, autocast, backward, sum_step, update
 4. *talk*: sums, broadcasts, barriers.
    sum, open_reducer, broadcast, barrier
 
@@ -235,6 +235,10 @@ class Strategy:
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Context of one forward and backward pass; gradients are summed over ranks in the `last` one of a step."""
         return nullcontext() if self._sums is None else self._sums.one_pass(last=last)
+
+    def forward_alone(self, model: nn.Module) -> nn.Module | None:
+        """What runs a model forward on this rank without the others; None: its weights are spread over them. Local."""
+        return model
 
     def after_forward_only(self, model: nn.Module) -> None:
         """Undoes what a forward pass leaves for a backward pass that does not come. Local."""

@@ -46,6 +46,11 @@ class DDPStrategy(DistributedStrategy):
         assert isinstance(model, DistributedDataParallel)
         return super().micro_step(model, last=last) if last else model.no_sync()
 
+    def forward_alone(self, model: nn.Module) -> nn.Module | None:
+        """See `Strategy.forward_alone`: without the wrapper, which sends buffers around before each forward pass."""
+        inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        return inner
+
     def sum_step(self, numbers: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         """See `Strategy.sum_step`: the gradients' norm travels with them. Every rank. One all-reduce."""
         own = self.stored_norm(parameters)

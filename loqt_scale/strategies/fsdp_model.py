@@ -16,6 +16,10 @@ class FSDPModelStrategy(Strategy):
         """What this rank stores behind a DTensor."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
+    def forward_alone(self, model: nn.Module) -> nn.Module | None:
+        """See `Strategy.forward_alone`: each block is gathered for its forward pass."""
+        return None
+
     def after_forward_only(self, model: nn.Module) -> None:
         """What stays gathered for the backward pass is freed: modules would not hold the parameters that train."""
         for module in model.modules():

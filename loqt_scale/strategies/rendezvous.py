@@ -22,9 +22,12 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from loqt_scale.strategies.bounded import bounded
 
 _POLL_SECONDS = 0.02
 
@@ -102,7 +105,7 @@ def _connect(host: str, port: int, deadline: float) -> Store:
     while True:
         try:  # torch's own attempts print a page of C++ frames each; it is asked when somebody listens
             socket.create_connection((host, port), timeout=1.0).close()
-            return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+            return bounded(partial(_join, host, port), deadline - time.monotonic())
         except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 raise ConnectionError(
@@ -110,6 +113,10 @@ def _connect(host: str, port: int, deadline: float) -> Store:
                     "own output says why, or the address is wrong"
                 ) from None
             time.sleep(_POLL_SECONDS)
+
+
+def _join(host: str, port: int) -> Store:
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
 
 def _first_line(error: Exception) -> str:

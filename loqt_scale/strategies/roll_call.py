@@ -2,7 +2,8 @@
 
 A collective that fails knows a port, not a rank; one that waits for a stopped process knows nothing. So each rank keeps
 an entry in the store that the ranks find each other through: its host, its process, a pulse, and at its end the reason.
-A thread renews it and reads those of the others. When a collective has failed, `blame` says whose fault it was.
+A thread renews it and reads those of the others; another one, which never waits for the store, looks at what is known.
+When a collective has failed, `blame` says whose fault it was.
 
     starts        all entries are there, or the missing ranks are named
     fails alone   leaves its reason; the others' collectives fail, and they end with that reason
@@ -29,6 +30,7 @@ from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.errors import UserError
 from loqt_scale.stderr import warn
+from loqt_scale.strategies.bounded import bounded
 
 End = Literal["", "done", "failed", "stopped", "lost"]
 PULSE_SECONDS = 1.0
@@ -37,6 +39,7 @@ LOOK_SECONDS = 8.0  # after a failure, until an entry says why
 GRACE_SECONDS = 5.0  # for a collective to notice that its peer has ended
 LINGER_SECONDS = 20.0  # of the rank that keeps the store, for the others to read why it ends
 WARN_SECONDS = 30.0  # without a pulse
+WORD_SECONDS = 2.0  # for a last word to the store
 
 
 class LostRankError(UserError, ConnectionError):
@@ -115,7 +118,7 @@ class RollCall:
         self._changed: dict[int, float] = {}  # when, as far as this rank knows; seconds
         self._answered = time.monotonic()  # the store, last
         self._warned: set[int] = set()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Says that this rank is there, waits for the others, and watches them from then on. Every rank.
@@ -127,16 +130,19 @@ class RollCall:
         self.entries = self._wait_for_all()
         self._answered = time.monotonic()
         self._changed = dict.fromkeys(self.entries, self._answered)
-        self._thread = threading.Thread(target=self._watch, name="roll-call", daemon=True)
-        self._thread.start()
+        for work in (self._keep_up, self._watch):
+            self._threads.append(threading.Thread(target=work, name="roll-call", daemon=True))
+            self._threads[-1].start()
 
     def end(self, how: End, reason: str = "", number: int = 0) -> None:
         """Leaves word of how this rank ends, for the others. Local."""
         with self._lock:
             self._mine = replace(self._mine, end=how, reason=reason, number=number)
-        with suppress(RuntimeError):  # the store goes with its process at this moment
+        with suppress(
+            RuntimeError, TimeoutError
+        ):  # the store goes with its process at this moment, or is stopped with it
             if self._store_lives():
-                self._publish(self.store)
+                bounded(lambda: self._publish(self.store), WORD_SECONDS)
 
     def blame(self) -> LostRankError | None:
         """After a failure: who began it, as far as can be found out in some seconds; None: nobody else. Local."""
@@ -153,8 +159,8 @@ class RollCall:
         if self._keeps_store and self._mine.end not in ("", "done"):
             self._linger()
         self._closed.set()
-        if self._thread is not None:
-            self._thread.join(2 * PULSE_SECONDS)
+        for thread in self._threads:
+            thread.join(2 * PULSE_SECONDS)
 
     # ---- the others' entries ----------------------------------------------------------------------------------------
 
@@ -180,7 +186,7 @@ class RollCall:
 
     def _all_know(self, pulses: dict[int, int]) -> bool:
         """Whether all others have ended, are silent, or have read all entries since they had these pulses."""
-        if self._thread is None:  # this rank ends before all have come: until each of them has, and has ended too
+        if not self._threads:  # this rank ends before all have come: until each of them has, and has ended too
             entries = self._there()
             return len(entries) == len(self._keys) and all(entry.end for entry in entries.values())
         silent = self._silent(SILENT_SECONDS)
@@ -195,7 +201,7 @@ class RollCall:
     def _wait_for_all(self) -> dict[int, Entry]:
         until = time.monotonic() + self._timeout
         while True:
-            entries = self._there()
+            entries = self._answer_in_time(until - time.monotonic())
             gone = [entry for entry in entries.values() if entry.end in ("failed", "stopped")][:1]
             if gone:
                 raise _error(gone)
@@ -209,17 +215,35 @@ class RollCall:
                 )
             time.sleep(0.05)
 
+    def _answer_in_time(self, seconds: float) -> dict[int, Entry]:
+        try:
+            return bounded(self._there, max(seconds, SILENT_SECONDS))
+        except TimeoutError:
+            raise LostRankError(
+                f"rank 0 of {len(self._keys)} has not answered within {self._timeout:.0f} s "
+                "(parallel.timeout_seconds): stopped, or cut off from the network; start all ranks anew"
+            ) from None
+
     def _there(self) -> dict[int, Entry]:
         there = [key for key in self._keys if self.store.check([key])]
         return {entry.rank: entry for entry in map(_read, self.store.multi_get(there))}
 
-    def _watch(self) -> None:
-        """The thread: one exchange with the store a second, less often for more than 64 ranks."""
-        store = _clone(self.store)
-        stuck = _Stuck()
+    def _keep_up(self) -> None:
+        """A thread: one exchange with the store a second, less often for more than 64 ranks.
+
+        It stands still for as long as the process that keeps the store does.
+        """
+        store = self.store
+        with suppress(RuntimeError):
+            store = _clone(store)
         while not self._closed.wait(PULSE_SECONDS * max(1.0, len(self._keys) / 64)):
             if self._store_lives():
                 store = self._renew(store)
+
+    def _watch(self) -> None:
+        """The other thread: looks once a second at what is known of the others, and how long this rank has waited."""
+        stuck = _Stuck()
+        while not self._closed.wait(PULSE_SECONDS):
             self._warn_of_silence()
             self._end_if_stuck(stuck.seconds())
 

@@ -285,6 +285,10 @@ class ZeroStrategy(DistributedStrategy):
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
+    def forward_alone(self, model: nn.Module) -> nn.Module | None:
+        """See `Strategy.forward_alone`: stage 3 gathers each module for its forward pass."""
+        return model if self.stage < 3 else None
+
     def autocast(self) -> AbstractContextManager[object]:
         """None: under bf16 the engine's parameters are bf16 copies of float32 masters."""
         return nullcontext()

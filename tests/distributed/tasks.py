@@ -157,6 +157,53 @@ def run_with_unreadable_data(rank: int, step: int, **settings: Any) -> tuple[str
     return "nothing", ""
 
 
+def run_told_to_stop(rank: int, number: int, **settings: Any) -> int:
+    """A run on whose third step one rank alone gets a signal; the number with which this rank ends."""
+    import os
+
+    from loqt_scale.stopping import Stopped
+    from loqt_scale.trainer import Trainer
+
+    whole = Trainer.step
+
+    def step(self: Trainer, position: int) -> None:
+        if os.environ["RANK"] == str(rank) and position == 2:
+            os.kill(os.getpid(), number)
+        whole(self, position)
+
+    Trainer.step = step  # type: ignore[method-assign]
+    try:
+        train_run(**settings)
+    except Stopped as stopped:
+        return stopped.number
+    finally:
+        Trainer.step = whole  # type: ignore[method-assign]
+    return 0
+
+
+def run_with_failing_evaluation(rank: int, **settings: Any) -> tuple[str, str, str]:
+    """A run in whose second evaluation one rank finds no memory; its error, what it came from, and the way on."""
+    import os
+
+    from loqt_scale import evaluation
+
+    whole, calls = evaluation.summed_loss, iter(range(10**9))
+
+    def summed_loss(*given: Any) -> Any:
+        if os.environ["RANK"] == str(rank) and next(calls) == 1:  # one forward pass an evaluation
+            raise MemoryError("no memory left")
+        return whole(*given)
+
+    evaluation.summed_loss = summed_loss
+    try:
+        train_run(**settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", repr(error.__cause__), error.__notes__[0]
+    finally:
+        evaluation.summed_loss = whole
+    return "nothing", "", ""
+
+
 def flipped_bits(flipped: list[int], **settings: Any) -> dict[str, Any]:
     """Six steps, in some of which a value of rank 1's gradients turns NaN after they were summed. Every rank.
 

@@ -56,6 +56,31 @@ def test_data_that_one_rank_cannot_read_ends_all_of_them_saved(
     assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize(
+    "spread",
+    [
+        {"parallel.strategy": "ddp"},
+        pytest.param({"parallel.strategy": "zero", "parallel.zero_stage": 2}, marks=pytest.mark.long),
+    ],
+)
+def test_an_evaluation_that_fails_on_one_rank_ends_all_of_them_saved(
+    spread: dict[str, Any], ranks: RankPool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What has been trained is whole on all ranks, and nobody waits for the one that failed."""
+    settings = {**settings, **spread, "train.eval_every": 3, "train.steps": 5}
+    ended = ranks.run(2, "tests.distributed.tasks:run_with_failing_evaluation", rank=1, **settings)
+    told = "EvaluationError: the held-out text cannot be scored: rank 1: MemoryError: no memory left"
+    way = "after step 3; it is saved, and the same command goes on from there"
+    assert ended == [(told, "None", way), (told, "MemoryError('no memory left')", way)]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_all_ranks_end_with_the_signal_that_one_got(ranks: RankPool, settings: dict[str, Any], tmp_path: Path) -> None:
+    task, settings = "tests.distributed.tasks:run_told_to_stop", {**settings, "parallel.strategy": "ddp"}
+    assert ranks.run(2, task, rank=1, number=int(signal.SIGINT), **settings) == [signal.SIGINT] * 2
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() in ("step-00000004\n", "step-00000005\n")
+
+
 def test_a_mark_that_rank_0_cannot_write_is_told_on_every_rank(
     ranks: RankPool, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from loqt_scale.saved_model import open_saved, saved_settings
 from loqt_scale.strategies import Strategy
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import SMALL_RUN, _word
+from tests.unit.test_stdout import closed, full_disk, nobody_reads
 
 TEXT = "The import statement – naïve – binds <names>.\n"
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -162,6 +164,21 @@ def test_the_four_bit_form_is_the_same_function(exports: dict[str, Path]) -> Non
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         weight = weight + pairs[f"{layer}.lora_B.weight"] @ pairs[f"{layer}.lora_A.weight"]
         torch.testing.assert_close(weight, dense[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("output", "status"), [(nobody_reads, 141), (closed, 2), (full_disk, 2)])
+def test_an_export_needs_no_reader_what_is_printed_does(
+    run_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], output: Any, status: int
+) -> None:
+    source = ["--checkpoint", str(run_dirs["full"])]
+    for words in (["eval", *source], ["generate", *source, "--max_new_tokens=2"]):
+        with output() as stream, redirect_stdout(stream):
+            assert main(words) == status
+        told = capsys.readouterr().err
+        assert told.count("standard output c") == (status == 2) and "Traceback" not in told and "ranks" not in told
+    with output() as stream, redirect_stdout(stream):
+        assert main(["export", *source, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("standard output ") == 1 and (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_files_are_those_of_save_pretrained(exports: dict[str, Path], plain: dict[str, Any]) -> None:

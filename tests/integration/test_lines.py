@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,16 +17,20 @@ from typing import Any
 import pytest
 import torch
 
+from loqt_scale import opening
 from loqt_scale.checkpoint import CheckpointError, Start, identity
 from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.config.paths import same_files
 from loqt_scale.export import export_checkpoint
 from loqt_scale.job import train
 from loqt_scale.opening import OpenRun
 from loqt_scale.runlock import RunInUse
+from loqt_scale.stopping import Stopped
 from loqt_scale.strategies import Strategy
 from tests.distributed.tasks import small_config
 from tests.unit.test_foreign_checkpoint import SHARD, edit_tensors
+from tests.unit.test_metrics import same_curves
 from tests.unit.test_runlock import another_job
 
 STEPS = 6
@@ -181,6 +186,23 @@ def test_a_finished_run_makes_room_for_another_one(runs: Runs) -> None:
     assert runs.losses() != runs.losses("run.old-1")
 
 
+def test_a_finished_run_without_its_checkpoints_is_finished(runs: Runs) -> None:
+    """Somebody has made room: nothing is trained a second time, and nothing is moved, unless it is told so."""
+    runs(train__steps=2)
+    path = str(runs.checkpoint(1))
+    runs("other", train__steps=2, checkpoint__resume=path)
+    for name in ("run", "other"):
+        shutil.rmtree(runs.folder / name / "checkpoints")
+    before = content(runs.folder)
+    said = runs(train__steps=2)
+    assert f"{FINISHED} 2 steps" in said and "holds no checkpoint any more" in said
+    assert runs.prepare("other", train__steps=2, checkpoint__resume=path).folder == "over"
+    with pytest.raises(CheckpointError, match=r"finished after 2 steps, and .* is 6: put the checkpoints back, or wri"):
+        runs()
+    assert content(runs.folder) == before
+    assert runs.prepare(train__steps=2, optim__lr=1e-3).folder == "new" and (runs.folder / "run.old-1").is_dir()
+
+
 # ---- an earlier checkpoint -------------------------------------------------------------------------------------------
 
 
@@ -197,6 +219,7 @@ def test_going_back_keeps_both_lines(runs: Runs, background: bool) -> None:
     assert (aside / "step-00000005" / "manifest.json").read_bytes() == old
     assert len((aside / "metrics.jsonl").read_text().splitlines()) == STEPS + 2 and (aside / "finished.json").exists()
     assert runs.losses() == losses, "the same steps again, bit for bit"
+    assert same_curves(runs.folder / "run")
     # the line that was left can be gone back to, and then the other one is set aside
     shutil.rmtree(aside / "step-00000006")
     (aside / "latest").write_text("step-00000005\n")
@@ -265,6 +288,7 @@ def test_a_line_that_was_set_aside_comes_back_with_its_metrics(two_lines: Runs) 
     digests = {path.name: identity(path) for path in aside.glob("step-*")}
     said = runs(checkpoint__resume=str(aside), train__steps=4)
     assert "are back in" in said and "of step 3 to 5" in said and runs.rows()[:-1] == first[:-1]
+    assert same_curves(runs.folder / "run"), "TensorBoard shows this line too"
     assert runs.latest() == "step-00000004" and runs.saved() == [1, 2, 3, 4], "what both lines came of is there"
     assert digests == {path.name: identity(path) for path in (runs.checkpoint(3), runs.checkpoint(4))}
     other = aside.with_name("abandoned-2")
@@ -317,6 +341,7 @@ def test_a_relative_link_is_set_aside_with_what_it_names(runs: Runs) -> None:
     runs.checkpoint(3).symlink_to("../../disk")
     runs.prepare(train__steps=3, checkpoint__resume=str(runs.checkpoint(2)))
     aside = runs.folder / "run" / "checkpoints" / "abandoned-1"
+    assert (aside / "finished.json").is_file() and not (runs.folder / "run" / "finished.json").exists()
     assert (aside / "step-00000003" / "manifest.json").is_file() and (aside / "step-00000003").is_symlink()
     runs.prepare(train__steps=3, checkpoint__resume=str(aside))
     assert (runs.checkpoint(3) / "manifest.json").is_file() and runs.saved() == [1, 2, 3]
@@ -393,6 +418,33 @@ def test_a_path_is_the_way_on_where_latest_names_nothing(runs: Runs) -> None:
     assert "resumed after step 3" in said and FINISHED in runs(train__steps=4)
 
 
+def test_without_latest_the_newest_whole_one_is_it(runs: Runs, killed: Callable[..., None]) -> None:
+    from loqt_scale.checkpoint import CheckpointFolder
+
+    killed(CheckpointFolder, "point", 1, lambda: runs(train__steps=4, checkpoint__background=False))
+    pointer = runs.checkpoint(1).with_name("latest")
+    assert runs.saved() == [1] and not pointer.exists()
+    said = runs(train__steps=4)
+    assert f"{pointer} is not there; step-00000001 is the newest whole" in said and "resumed after step 1" in said
+    losses = runs.losses()
+    pointer.unlink()
+    before = content(runs.folder)
+    assert FINISHED in runs(train__steps=4) and content(runs.folder) == before
+    (runs.checkpoint(4) / SHARD).unlink()
+    said = runs(train__steps=4)
+    assert "step-00000003 is the newest whole" in said and "resumed after step 3" in said and "of step 4 to 4" in said
+    assert runs.losses() == losses and FINISHED in runs(train__steps=4) and runs.latest() == "step-00000004"
+
+
+def test_a_checkpoint_that_was_copied_here_is_not_of_a_run_that_begins(runs: Runs) -> None:
+    runs(train__steps=1)
+    copied = runs.checkpoint(1, "other")
+    shutil.copytree(runs.checkpoint(1), copied)
+    assert runs.prepare("other", train__steps=2, checkpoint__resume="never").checkpoint is None
+    assert [path.name for path in copied.parent.iterdir()] == ["abandoned-1"]
+    assert runs.prepare("other", train__steps=2).checkpoint is None
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     alive = Path.rename
 
@@ -426,6 +478,48 @@ def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
     assert ("resumed after step 2" in said) == (resume == "auto") and list(runs.losses()) == list(range(1, STEPS + 1))
     assert (runs.folder / "run.old-1").exists() == (resume == "never")
     assert not list(runs.folder.rglob("run.lock*"))
+
+
+def test_a_folder_in_which_another_job_runs_is_not_moved(runs: Runs) -> None:
+    """A run folder inside the one that would make room for this run."""
+    (runs.folder / "run" / "b").mkdir(parents=True)
+    runs.prepare()
+    with another_job(runs.folder / "run" / "b") as job:
+        before = content(runs.folder)
+        named = rf"cannot be moved aside while a job works in .*run/b \(process {job.pid} on .*\); .*write another --tr"
+        with pytest.raises(RunInUse, match=named):
+            runs.prepare(checkpoint__resume="never")
+        assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
+        job.kill()
+        runs.prepare(checkpoint__resume="never")
+    assert (runs.folder / "run.old-1" / "b" / "run.lock").exists()
+
+
+@pytest.mark.parametrize("event", ["told to stop", "a full disk"])
+def test_where_the_old_run_went_is_said_whatever_happens_then(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], event: str
+) -> None:
+    """Between the move and the new folder."""
+    runs.prepare()
+    alive = opening.make_room
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def disturbed(*given: Any) -> Path | None:
+        old = alive(*given)
+        if event == "told to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            monkeypatch.setattr(Path, "mkdir", full)
+        return old
+
+    monkeypatch.setattr(opening, "make_room", disturbed)
+    with pytest.raises((Stopped, PermissionError)) as ended:
+        runs(checkpoint__resume="never")
+    assert isinstance(ended.value, Stopped) == (event == "told to stop")
+    assert f"held another run, which is now {runs.folder / 'run.old-1'}" in capsys.readouterr().out
+    assert (runs.folder / "run.old-1" / "begun.json").is_file()
 
 
 # ---- links, other spellings, strays ----------------------------------------------------------------------------------
@@ -495,6 +589,24 @@ def test_a_path_through_a_link_is_the_runs_own(runs: Runs) -> None:
     (runs.folder / "elsewhere").symlink_to(runs.folder / "run")
     said = runs(checkpoint__resume=str(runs.folder / "elsewhere" / "checkpoints" / "step-00000004"))
     assert "abandoned-1" in said and not (runs.folder / "run.old-1").exists() and FINISHED in runs()
+
+
+def test_a_text_is_the_same_however_it_is_spelled(runs: Runs, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a tokenizer's folder, or a model's, another one for its name."""
+    here = runs.folder / "here"
+    here.mkdir()
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(text_file, here / name)
+    (runs.folder / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    runs(train__steps=1, data__files=["a.txt", "b.txt"])
+    spelled = [["*.txt"], [str(here / "a.txt"), "./b.txt"], [f"{runs.folder}/link/[ab].txt"], ["~/a.txt", "b.txt"]]
+    for files in spelled:
+        assert runs.prepare(train__steps=1, data__files=files).folder == "over"
+    assert runs.prepare(train__steps=1, data__files=["b.txt", "a.txt"]).folder == "new"
+    assert same_files(str(here), f"{runs.folder}/link/") and not same_files("bytes", "bpe")
+    assert not same_files(None, "here") and same_files("no/such-*", f"{here}/no/such-*")
 
 
 def test_checkpoints_on_a_disk_that_is_not_there(runs: Runs) -> None:

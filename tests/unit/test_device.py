@@ -29,6 +29,7 @@ ELSEWHERE = torch.device("meta")
 RUN = ["--model.preset=llama_nano", "--loqt.rank=32", "--data.seq_len=32"]
 DOUBLE = ["--loqt.quantization.weight=nf4_double", "--loqt.quantization.projection=nf4_double"]
 FRUGAL = ["--optim.states=int8", "--model.dtype=bfloat16", "--model.trained_dtype=bfloat16"]
+METHODS = [["--loqt.subspace.method=svd"], ["--loqt.subspace.method=randomized"]]
 MUON = ["--optim.name=muon"]
 PER_LAYER = [*FRUGAL, "--optim.per_layer=true", "--optim.clip_norm=0"]
 
@@ -77,7 +78,7 @@ def move(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--loqt.subspace.method=svd"], ["--loqt.subspace.method=randomized"], DOUBLE, FRUGAL, PER_LAYER, MUON, [*PER_LAYER, *MUON]],
+    [[], *METHODS, DOUBLE, FRUGAL, PER_LAYER, MUON, [*PER_LAYER, *MUON]],
     ids=["sketch", "svd", "randomized", "double", "frugal", "per layer", "muon", "muon per layer"],
 )
 def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:

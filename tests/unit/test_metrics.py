@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from loqt_scale.metrics import (
     memory_metrics,
     meters,
     perplexity,
+    replay,
 )
+from loqt_scale.metrics import events as event_files
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -57,6 +60,43 @@ def test_json_lines_equal_tensorboard(tmp_path):
         written = [(line["step"], line[tag]) for line in lines if tag in line]
         assert [step for step, _ in events] == [step for step, _ in written]
         assert [value for _, value in events] == pytest.approx([value for _, value in written], rel=1e-6)  # float32
+
+
+def same_curves(folder: Path) -> bool:
+    """Whether TensorBoard shows what metrics.jsonl holds, each point once."""
+    wanted: dict[str, list[tuple[int, float]]] = {}
+    for line in read_lines(folder):
+        for tag, value in line.items():
+            if tag != "step":
+                wanted.setdefault(tag, []).append((line["step"], pytest.approx(float(value), rel=1e-6)))
+    return {tag: points for tag, points in read_board(folder).items() if points} == wanted
+
+
+def test_a_viewer_sees_the_line_that_is_followed(tmp_path, monkeypatch):
+    """After going back, after an evaluation that is made again, and after another line has come back."""
+    clock = iter(range(1_700_000_000, 0, -3600))  # set back an hour each time
+    monkeypatch.setattr(event_files, "time", SimpleNamespace(time=lambda: float(next(clock))))
+
+    def write(writer: MetricsWriter, steps: range, factor: float) -> None:
+        for step in steps:
+            writer.log(step, {"train/loss": factor * step})
+        writer.log(steps[-1], {"eval/loss": factor})
+
+    with MetricsWriter(tmp_path) as writer:
+        write(writer, range(1, 7), 1.0)
+    first = (tmp_path / METRICS_FILE).read_bytes()
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        assert same_curves(tmp_path)
+        write(writer, range(3, 6), -1.0)
+    assert same_curves(tmp_path)
+    with MetricsWriter(tmp_path, resume_step=5, evaluates_again=True) as writer:
+        assert same_curves(tmp_path) and read_board(tmp_path)["eval/loss"] == []
+        writer.log(5, {"eval/loss": -1.0})
+    assert same_curves(tmp_path)
+    (tmp_path / METRICS_FILE).write_bytes(first + b'{"step": 7, "train/lo')
+    replay(tmp_path)
+    with MetricsWriter(tmp_path, resume_step=4) as writer:
+        assert same_curves(tmp_path) and len(read_board(tmp_path)["train/loss"]) == 4
 
 
 def test_non_finite_values_stay_strict_json_and_read_back(tmp_path):

@@ -17,11 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loqt_scale import processes
 from loqt_scale.runlock import LOCK, Holder, RunInUse, RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from loqt_scale import processes
 from loqt_scale.runlock import RunLock
 with RunLock(Path(sys.argv[1]), beat=0.05):
     print("held", flush=True)
@@ -86,9 +88,20 @@ def test_another_job_is_refused_until_it_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_process_number_that_was_given_away_anew_is_not_the_holder(tmp_path: Path) -> None:
-    leave(tmp_path, started=psutil.Process().create_time() - 3600)
+    """One that began a tick later is another one; a clock that was set makes no other one of it."""
+    ticks = processes.began(os.getpid())
+    assert ticks is not None and processes.began(2**22 + 1) is None
+    leave(tmp_path, ticks=ticks - 1)
     with RunLock(tmp_path):
         assert holder(tmp_path).lives()
+    leave(tmp_path, started=psutil.Process().create_time() - 3600)
+    with pytest.raises(RunInUse):
+        RunLock(tmp_path).take()
+
+
+def test_where_processes_have_no_ticks_their_time_of_start_counts(tmp_path: Path) -> None:
+    for seconds, same in ((0.5, True), (3600, False)):
+        assert leave(tmp_path, ticks=None, started=psutil.Process().create_time() - seconds).lives() == same
 
 
 def test_a_job_of_another_host_counts_as_gone_when_it_is_silent(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
@@ -49,6 +51,14 @@ def full_disk() -> Iterator[TextIO]:
         yield stream
 
 
+@contextmanager
+def closed() -> Iterator[TextIO]:
+    """As `entry` makes one of a standard output that the process was started without."""
+    stream = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    yield stream
+    stream.close()
+
+
 def status_of(words: list[str]) -> int | str | None:
     try:
         return cli.main(words)
@@ -69,6 +79,30 @@ def test_a_full_disk_behind_it_is_one_line(words: list[str], capsys: pytest.Capt
         assert status_of(words) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "standard output cannot be written to (No space left on device); make room" in line
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_closed_one_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with closed() as stream, redirect_stdout(stream):
+        assert status_of(words) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "standard output cannot be written to (Bad file descriptor); let it" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "status", "out", "err"),
+    [
+        (["train", "--print_config"], ">&-", 2, "", "standard output cannot be written to (Bad file descriptor)"),
+        (["train", "--loqt.rank=0"], ">&- <&-", 2, "", "error: loqt.rank is 0"),
+        (["train", "--loqt.rank=0"], "2>&-", 2, "", ""),
+    ],
+)
+def test_a_process_without_standard_streams(words: list[str], streams: str, status: int, out: str, err: str) -> None:
+    code = "import sys; from loqt_scale.entry import main; sys.exit(main())"
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == status and done.stdout == out and err in done.stderr
+    assert done.stderr.count("\n") == (1 if err else 0)
 
 
 def test_ranks_that_do_not_reach_one_another_are_told_as_before(
