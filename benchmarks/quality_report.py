@@ -1,0 +1,139 @@
+"""Tables and the figure of benchmarks/quality.py, from the results file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common import publish, table
+from quality_results import Best, Family, Group, Record, Table, bytes_of
+from quality_runs import Scale
+
+HEADER = ["method", "rates", "seeds", "perplexity", "**/ full AdamW's**", "bits a byte", "state, MB"]
+HEADER += ["of which optimizer's", "**bytes / full AdamW's**", "tokens/s"]
+NAMES = {"adamw": "full-rank AdamW", "muon": "full-rank Muon", "galore": "GaLore", "apollo": "APOLLO"}
+NAMES |= {"full": "full rank", "loqt": "LoQT"}
+ADAMW: Family = ("adamw", ())
+
+
+def publish_tables(groups: Iterable[Group], *, keep: bool) -> None:
+    """Prints a table a group and, if `keep`, puts it into RESULTS.md."""
+    for scale, _, known in groups:
+        if known.records:
+            title = f"Quality: {scale.title}, {scale.dtype}, {known.records[0]['text_name']}"
+            publish(title, command_of(scale, known), text_of(scale, known), keep=keep, made=made(known.records))
+
+
+def command_of(scale: Scale, known: Table) -> str:
+    """What does these runs again."""
+    words = f"python benchmarks/quality.py --preset {scale.preset} --steps {scale.steps} --batch {scale.batch}"
+    words += f" --rank {scale.rank} --dtype {scale.dtype}"
+    text = known.records[0]["text_name"]
+    return words if text == "embedded corpus" else f"{words} --files {text.replace(',', '')}"
+
+
+def made(records: list[Record]) -> str:
+    """When, of which commits, and where."""
+    dates, commits = (sorted({record[key] for record in records}) for key in ("date", "commit"))
+    places = sorted({f"{record['device']} ({record['jobs']} at a time)" for record in records})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{span}, commit {', '.join(commits)}, {'; '.join(places)}"
+
+
+def text_of(scale: Scale, known: Table) -> str:
+    """The table of a group, and what its columns mean."""
+    bests, base = known.every_best(), known.best(ADAMW)
+    rows = [row(best, base, scale) for best in bests]
+    lost = [name_of(family, scale) for family in known.by_family if known.best(family) is None]
+    text = table(HEADER, rows) + "\n\n" + notes(known)
+    return text + (f" Diverged at every rate: {'; '.join(lost)}." if lost else "")
+
+
+def row(best: Best, base: Best | None, scale: Scale) -> list[object]:
+    """One family's row."""
+    record, perplexities = best.record, [own["perplexity"] for own in best.by_seed.values()]
+    ratios = best.over(base) if base is not None else []
+    share = f"{bytes_of(record) / bytes_of(base.record):.3f}" if base is not None else "-"
+    rates = f"{best.run.lr:g}, {best.run.rest:g} (of {best.tried}{', at the edge' if best.at_edge else ''})"
+    bits = sum(own["bits_per_byte"] for own in best.by_seed.values()) / len(best.by_seed)
+    cells: list[object] = [name_of(best.run.family, scale), rates, len(best.by_seed), spread(perplexities, 3)]
+    cells += [f"**{spread(ratios, 3)}**" if ratios else "-", f"{bits:.4f}", megabytes(bytes_of(record))]
+    return [*cells, megabytes(record["state_bytes"]), f"**{share}**", f"{record['tokens_per_second']:,}"]
+
+
+def notes(known: Table) -> str:
+    """What a reader has to know of the columns."""
+    scored = "held-out text, 256 sequences"
+    return (
+        f"Perplexity: {scored}, mean over seeds (lowest to highest). `/ full AdamW's`: over that of full-rank AdamW at "
+        "its best rates, seed by seed. `rates`: of the linears, and of embeddings, norms and head; the best, from the "
+        "first seed, of so many pairs tried (at the edge: the best rate of the linears was the lowest or highest "
+        "tried, or fewer than three were). `state`: measured, storages of weights (packed ones included), of all gradients "
+        "at once, and of whatever the optimizer keeps; activations and a merge's working memory are not in it. "
+        "tokens/s: "
+        f"of training alone, beside other runs. {len(known.records)} runs."
+    )
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and the range if there are several."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def megabytes(size: int) -> str:
+    """10^6 bytes."""
+    return f"{size / 1e6:.2f}"
+
+
+def name_of(family: Family, scale: Scale) -> str:
+    """For people: the method, its rank, and what else is not as it would be."""
+    method, variant = family
+    own = dict(variant)
+    rank = own.pop("loqt.rank", str(scale.rank) if method in ("loqt", "galore", "apollo") else None)
+    parts = [NAMES[method]] + ([] if rank is None else [f"rank {rank}"])
+    if own.pop("optim.name", None) == "muon":
+        parts.append("Muon")
+    if own.get("loqt.quantization.weight") == own.get("loqt.quantization.projection") == "none":
+        own = {key: value for key, value in own.items() if not key.startswith("loqt.quantization.")}
+        parts.append("without quantization")
+    return ", ".join([*parts, *(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in own.items())])
+
+
+# ---- the figure ----------------------------------------------------------------------------------------------------
+
+
+def draw(groups: list[Group], path: Path) -> None:
+    """Perplexity over bytes, both over full-rank AdamW's, one panel a group that has full-rank AdamW."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 8}
+    from matplotlib import pyplot
+
+    shown = [(scale, known, base) for scale, _, known in groups if (base := known.best(ADAMW)) is not None]
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(6.5 * len(shown), 4.8), squeeze=False)
+    for panel, (scale, known, base) in zip(panels[0], shown, strict=True):
+        draw_panel(panel, scale, known, base)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_panel(panel: Any, scale: Scale, known: Table, base: Best) -> None:
+    """One group's points, each with its name and, from several seeds, its range."""
+    for best in known.every_best():
+        bytes_share = bytes_of(best.record) / bytes_of(base.record)
+        ratios = best.over(base)
+        if not ratios:
+            continue
+        mean = sum(ratios) / len(ratios)
+        colour = {"loqt": "tab:red"}.get(best.run.method, "tab:blue")
+        panel.errorbar(bytes_share, mean, [[mean - min(ratios)], [max(ratios) - mean]], fmt="o", color=colour, ms=4)
+        panel.annotate(name_of(best.run.family, scale), (bytes_share, mean), (5, 2), textcoords="offset points")
+    panel.axhline(0.95, color="grey", lw=0.6, ls=":")
+    panel.axvline(0.25, color="grey", lw=0.6, ls=":")
+    panel.set_xlim(0, 1.35)
+    panel.set_xlabel("bytes of weights, gradients and optimizer states / full-rank AdamW's")
+    panel.set_ylabel("held-out perplexity / full-rank AdamW's")
+    panel.set_title(f"{scale.title}\n{scale.dtype}, {known.records[0]['text_name']}")

@@ -1,0 +1,106 @@
+"""What benchmarks/quality.py compares: studies by name. Each says, from what is known by now, what to do next.
+
+A study is asked again whenever a worker is idle, until it has nothing new: so a sweep can go on where the best rate was
+the last of its grid, and finalists can be chosen from what the sweep has found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain, zip_longest
+
+from quality_results import Best, Family, Table
+from quality_runs import Run, Scale, variant_of, with_seed
+
+Study = Callable[[Scale, Table], list[Run]]
+
+REST = 5e-3  # rate of embeddings, norms and head from which a sweep starts
+REST_GRID = (2.5e-3, 1e-2)  # tried at the best rate of the linears
+SEEDS = (0, 1, 2)
+FURTHEST = 64.0  # a sweep does not go on beyond so many times its first rate, or below that part of it
+
+
+def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
+    """(method, variant, rates of the linears, the likeliest first) of every family that gets a sweep of its own."""
+    eighth = scale.rank // 2  # of the hidden size, of which the scale's rank is a quarter
+    three, half = {"loqt.rank": str(3 * eighth)}, {"loqt.rank": str(4 * eighth)}
+    muon = {"optim.name": "muon"}
+    lean = {**half, **muon, "optim.states": "int8", "model.trained_dtype": "bfloat16"}
+    return [
+        ("adamw", {}, (1e-3, 2e-3, 5e-4)),
+        ("loqt", {}, (5e-3, 2.5e-3, 1e-2)),
+        ("muon", {}, (2e-3, 4e-3, 1e-3)),
+        ("loqt", {**half, **muon}, (5e-3, 1e-2, 2.5e-3)),
+        ("galore", {}, (1e-2, 2e-2, 5e-3)),
+        ("apollo", {}, (1e-2, 2e-2, 5e-3)),
+        ("loqt", lean, (5e-3, 1e-2, 2.5e-3)),
+        ("loqt", {**three, **muon}, (5e-3, 1e-2, 2.5e-3)),
+        ("loqt", half, (2.5e-3, 5e-3, 1.25e-3)),
+        ("loqt", muon, (5e-3, 1e-2, 2.5e-3)),
+        ("loqt", {"loqt.quantization.weight": "none", "loqt.quantization.projection": "none"}, (5e-3, 2.5e-3, 1e-2)),
+    ]
+
+
+def sweep(scale: Scale, known: Table) -> list[Run]:
+    """Rates of the linears, further ones while the best is the last of them, then rates of the rest at the best."""
+    grids = [
+        [Run(method=method, scale=scale, lr=lr, rest=REST, variant=variant_of(variant, scale)) for lr in rates]
+        for method, variant, rates in swept(scale)
+    ]
+    return in_turns([grid + further(grid, known) for grid in grids])
+
+
+def further(grid: list[Run], known: Table) -> list[Run]:
+    """What the finished runs of a family's grid lead to."""
+    found = {run.lr: nats for run, nats in known.first_seed(grid[0].family) if run.rest == REST and run.seed == 0}
+    if any(run.lr not in found for run in grid):
+        return []
+    best = min(found, key=lambda lr: found[lr])
+    rests = [replace(grid[0], lr=best, rest=rest) for rest in REST_GRID]
+    steps = [2.0] * (best == max(found)) + [0.5] * (best == min(found))
+    allowed = [best * step for step in steps if 1 / FURTHEST <= best * step / grid[0].lr <= FURTHEST]
+    return [replace(grid[0], lr=float(f"{lr:.6g}")) for lr in allowed] or rests
+
+
+def finalists(scale: Scale, known: Table) -> list[Run]:
+    """Every family that had a sweep, at its best rates, from three seeds."""
+    bests = [best for best in known.every_best() if len({run.lr for run, _ in known.first_seed(best.run.family)}) >= 3]
+    return in_turns([[with_seed(best.run, seed) for seed in SEEDS] for best in bests])
+
+
+ABLATIONS: list[dict[str, str]] = [
+    {"loqt.merge.gap": "200"},
+    {"loqt.merge.gap": "50"},
+    {"loqt.scale": "1.0"},
+    {"loqt.scale": "0.25"},
+    {"loqt.merge.optimizer_state": "reset"},
+    {"loqt.merge.compensation_rounds": "0"},
+    {"loqt.merge.last_step_fraction": "0.8"},
+    {"loqt.quantization.weight": "int8"},
+    {"loqt.quantization.weight": "nf4_double", "loqt.quantization.projection": "nf4_double"},
+    {"optim.states": "int8"},
+    {"model.trained_dtype": "bfloat16"},
+]
+
+
+def ablations(scale: Scale, known: Table) -> list[Run]:
+    """One setting at a time away from the best LoQT family that had a sweep, at its best rates."""
+    start = Run(method="loqt", scale=scale, lr=5e-3, rest=REST)
+    best: list[Best] = [best for best in known.every_best() if best.run.method == "loqt" and _has_sweep(known, best)]
+    base = with_seed(best[0].run, 0) if best else start
+    new = [{key: value for key, value in own.items()} for own in ABLATIONS]
+    return [base, *(replace(base, variant=variant_of(dict(base.variant) | own, scale)) for own in new)]
+
+
+def _has_sweep(known: Table, best: Best) -> bool:
+    family: Family = best.run.family
+    return len({run.lr for run, _ in known.first_seed(family)}) >= 3
+
+
+def in_turns(rows: list[list[Run]]) -> list[Run]:
+    """The first of each, then the second of each, and so on."""
+    return [run for run in chain.from_iterable(zip_longest(*rows)) if run is not None]
+
+
+STUDIES: dict[str, Study] = {"sweep": sweep, "finalists": finalists, "ablations": ablations}
