@@ -64,15 +64,13 @@ def row(best: Best, base: Best | None, scale: Scale) -> list[object]:
 
 def notes(known: Table) -> str:
     """What a reader has to know of the columns."""
-    scored = "held-out text, 256 sequences"
     return (
-        f"Perplexity: {scored}, mean over seeds (lowest to highest). `/ full AdamW's`: over that of full-rank AdamW at "
-        "its best rates, seed by seed. `rates`: of the linears, and of embeddings, norms and head; the best, from the "
-        "first seed, of so many pairs tried (at the edge: the best rate of the linears was the lowest or highest "
-        "tried, or fewer than three were). `state`: measured, storages of weights (packed ones included), of all gradients "
-        "at once, and of whatever the optimizer keeps; activations and a merge's working memory are not in it. "
-        "tokens/s: "
-        f"of training alone, beside other runs. {len(known.records)} runs."
+        "Perplexity: held-out text, 256 sequences, mean over seeds (lowest to highest). `/ full AdamW's`: over that of "
+        "full-rank AdamW at its best rates, seed by seed. `rates`: of the linears, and of embeddings, norms and head; "
+        "the best, from the first seed, of so many pairs tried (at the edge: the best rate of the linears was the "
+        "lowest or highest tried, or fewer than three were). `state`: measured, storages of weights (packed ones "
+        "included), of all gradients at once, and of whatever the optimizer keeps; activations and a merge's working "
+        f"memory are not in it. tokens/s: of training alone, beside other runs. {len(known.records)} runs."
     )
 
 
