@@ -19,6 +19,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,9 @@ def main() -> int:
     except UserError as error:
         say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say(f"interrupted; what is finished is in {results.path}, the same command goes on from there")
+        return 130
     keep = Path(options.results).resolve() == RESULTS
     publish_tables(groups, keep=keep)
     if options.figure:
@@ -65,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: float32)")
     parser.add_argument("--files", nargs="+", default=[], metavar="FILE", help="text; default: the embedded corpus")
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=[], help="default: all, if there is no --run")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="leave the others out of the studies")
     parser.add_argument("--run", action="append", default=[], help=f"METHOD lr=RATE ...; methods: {', '.join(METHODS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="runs beside one another, a process each")
@@ -98,19 +103,30 @@ def do_runs(options: argparse.Namespace, scale: Scale, results: Results) -> tupl
         UserError: A run or the text cannot be.
     """
     asked = [parse_run(text, scale) for text in options.run]
-    files = tuple(str(Path(path).resolve()) for path in options.files)
-    place = Place(files, options.device, options.threads, options.jobs, options.cache_dir, commit())
+    place = place_of(options)
     jobs = 0 if options.list else options.jobs
     with Workers(jobs, place, options.deadline, lambda record: keep(results, record)) as workers:
         text = text_of(place, scale)  # and writes the tokens that the workers, which are starting, will read
-        queue = Queue(scale, text, results)
+        queue = Queue(scale, text, results, options.methods or METHODS)
         again = set(asked) if options.again else set()
-        asks = [lambda: queue.new(asked, again), *(partial(queue.study, name) for name in options.study)]
+        asks = [partial(queue.new, asked, again), *(partial(queue.study, name) for name in options.study)]
         for ask in asks:
             if options.list:
-                print(*(run.words for run in ask()), sep="\n")
+                say("\n".join(run.words for run in ask()))
             workers.do(ask)
         return [(scale, text, results.of(scale, text))], bool(workers.failed)
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """Where runs are done."""
+    return Place(
+        files=tuple(str(Path(path).resolve()) for path in options.files),
+        device=options.device,
+        threads=options.threads,
+        jobs=options.jobs,
+        cache_dir=options.cache_dir,
+        commit=commit(),
+    )
 
 
 def text_of(place: Place, scale: Scale) -> str:
@@ -127,15 +143,17 @@ class Queue:
         scale: Of the runs.
         text: Its key.
         results: What is known.
+        methods: That studies are about.
     """
 
-    def __init__(self, scale: Scale, text: str, results: Results) -> None:
-        self.scale, self.text, self.results = scale, text, results
+    def __init__(self, scale: Scale, text: str, results: Results, methods: Container[str] = METHODS) -> None:
+        self.scale, self.text, self.results, self.methods = scale, text, results, methods
         self.possible: dict[Family, bool] = {}
 
     def study(self, name: str) -> list[Run]:
         """What a study wants next."""
-        return self.new(STUDIES[name](self.scale, self.results.of(self.scale, self.text)))
+        wanted = STUDIES[name](self.scale, self.results.of(self.scale, self.text))
+        return self.new([run for run in wanted if run.method in self.methods])
 
     def new(self, runs: list[Run], again: set[Run] | None = None) -> list[Run]:
         """Those that are not known and can be done here; `again`: known or not, until they have been done now."""

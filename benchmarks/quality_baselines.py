@@ -66,7 +66,7 @@ def _create(
     trainer: Trainer, method: str, options: dict[str, Any], linears: dict[str, Any], rest: dict[str, Any]
 ) -> torch.optim.Optimizer:
     optim = trainer.config.optim
-    adam = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    adam: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if method == "muon":
         return InParts([torch.optim.Muon([linears], **options), torch.optim.AdamW([rest], **adam, fused=True)])
     groups = [{**linears, "rank": trainer.config.loqt.rank, **options}, rest]

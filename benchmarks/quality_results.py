@@ -91,8 +91,9 @@ class Table:
             return None
         run, _ = ranked[0]
         same = {other.seed: record for other, record in self.by_family[family] if _rates(other) == _rates(run)}
-        rates = {own.lr for own, _ in ranked}
-        return Best(run, same, tried=len(ranked), at_edge=len(rates) < 3 or run.lr in (min(rates), max(rates)))
+        lrs = {own.lr for own, _ in ranked}
+        at_edge = len(lrs) < 3 or run.lr in (min(lrs), max(lrs))
+        return Best(run, same, tried=len(ranked), rates=len(lrs), at_edge=at_edge)
 
     def every_best(self) -> list[Best]:
         """One a family, lowest perplexity first."""
@@ -108,12 +109,14 @@ class Best:
         run: From the lowest seed.
         by_seed: Results at these rates by seed.
         tried: Pairs of rates that were tried.
+        rates: Of them, different ones of the linears: three or more are a sweep.
         at_edge: Whether its `lr` is the lowest or highest tried, so that a better one may lie beyond.
     """
 
     run: Run
     by_seed: dict[int, Record]
     tried: int
+    rates: int
     at_edge: bool
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, zip_longest
 
-from quality_results import Best, Family, Table
+from quality_results import Table
 from quality_runs import Run, Scale, variant_of, with_seed
 
 Study = Callable[[Scale, Table], list[Run]]
@@ -18,7 +18,7 @@ Study = Callable[[Scale, Table], list[Run]]
 REST = 5e-3  # rate of embeddings, norms and head from which a sweep starts
 REST_GRID = (2.5e-3, 1e-2)  # tried at the best rate of the linears
 SEEDS = (0, 1, 2)
-FURTHEST = 64.0  # a sweep does not go on beyond so many times its first rate, or below that part of it
+FURTHEST = 16.0
 
 
 def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
@@ -43,30 +43,58 @@ def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
 
 
 def sweep(scale: Scale, known: Table) -> list[Run]:
-    """Rates of the linears, further ones while the best is the last of them, then rates of the rest at the best."""
-    grids = [
+    """Rates of the linears, further ones while the best is the last of them; then rates of the rest at the best."""
+    families = [
         [Run(method=method, scale=scale, lr=lr, rest=REST, variant=variant_of(variant, scale)) for lr in rates]
         for method, variant, rates in swept(scale)
     ]
-    return in_turns([grid + further(grid, known) for grid in grids])
+    return in_turns([one_sweep(grid, known) for grid in families])
 
 
-def further(grid: list[Run], known: Table) -> list[Run]:
-    """What the finished runs of a family's grid lead to."""
-    found = {run.lr: nats for run, nats in known.first_seed(grid[0].family) if run.rest == REST and run.seed == 0}
-    if any(run.lr not in found for run in grid):
-        return []
-    best = min(found, key=lambda lr: found[lr])
-    rests = [replace(grid[0], lr=best, rest=rest) for rest in REST_GRID]
-    steps = [2.0] * (best == max(found)) + [0.5] * (best == min(found))
-    allowed = [best * step for step in steps if 1 / FURTHEST <= best * step / grid[0].lr <= FURTHEST]
-    return [replace(grid[0], lr=float(f"{lr:.6g}")) for lr in allowed] or rests
+def one_sweep(grid: list[Run], known: Table) -> list[Run]:
+    """A family's runs so far and next.
+
+    Args:
+        grid: Its first runs: rates of the linears, all with one rate of the rest.
+        known: What is known.
+    """
+    start = grid[0]
+    lrs = {run.lr: nats for run, nats in known.first_seed(start.family) if run.rest == start.rest}
+    if any(run.lr not in lrs for run in grid):
+        return grid
+    if (lr := beyond(lrs, start.lr)) is not None:
+        return [*grid, replace(start, lr=lr)]
+    best = replace(start, lr=lowest(lrs))
+    rests = {run.rest: nats for run, nats in known.first_seed(start.family) if run.lr == best.lr}
+    if any(rest not in rests for rest in REST_GRID):
+        return [replace(best, rest=rest) for rest in REST_GRID]
+    rest = beyond(rests, start.rest)
+    return [] if rest is None else [replace(best, rest=rest)]
+
+
+def beyond(found: dict[float, float], first: float) -> float | None:
+    """The rate to try next if the best is the lowest or highest that was tried; None if it lies between others.
+
+    Args:
+        found: Nats by rate; infinite where a run diverged.
+        first: Where the sweep began: it does not go further than `FURTHEST` times from there.
+    """
+    best = lowest(found)
+    step = 0.5 if best == min(found) else 2.0 if best == max(found) else None
+    if step is None:
+        return None
+    rate = float(f"{best * step:.6g}")
+    return rate if 1 / FURTHEST <= rate / first <= FURTHEST else None
+
+
+def lowest(found: dict[float, float]) -> float:
+    """The rate with the fewest nats; of equal ones the lowest."""
+    return min(found, key=lambda rate: (found[rate], rate))
 
 
 def finalists(scale: Scale, known: Table) -> list[Run]:
     """Every family that had a sweep, at its best rates, from three seeds."""
-    bests = [best for best in known.every_best() if len({run.lr for run, _ in known.first_seed(best.run.family)}) >= 3]
-    return in_turns([[with_seed(best.run, seed) for seed in SEEDS] for best in bests])
+    return in_turns([[with_seed(best.run, seed) for seed in SEEDS] for best in known.every_best() if best.rates >= 3])
 
 
 ABLATIONS: list[dict[str, str]] = [
@@ -86,16 +114,10 @@ ABLATIONS: list[dict[str, str]] = [
 
 def ablations(scale: Scale, known: Table) -> list[Run]:
     """One setting at a time away from the best LoQT family that had a sweep, at its best rates."""
-    start = Run(method="loqt", scale=scale, lr=5e-3, rest=REST)
-    best: list[Best] = [best for best in known.every_best() if best.run.method == "loqt" and _has_sweep(known, best)]
-    base = with_seed(best[0].run, 0) if best else start
-    new = [{key: value for key, value in own.items()} for own in ABLATIONS]
-    return [base, *(replace(base, variant=variant_of(dict(base.variant) | own, scale)) for own in new)]
-
-
-def _has_sweep(known: Table, best: Best) -> bool:
-    family: Family = best.run.family
-    return len({run.lr for run, _ in known.first_seed(family)}) >= 3
+    best = [best.run for best in known.every_best() if best.run.method == "loqt" and best.rates >= 3]
+    base = with_seed(best[0], 0) if best else Run(method="loqt", scale=scale, lr=5e-3, rest=REST)
+    changed = [variant_of(dict(base.variant) | own, scale) for own in ABLATIONS]
+    return [base, *(replace(base, variant=variant) for variant in changed if variant != base.variant)]
 
 
 def in_turns(rows: list[list[Run]]) -> list[Run]:

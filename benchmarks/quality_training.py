@@ -8,7 +8,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import date
 from itertools import pairwise
@@ -182,22 +183,34 @@ def most_gradients(trainer: Trainer) -> int:
 
 
 def storages(thing: object) -> dict[int, int]:
-    """Bytes by address of all storages behind tensors in an object, in its attributes, items and theirs."""
-    found: dict[int, int] = {}
+    """Bytes by address of what is behind the tensors in an object, in its attributes, items and theirs.
+
+    Views of one storage count for what they show, at most for the storage: GaLore's package keeps a whole singular
+    matrix alive for the rank columns that it needs, which a copy would mend.
+    """
+    views: dict[int, dict[tuple[object, ...], int]] = defaultdict(dict)
+    whole: dict[int, int] = {}
+    for tensor in tensors_in(thing):
+        storage = tensor.untyped_storage()
+        whole[storage.data_ptr()] = storage.nbytes()
+        views[storage.data_ptr()][tensor.storage_offset(), tensor.shape] = tensor.nbytes
+    return {place: min(whole[place], sum(shown.values())) for place, shown in views.items()}
+
+
+def tensors_in(thing: object) -> Iterator[Tensor]:
+    """Every tensor that can be reached from an object by attributes, items and values."""
     seen: set[int] = set()
     waiting = [thing]
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | torch.Generator) or thing is None:
+        if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | None):
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            yield thing
         elif isinstance(thing, dict):
             waiting += thing.values()
         elif isinstance(thing, list | tuple | set):
             waiting += thing
         else:
-            waiting += vars(thing).values() if hasattr(thing, "__dict__") else []
-    return found
+            waiting += getattr(thing, "__dict__", {}).values()

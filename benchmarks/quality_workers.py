@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -25,6 +26,7 @@ def serve(pipe: Connection, place: Place) -> None:
     try:
         while True:
             run = pipe.recv()
+            answer: tuple[str, Any]
             try:
                 answer = ("done", train(run, place, lambda done, seconds: pipe.send(("reached", (done, seconds)))))
             except (EOFError, BrokenPipeError):
@@ -46,6 +48,7 @@ class Worker:
 
     def __init__(self, place: Place) -> None:
         self.run: Run | None = None
+        self.reached = 0  # steps of it
         self.pipe, theirs = _SPAWN.Pipe()
         self.process = _SPAWN.Process(target=serve, args=(theirs, place), daemon=True)
         self.process.start()
@@ -53,8 +56,9 @@ class Worker:
 
     def begin(self, run: Run) -> None:
         """Hands it a run."""
-        self.run = run
-        self.pipe.send(run)
+        self.run, self.reached = run, 0
+        with suppress(OSError):  # it is dead, as its end of the pipe will say
+            self.pipe.send(run)
 
     def end(self) -> None:
         """Kills it."""
@@ -74,7 +78,7 @@ class Workers:
     """
 
     def __init__(self, jobs: int, place: Place, deadline: float, keep: Callable[[dict[str, Any]], object]) -> None:
-        self.place, self.deadline, self.keep = place, deadline, keep
+        self.jobs, self.place, self.deadline, self.keep = jobs, place, deadline, keep
         self.workers = [Worker(place) for _ in range(jobs)]
         self.pace: dict[tuple[object, ...], float] = {}  # seconds a step, the slowest by method and shape
         self.done: set[Run] = set()
@@ -96,34 +100,43 @@ class Workers:
         """
         while time.monotonic() < self.deadline:
             self._hand_out(ask)
-            busy = [worker for worker in self.workers if worker.run is not None]
+            busy = {worker.pipe: worker for worker in self.workers if worker.run is not None}
             if not busy:
-                return
-            pipes = {worker.pipe: worker for worker in busy}
-            for pipe in wait(list(pipes), timeout=min(max(0.0, self.deadline - time.monotonic()), 3600.0)):
-                self._hear(pipes[pipe])  # type: ignore[index]
+                break
+            for pipe in wait(list(busy), timeout=min(max(0.0, self.deadline - time.monotonic()), 3600.0)):
+                self._hear(busy[pipe])  # type: ignore[index]
+        self._say_what_is_left()
+
+    def _say_what_is_left(self) -> None:
         for worker in self.workers:
             if worker.run is not None:
-                say(f"out of time: {worker.run.words}")
+                say(f"out of time after {worker.reached} of {worker.run.scale.steps} steps: {worker.run.words}")
+        if self.too_long:
+            say(f"not begun, for there was no time to end them: {len(self.too_long)} runs")
 
     def _hand_out(self, ask: Ask) -> None:
-        idle = [worker for worker in self.workers if worker.run is None]
-        if not idle:
-            return
-        taken = (
-            self.done | self.failed | self.too_long | {worker.run for worker in self.workers if worker.run is not None}
-        )
+        taken = self.done | self.failed | self.too_long | {worker.run for worker in self.workers if worker.run}
         for run in ask():
-            if not idle:
-                return
             if run in taken:
                 continue
+            worker = self._idle()
+            if worker is None:
+                return
             taken.add(run)
             if time.monotonic() + self.seconds_of(run) > self.deadline:
                 self.too_long.add(run)
-                say(f"not begun, it would take {self.seconds_of(run):.0f} s: {run.words}")
             else:
-                idle.pop(0).begin(run)
+                worker.begin(run)
+
+    def _idle(self) -> Worker | None:
+        """A worker without a run, or one in the place of a dead one; None if all are busy."""
+        for worker in self.workers:
+            if worker.run is None:
+                return worker
+        if len(self.workers) < self.jobs:
+            self.workers.append(Worker(self.place))
+            return self.workers[-1]
+        return None
 
     def seconds_of(self, run: Run) -> float:
         """What a run should take, by those that have come to a quarter of theirs; 0 if nothing is known."""
@@ -139,10 +152,10 @@ class Workers:
         except (EOFError, OSError):
             worker.process.join()
             what, value = "failed", f"its process ended with {worker.process.exitcode}"
-            self.workers[self.workers.index(worker)] = Worker(self.place)
+            self.workers.remove(worker)
         if what == "reached":
-            done, seconds = value
-            self.pace[_kind(run)] = max(self.pace.get(_kind(run), 0.0), seconds / done)
+            worker.reached, seconds = value
+            self.pace[_kind(run)] = max(self.pace.get(_kind(run), 0.0), seconds / worker.reached)
             return
         worker.run = None
         if what == "failed":
