@@ -56,8 +56,8 @@ class Scale:
 
 
 SCALES = {
-    "micro": Scale(preset="llama_micro", steps=1500, batch=8, rank=32),  # rank: a quarter of the hidden size
-    "tiny": Scale(preset="llama_tiny", steps=2000, batch=64, rank=64),
+    "micro": Scale(preset="llama_micro", steps=1100, batch=32, rank=32),  # rank: a quarter of the hidden size
+    "tiny": Scale(preset="llama_tiny", steps=1500, batch=128, rank=64),
 }
 
 

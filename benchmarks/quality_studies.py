@@ -24,9 +24,9 @@ FURTHEST = 16.0
 def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
     """(method, variant, rates of the linears, the likeliest first) of every family that gets a sweep of its own."""
     eighth = scale.rank // 2  # of the hidden size, of which the scale's rank is a quarter
-    three, half = {"loqt.rank": str(3 * eighth)}, {"loqt.rank": str(4 * eighth)}
+    three, half, six = ({"loqt.rank": str(n * eighth)} for n in (3, 4, 6))
     muon = {"optim.name": "muon"}
-    lean = {**half, **muon, "optim.states": "int8", "model.trained_dtype": "bfloat16"}
+    lean = {"optim.states": "int8", "model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", **muon}
     return [
         ("adamw", {}, (1e-3, 2e-3, 5e-4)),
         ("loqt", {}, (5e-3, 2.5e-3, 1e-2)),
@@ -34,7 +34,8 @@ def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
         ("loqt", {**half, **muon}, (5e-3, 1e-2, 2.5e-3)),
         ("galore", {}, (1e-2, 2e-2, 5e-3)),
         ("apollo", {}, (1e-2, 2e-2, 5e-3)),
-        ("loqt", lean, (5e-3, 1e-2, 2.5e-3)),
+        ("loqt", {**half, **lean}, (5e-3, 1e-2, 2.5e-3)),
+        ("loqt", {**six, **lean}, (5e-3, 1e-2, 2.5e-3)),
         ("loqt", {**three, **muon}, (5e-3, 1e-2, 2.5e-3)),
         ("loqt", half, (2.5e-3, 5e-3, 1.25e-3)),
         ("loqt", muon, (5e-3, 1e-2, 2.5e-3)),
