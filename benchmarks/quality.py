@@ -45,18 +45,19 @@ def main() -> int:
     try:
         if options.table or options.figure:
             groups, failed = results.tables(), False
+            if not groups:
+                raise UserError(f"{results.path} holds no results; leave out --table and --figure to make some")
         else:
             groups, failed = do_runs(options, scale_of(options), results)
+        publish_tables(groups, keep=Path(options.results).resolve() == RESULTS)
+        if options.figure:
+            draw(groups, Path(options.figure))
     except UserError as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         say(f"interrupted; what is finished is in {results.path}, the same command goes on from there")
         return 130
-    keep = Path(options.results).resolve() == RESULTS
-    publish_tables(groups, keep=keep)
-    if options.figure:
-        draw(groups, Path(options.figure))
     return int(failed)
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from common import publish, table
 from quality_results import Best, Family, Group, Record, Table, bytes_of
-from quality_runs import Scale
+from quality_runs import RANKED, Scale
+
+from loqt_scale.errors import UserError
 
 HEADER = ["method", "rates", "seeds", "perplexity", "**/ full AdamW's**", "bits a byte", "state, MB"]
 HEADER += ["of which optimizer's", "**bytes / full AdamW's**", "tokens/s"]
 NAMES = {"adamw": "full-rank AdamW", "muon": "full-rank Muon", "galore": "GaLore", "apollo": "APOLLO"}
 NAMES |= {"full": "full rank", "loqt": "LoQT"}
+WORDS = {
+    "Muon": {"optim.name": "muon"},
+    "bfloat16 factors": {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16"},
+    "8-bit states": {"optim.states": "int8"},
+    "without quantization": {"loqt.quantization.weight": "none", "loqt.quantization.projection": "none"},
+}
 ADAMW: Family = ("adamw", ())
 
 
@@ -89,13 +98,12 @@ def name_of(family: Family, scale: Scale) -> str:
     """For people: the method, its rank, and what else is not as it would be."""
     method, variant = family
     own = dict(variant)
-    rank = own.pop("loqt.rank", str(scale.rank) if method in ("loqt", "galore", "apollo") else None)
-    parts = [NAMES[method]] + ([] if rank is None else [f"rank {rank}"])
-    if own.pop("optim.name", None) == "muon":
-        parts.append("Muon")
-    if own.get("loqt.quantization.weight") == own.get("loqt.quantization.projection") == "none":
-        own = {key: value for key, value in own.items() if not key.startswith("loqt.quantization.")}
-        parts.append("without quantization")
+    rank = own.pop("loqt.rank", str(scale.rank) if method in RANKED else None)
+    parts = [NAMES[method], *([] if rank is None else [f"rank {rank}"])]
+    for words, settings in WORDS.items():
+        if settings.items() <= own.items():
+            own = {key: value for key, value in own.items() if key not in settings}
+            parts.append(words)
     return ", ".join([*parts, *(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in own.items())])
 
 
@@ -103,35 +111,48 @@ def name_of(family: Family, scale: Scale) -> str:
 
 
 def draw(groups: list[Group], path: Path) -> None:
-    """Perplexity over bytes, both over full-rank AdamW's, one panel a group that has full-rank AdamW."""
+    """Perplexity over bytes, both over full-rank AdamW's: one panel a group that has full-rank AdamW.
+
+    Args:
+        groups: What to show.
+        path: An .svg or .png file.
+
+    Raises:
+        UserError: matplotlib is not installed, or nothing can be compared.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError("matplotlib, which draws, is not installed; write pip install 'loqt-scale[benchmarks]'")
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "quality", "font.size": 8}
-    from matplotlib import pyplot
-
     shown = [(scale, known, base) for scale, _, known in groups if (base := known.best(ADAMW)) is not None]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(6.5 * len(shown), 4.8), squeeze=False)
-    for panel, (scale, known, base) in zip(panels[0], shown, strict=True):
+    if not shown:
+        raise UserError("no run of full-rank AdamW is known, to which others are compared; write --run 'adamw lr=1e-3'")
+    figure = Figure(figsize=(9, 4 * len(shown)), layout="constrained")
+    for panel, (scale, known, base) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         draw_panel(panel, scale, known, base)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def draw_panel(panel: Any, scale: Scale, known: Table, base: Best) -> None:
-    """One group's points, each with its name and, from several seeds, its range."""
-    for best in known.every_best():
-        bytes_share = bytes_of(best.record) / bytes_of(base.record)
-        ratios = best.over(base)
-        if not ratios:
-            continue
-        mean = sum(ratios) / len(ratios)
-        colour = {"loqt": "tab:red"}.get(best.run.method, "tab:blue")
-        panel.errorbar(bytes_share, mean, [[mean - min(ratios)], [max(ratios) - mean]], fmt="o", color=colour, ms=4)
-        panel.annotate(name_of(best.run.family, scale), (bytes_share, mean), (5, 2), textcoords="offset points")
-    panel.axhline(0.95, color="grey", lw=0.6, ls=":")
-    panel.axvline(0.25, color="grey", lw=0.6, ls=":")
-    panel.set_xlim(0, 1.35)
+    """One group's points, numbered as their names beside it, and, from several seeds, their range.
+
+    Families without a sweep of their own are left out, unless there are no others.
+    """
+    bests = [best for best in known.every_best() if best.over(base)]
+    for number, best in enumerate([best for best in bests if best.rates >= 3] or bests, 1):
+        share, ratios = bytes_of(best.record) / bytes_of(base.record), best.over(base)
+        mean, name = sum(ratios) / len(ratios), name_of(best.run.family, scale)
+        ranges = [[max(0.0, mean - min(ratios))], [max(0.0, max(ratios) - mean)]]
+        colour = "tab:red" if best.run.method == "loqt" else "tab:blue"
+        label = f"{number}  {name}: {mean:.3f}, {share:.2f}"
+        panel.errorbar(share, mean, ranges, fmt="o", color=colour, ms=4, label=label)
+        panel.annotate(str(number), (share, mean), (4, 3), textcoords="offset points")
+    for line, value in ((panel.axhline, 1.0), (panel.axvline, 1.0), (panel.axvline, 0.25)):
+        line(value, color="grey", lw=0.5, ls=":")
+    panel.set_xlim(left=0)
     panel.set_xlabel("bytes of weights, gradients and optimizer states / full-rank AdamW's")
     panel.set_ylabel("held-out perplexity / full-rank AdamW's")
-    panel.set_title(f"{scale.title}\n{scale.dtype}, {known.records[0]['text_name']}")
+    panel.set_title(f"{scale.title}, {scale.dtype}, {known.records[0]['text_name']}", loc="left")
+    panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handletextpad=0)

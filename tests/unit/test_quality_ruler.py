@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from quality_report import text_of
+from quality_report import draw, text_of
 from quality_results import Record, Results, Table
 from quality_runs import Run, Scale, parse_run, run_of, variant_of
 from quality_studies import FURTHEST, REST, STUDIES, sweep
 
-from loqt_scale.errors import ConfigError
+from loqt_scale.errors import ConfigError, UserError
 
 SCALE = Scale(preset="llama_nano", steps=8, batch=2, rank=16)
 
@@ -101,6 +101,21 @@ def test_perplexities_are_compared_seed_by_seed() -> None:
     loqt, adamw = known.best(("loqt", ())), known.best(("adamw", ()))
     assert loqt is not None and adamw is not None
     assert loqt.over(adamw) == pytest.approx([math.exp(-0.1)] * 2)
+
+
+def test_the_figure_names_every_method_and_is_the_same_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = {"adamw lr=1e-3": 1.0, "muon lr=1e-3": 0.9, "loqt lr=1e-3 optim.states=int8 loqt.rank=32": 0.95}
+    runs = [(parse_run(f"{text} seed={seed}", SCALE), nats) for text, nats in words.items() for seed in (0, 1)]
+    known = Table([(run, record(run, nats + 0.01 * run.seed)) for run, nats in runs])
+    for name in ("a.svg", "b.svg"):
+        draw([(SCALE, "t", known)], tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    for label in ("full-rank AdamW: 1.000, 1.00", "full-rank Muon: 0.905, 1.00", "LoQT, rank 32, 8-bit states: 0.951"):
+        assert label in drawn
+    assert drawn == (tmp_path / "b.svg").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="write --run 'adamw"):
+        draw([(SCALE, "t", Table([]))], tmp_path / "c.svg")
 
 
 @pytest.mark.parametrize(
