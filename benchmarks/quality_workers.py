@@ -139,10 +139,12 @@ class Workers:
         return None
 
     def seconds_of(self, run: Run) -> float:
-        """What a run should take, by those that have come to a quarter of theirs; 0 if nothing is known."""
-        same = self.pace.get(_kind(run), 0.0)
+        """What a run should take, by those that have come to a quarter of theirs; 0 if nothing is known.
+
+        A method that has not been seen is taken to be as fast as the fastest: trying costs an idle worker nothing.
+        """
         others = [pace for kind, pace in self.pace.items() if kind[1:] == _kind(run)[1:]]
-        return (same or max(others, default=0.0)) * run.scale.steps
+        return self.pace.get(_kind(run), min(others, default=0.0)) * run.scale.steps
 
     def _hear(self, worker: Worker) -> None:
         run = worker.run
