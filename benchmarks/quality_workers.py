@@ -14,6 +14,8 @@ from typing import Any
 
 from quality_runs import Place, Run
 
+from loqt_scale.errors import UserError
+
 Ask = Callable[[], list[Run]]
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -31,6 +33,8 @@ def serve(pipe: Connection, place: Place) -> None:
                 answer = ("done", train(run, place, lambda done, seconds: pipe.send(("reached", (done, seconds)))))
             except (EOFError, BrokenPipeError):
                 raise
+            except UserError as error:
+                answer = ("failed", str(error))
             except Exception:
                 answer = ("failed", traceback.format_exc())
             pipe.send(answer)
