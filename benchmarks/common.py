@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def hardware() -> str:
 
 def commit() -> str:
     """Short hash of the checkout, with `+` if it has changes."""
+    if shutil.which("git") is None:
+        return "unknown"
     run = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
     changed = [
         line for line in run("status", "--porcelain", "--", "loqt_scale", "benchmarks/*.py").splitlines() if line
@@ -44,15 +47,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
 
 
-def publish(title: str, command: str, text: str, *, keep: bool = True, show: bool = True) -> None:
+def publish(
+    title: str, command: str, text: str, *, keep: bool = True, show: bool = True, made: str | None = None
+) -> None:
     """Prints a result (unless `show` is off) and puts it into RESULTS.md in place of one with the same title.
 
-    With `keep` off it is printed only.
+    With `keep` off it is printed only. `made` says when, of which commit and where, if that is not now, this and here.
     """
     if not keep:
         print(text)
         return
-    section = f"## {title}\n\n`{command}`  \n{date.today()}, commit {commit()}, {hardware()}\n\n{text}\n"
+    section = f"## {title}\n\n`{command}`  \n{made or f'{date.today()}, commit {commit()}, {hardware()}'}\n\n{text}\n"
     if show:
         print("\n" + section, flush=True)
     old = (
