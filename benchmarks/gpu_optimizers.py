@@ -33,8 +33,8 @@ def optimizers(place: Place, repeats: int) -> Iterator[Table]:
         text = (
             f"{table(HEADER, [row for rows in found.values() for row in rows])}\n\n{place.notes()} LoQT; an update "
             f"clips and applies the gradients of one step, {repeats} rounds, all variants in turns; medians. `of a "
-            f"step's time`: of {STEP_TOKENS} tokens in passes of {2 if place.quick else SEQUENCES} sequences, blocks not "
-            "compiled. Muon's factors have one moment; embeddings, norms and head are AdamW's."
+            f"step's time`: of {STEP_TOKENS} tokens in passes of {2 if place.quick else SEQUENCES} sequences, blocks "
+            "not compiled. Muon's factors have one moment; embeddings, norms and head are AdamW's."
         )
         yield place.title("GPU: what an update costs"), text
 
