@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from loqt_scale.metrics import format_count, format_perplexity
@@ -38,7 +39,26 @@ def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strat
         f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
         f"rates    {rates}",
     ]
+    widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
+    lines += alignment_note(widths, config, device_type=strategy.device.type)
     return "\n".join(lines)
+
+
+def alignment_note(widths: Iterable[int], config: RunConfig, *, device_type: str) -> list[str]:
+    """A line on linears whose products a GPU computes slowly, if there are such; measured in docs/performance.md.
+
+    Args:
+        widths: Features of the linears, in and out.
+        config: The run.
+        device_type: Where it is.
+    """
+    odd = [width for width in widths if width % 8]
+    if device_type != "cuda" or config.model.dtype != "bfloat16" or config.model.compile or not odd:
+        return []
+    return [
+        f"note     linears of {odd[0]} features: bfloat16 rows that are not aligned to 16 bytes are several times "
+        f"slower to multiply; write model.compile: true, or, in a model of your own, {odd[0] + -odd[0] % 8} features"
+    ]
 
 
 def merge_line(report: MergeReport) -> str:

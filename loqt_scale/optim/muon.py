@@ -100,14 +100,19 @@ class StreamedMuon(StreamedAdamW):
         _, of_rows = self._side(wave[0])
         grams = torch.stack([gram(piece.matrix.T if of_rows else piece.begun_here) for piece in pieces])
         for work, piece, turn in zip(wave, pieces, orthogonalizer(self._sum(grams)).float(), strict=True):
+            if not work.fragment.values:
+                continue
             piece.matrix = turn @ piece.matrix if of_rows else piece.matrix @ turn
             self._replace(work, partial(_descend, piece, group["lr"], 1.0 - group["lr"] * group["weight_decay"]))
 
     def _accelerate(self, work: Work) -> _Rows:
         """Updates the momentum and returns the rows of U that a fragment touches."""
+        piece = _Rows.of(work)
+        if not work.fragment.values:  # this rank takes part in the sums only
+            return piece
         state = self.ensure_state(work.fragment.parameter)
         count_update(state, work.skip)
-        moment, piece = state["exp_avg"], _Rows.of(work)
+        moment = state["exp_avg"]
         for chunk in moment.chunks():
             grad = work.grad[chunk.start : chunk.stop].float()
             mean = moment.load(chunk, copy=work.skip is not None).lerp_(grad, 1.0 - self._momentum)

@@ -77,7 +77,7 @@ class StreamedAdamW(torch.optim.Optimizer):
     def adopt(self, flat: Tensor, fragments: Sequence[Fragment]) -> None:
         """Takes a flat tensor, which a group will name in the place of parameters, for the fragments that it holds.
 
-        What no fragment holds, such as padding, is never touched. The moments are made at once.
+        What no fragment holds, such as padding, is never touched. The moments are made at once, where there are values.
 
         Args:
             flat: (V,), float32.
@@ -85,7 +85,8 @@ class StreamedAdamW(torch.optim.Optimizer):
         """
         self._adopted[id(flat)] = flat, fragments
         for fragment in fragments:
-            self._begin(fragment, flat.device)
+            if fragment.values:
+                self._begin(fragment, flat.device)
 
     def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
         """Which moments a parameter has."""
@@ -126,6 +127,8 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _update(self, tensor: Tensor, group: dict[str, Any]) -> None:
         for work in self._work_of(tensor):
+            if not work.fragment.values:
+                continue
             state = self.ensure_state(work.fragment.parameter)
             self._replace(work, partial(_adamw, work, state, _terms(state, group, work.skip)))
 

@@ -147,7 +147,7 @@ class ZeroStrategy(DistributedStrategy):
         if isinstance(optimizer, StreamedAdamW):
             for flat, fragments in master_fragments(self._engine, self.stage, self.rank):
                 optimizer.adopt(flat, fragments)
-                self._fragments |= {id(fragment.parameter): fragment for fragment in fragments}
+                self._fragments |= {id(fragment.parameter): fragment for fragment in fragments if fragment.values}
         engine: nn.Module = self._engine
         return engine
 

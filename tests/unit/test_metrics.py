@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loqt_scale.config_io import parse_run_config
 from loqt_scale.metrics import (
     METRICS_FILE,
     MetricsWriter,
@@ -27,6 +28,7 @@ from loqt_scale.metrics import (
     replay,
 )
 from loqt_scale.metrics import events as event_files
+from loqt_scale.report import alignment_note
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -258,3 +260,19 @@ def test_the_time_left_counts_from_the_first_step_that_is_reported(capsys, monke
         assert lines[0].endswith("eta ?") and lines[-1].startswith("step 950/1000") and lines[-1].endswith("eta 1m40s")
     else:
         assert "950/1000 [01:38<01:40" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "said"),
+    [
+        (["--model.dtype=bfloat16"], "cuda", True),
+        (["--model.dtype=bfloat16"], "cpu", False),
+        (["--model.dtype=bfloat16", "--model.compile=true"], "cuda", False),
+        ([], "cuda", False),
+    ],
+)
+def test_widths_that_a_gpu_is_slow_with_are_said(words: list[str], device: str, said: bool) -> None:
+    config = parse_run_config(words)
+    assert alignment_note([2048, 5464], config, device_type=device) == []
+    lines = alignment_note([2048, 5461], config, device_type=device)
+    assert bool(lines) == said and all("5461" in line and "5464" in line for line in lines)
