@@ -122,6 +122,7 @@ def fragments_of(trainer: Trainer) -> dict[str, tuple[int, int, int]]:
         (flat, fragment)
         for flat, fragments in master_fragments(trainer.model, strategy.stage, strategy.rank)
         for fragment in fragments
+        if fragment.values
     ]
     for name, parameter in trainer.built.model.named_parameters():
         if parameter.requires_grad:
