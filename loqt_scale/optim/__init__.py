@@ -5,14 +5,13 @@ from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
-from loqt_scale.optim.muon import WAVE_VALUES, StreamedMuon
+from loqt_scale.optim.muon import StreamedMuon
 from loqt_scale.optim.per_layer import UpdateInBackward
 from loqt_scale.optim.schedule import LearningRates, create_scheduler, describe_rates, set_schedule_position
 from loqt_scale.optim.shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW
 
 __all__ = [
-    "WAVE_VALUES",
     "Fragment",
     "LearningRates",
     "Moment",

@@ -10,12 +10,13 @@ making B's update orthogonal is the spectral step of W inside the subspace (Bern
 Under ZeRO a rank's fragment may begin or end inside a row. Such rows are completed by one more message, of at most two
 rows a rank and layer.
 
-A dense weight (`--method full`) is a B like any other. Where this rank stores all of it, the smaller side's Gram matrix
-serves: U U^T U Q = Q' U.
+A dense weight (`--method full`) is a B like any other if it is tall. Of a wide one the rows' Gram matrix U U^T is the
+smaller, and Q' U the same step; it needs whole rows against whole rows, so there, and only there, ranks exchange U.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,11 @@ from loqt_scale.optim.shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
 
 WAVE_VALUES = 2**23  # of B on this rank, about, whose updates are in flight together, unless one layer has more
+
+
+def gram_side(rows: int, columns: int) -> tuple[int, bool]:
+    """(size of the Gram matrix that a matrix takes, whether it is that of the rows)."""
+    return (rows, True) if rows < columns else (columns, False)
 
 
 class StreamedMuon(StreamedAdamW):
@@ -76,38 +82,25 @@ class StreamedMuon(StreamedAdamW):
 
     def _waves(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Consecutive ones with Gram matrices of one size, cut alike on all ranks."""
-        wave: list[Work] = []
-        most = WAVE_VALUES * self._shards.count
-        for one in work:
-            values = sum(each.fragment.rows * each.fragment.columns for each in (*wave, one))
-            if wave and (self._side(one) != self._side(wave[0]) or values > most):
-                yield wave
-                wave = []
-            wave.append(one)
-        if wave:
-            yield wave
-
-    def _side(self, work: Work) -> tuple[int, bool]:
-        """(size of the Gram matrix, whether it is that of the rows)."""
-        rows, columns = work.fragment.rows, work.fragment.columns
-        return (rows, True) if self._shards.count == 1 and rows < columns else (columns, False)
+        for wave in muon_waves([(one.fragment.rows, one.fragment.columns) for one in work], self._shards.count):
+            yield [work[index] for index in wave]
 
     def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
         """One update of matrices with Gram matrices of one size."""
-        pieces = [self._accelerate(work) for work in wave]
-        if self._shards.count > 1:
-            self._complete_rows(pieces)
-        _, of_rows = self._side(wave[0])
+        _, of_rows = gram_side(wave[0].fragment.rows, wave[0].fragment.columns)
+        pieces = [self._accelerate(work, whole=of_rows) for work in wave]
+        self._complete(pieces, whole=of_rows)
         grams = torch.stack([gram(piece.matrix.T if of_rows else piece.begun_here) for piece in pieces])
-        for work, piece, turn in zip(wave, pieces, orthogonalizer(self._sum(grams)).float(), strict=True):
+        turns = orthogonalizer(grams if of_rows else self._sum(grams)).float()
+        for work, piece, turn in zip(wave, pieces, turns, strict=True):
             if not work.fragment.values:
                 continue
             piece.matrix = turn @ piece.matrix if of_rows else piece.matrix @ turn
             self._replace(work, partial(_descend, piece, group["lr"], 1.0 - group["lr"] * group["weight_decay"]))
 
-    def _accelerate(self, work: Work) -> _Rows:
-        """Updates the momentum and returns the rows of U that a fragment touches."""
-        piece = _Rows.of(work)
+    def _accelerate(self, work: Work, *, whole: bool) -> _Rows:
+        """Updates the momentum and returns the rows of U that a fragment touches, or all."""
+        piece = _Rows.of(work, whole=whole)
         if not work.fragment.values:  # this rank takes part in the sums only
             return piece
         state = self.ensure_state(work.fragment.parameter)
@@ -125,6 +118,16 @@ class StreamedMuon(StreamedAdamW):
         if self._shards.count == 1:
             return grams
         return unpack_symmetric(self._shards.sum(pack_symmetric(grams)), grams.shape[-1])
+
+    def _complete(self, pieces: Sequence[_Rows], *, whole: bool) -> None:
+        """Gives the rows of U the values that other ranks hold. Every rank. An all-reduce a matrix, if `whole`."""
+        if self._shards.count == 1:
+            return
+        if not whole:
+            self._complete_rows(pieces)
+            return
+        for piece in pieces:
+            piece.matrix = self._shards.sum(piece.matrix)
 
     def _complete_rows(self, pieces: Sequence[_Rows]) -> None:
         """Gives rows that the ranks' cuts go through the values that others hold. Every rank. One all-reduce, if any.
@@ -146,9 +149,32 @@ class StreamedMuon(StreamedAdamW):
                 piece.matrix[row] = torch.where(same, parts[:, :columns], 0.0).sum(0)
 
 
+def muon_waves(shapes: Sequence[tuple[int, int]], shards: int) -> Iterator[list[int]]:
+    """Which matrices are updated together: consecutive ones with Gram matrices of one kind, the same on all ranks.
+
+    Args:
+        shapes: (rows, columns) of the whole matrices.
+        shards: Ranks that each store a part of them.
+
+    Yields:
+        Their indices.
+    """
+    wave: list[int] = []
+    for index, shape in enumerate(shapes):
+        side = gram_side(*shape)
+        most = WAVE_VALUES * (1 if side[1] else shards)
+        values = sum(math.prod(shapes[each]) for each in (*wave, index))
+        if wave and (side != gram_side(*shapes[wave[0]]) or values > most):
+            yield wave
+            wave = []
+        wave.append(index)
+    if wave:
+        yield wave
+
+
 @dataclass
 class _Rows:
-    """The rows of a matrix that a fragment touches, float32 (n, r); the first and the last may be cut.
+    """The rows of a matrix that a fragment touches, or all, float32 (n, r); the first and the last may be cut.
 
     Args:
         matrix: The rows; zeros where other ranks hold the values.
@@ -165,9 +191,12 @@ class _Rows:
     update_scale: float
 
     @classmethod
-    def of(cls, work: Work) -> _Rows:
-        """Zeros."""
+    def of(cls, work: Work, *, whole: bool) -> _Rows:
+        """Zeros; of the whole matrix, or of the rows that are touched."""
         first, values, columns = work.fragment.first, work.fragment.values, work.fragment.columns
+        if whole:
+            matrix = torch.zeros(work.fragment.rows, columns, device=work.grad.device)
+            return cls(matrix, 0, first, values, update_scale(work.fragment.rows, columns))
         offset = first % columns
         rows = -(-(offset + values) // columns) if values else 0
         matrix = torch.zeros(rows, columns, device=work.grad.device)

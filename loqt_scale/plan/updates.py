@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.blockwise import row_block
-from loqt_scale.optim import WAVE_VALUES
 from loqt_scale.optim.fragment import chunk_values
+from loqt_scale.optim.muon import gram_side, muon_waves
 from loqt_scale.plan.shapes import ModelShapes, ParameterShape
 from loqt_scale.strategies import resolve_device
 
@@ -30,29 +30,26 @@ def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
         return 0
     largest = max((p.values(ranks) for p in shapes.parameters if p.trains), default=0)
     chunk = UPDATE_BYTES * min(largest, chunk_values(device_type(config)))
-    return chunk + max((_wave_bytes(wave, ranks) for wave in muon_waves(config, shapes, ranks)), default=0)
+    return chunk + max((_wave_bytes(wave, ranks) for wave in waves(config, shapes, ranks)), default=0)
 
 
-def muon_waves(config: RunConfig, shapes: ModelShapes, ranks: int) -> Iterator[list[ParameterShape]]:
+def waves(config: RunConfig, shapes: ModelShapes, ranks: int) -> Iterator[list[ParameterShape]]:
     """What Muon updates together: one parameter inside the backward pass, else as many as `StreamedMuon` takes."""
-    most = 0 if config.optim.per_layer else WAVE_VALUES * ranks
-    wave: list[ParameterShape] = []
-    for parameter in shapes.parameters if config.optim.name == "muon" else ():
-        if not parameter.low_rank:
-            continue
-        full = sum(p.values() for p in wave) + parameter.values() > most
-        if wave and (full or wave[0].row_values != parameter.row_values):
-            yield wave
-            wave = []
-        wave.append(parameter)
-    if wave:
-        yield wave
+    taken = [p for p in shapes.parameters if p.low_rank] if config.optim.name == "muon" else []
+    if config.optim.per_layer:
+        yield from ([parameter] for parameter in taken)
+        return
+    for wave in muon_waves([_matrix(p) for p in taken], ranks):
+        yield [taken[index] for index in wave]
 
 
-def gram_bytes(config: RunConfig, shapes: ModelShapes) -> int:
-    """Payload of the all-reduces of a step of Muon's: an upper triangle in float64 for each matrix."""
-    columns = [p.row_values for p in shapes.parameters if p.low_rank]
-    return DOUBLE * sum(n * (n + 1) // 2 for n in columns) if config.optim.name == "muon" else 0
+def muon_bytes(config: RunConfig, shapes: ModelShapes) -> int:
+    """Payload of Muon's all-reduces of a step on several ranks.
+
+    An upper triangle in float64 for each tall matrix, the whole float32 matrix for each wide one.
+    """
+    matrices = [_matrix(p) for p in shapes.parameters if p.low_rank] if config.optim.name == "muon" else []
+    return sum(FLOAT * rows * n if rows < n else DOUBLE * (n * (n + 1) // 2) for rows, n in matrices)
 
 
 def device_type(config: RunConfig) -> str:
@@ -60,7 +57,12 @@ def device_type(config: RunConfig) -> str:
     return resolve_device("auto").type if config.train.device == "auto" else config.train.device
 
 
+def _matrix(parameter: ParameterShape) -> tuple[int, int]:
+    return parameter.shape[0], parameter.row_values
+
+
 def _wave_bytes(wave: list[ParameterShape], ranks: int) -> int:
     """Momenta of all, one's product, Gram matrices."""
-    values = [p.values(ranks) for p in wave]
-    return FLOAT * (sum(values) + max(values)) + DOUBLE * GRAM_COPIES * len(wave) * wave[0].row_values ** 2
+    size, of_rows = gram_side(*_matrix(wave[0]))
+    values = [p.values(1 if of_rows else ranks) for p in wave]
+    return FLOAT * (sum(values) + max(values)) + DOUBLE * GRAM_COPIES * len(wave) * size**2

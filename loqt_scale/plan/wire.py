@@ -14,7 +14,7 @@ from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.merge import probe_shape
 from loqt_scale.plan.memory import summed_bytes
 from loqt_scale.plan.shapes import ModelShapes
-from loqt_scale.plan.updates import FLOAT, gram_bytes
+from loqt_scale.plan.updates import FLOAT, muon_bytes
 from loqt_scale.strategies import DTYPES
 
 
@@ -50,7 +50,7 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks
         gathered += times * p.gathered_bytes(ranks, compute)
     scattered = sum(p.values(ranks) * ranks * FLOAT for p in trained)
     scattered *= passes if parallel.kept_between_passes == "nothing" else 1
-    summed = FLOAT * (3 + 1) + gram_bytes(config, shapes)  # the loss with its two companions; the gradient's norm
+    summed = FLOAT * (3 + 1) + muon_bytes(config, shapes)  # the loss with its two companions; the gradient's norm
     payload = gathered + scattered + summed
     return Traffic(payload, (gathered + scattered + 2 * summed) * (ranks - 1) // ranks)
 

@@ -25,7 +25,7 @@ from loqt_scale.functional.transport import apply_state_policy
 from loqt_scale.optim import Fragment, RowShards, StreamedMuon, muon, open_moments, step_if_finite
 
 RATE, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.9, 3
-SHAPES = [(7, 4), (5, 4), (3, 4), (9, 8)]
+SHAPES = [(7, 4), (5, 4), (3, 4), (9, 8), (4, 6)]
 
 
 def optimizer_of(tensors: list[Tensor], shards: RowShards | None = None, states: str = "float32") -> StreamedMuon:
