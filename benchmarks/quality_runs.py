@@ -25,6 +25,8 @@ METHODS = {
     "loqt": "the product's --method loqt",
 }
 PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch"}
+FREE = {"loqt.rank", "model.dtype", "data.max_eval_sequences"}  # of a run's own settings, a variant may say otherwise
+PLACED = {"data.files", "data.cache_dir", "train.run_dir", "train.device", "train.progress"}
 RANKED = ("galore", "apollo", "loqt")  # methods that have a rank
 
 
@@ -224,7 +226,10 @@ def parse_run(text: str, scale: Scale) -> Run:
         lr, rest, seed = float(pairs.pop("lr")), float(pairs.pop("rest", "5e-3")), int(pairs.pop("seed", "0"))
     except ValueError as error:
         raise ConfigError(f"--run '{text}': {error}; write numbers for lr, rest and seed") from None
-    return checked(Run(method=method, scale=scale, lr=lr, rest=rest, seed=seed, variant=variant_of(pairs, scale)))
+    run = Run(method=method, scale=scale, lr=lr, rest=rest, seed=seed)
+    if fixed := sorted(set(pairs) & (set(run.settings) - FREE | PLACED)):
+        raise ConfigError(f"--run '{text}' sets {fixed[0]}, which lr, rest, seed and the scale's options decide")
+    return checked(replace(run, variant=variant_of(pairs, scale)))
 
 
 def checked(run: Run) -> Run:

@@ -245,7 +245,7 @@ def _settings_of(argument: str) -> str | None:
     """
     path = expand_path(argument.partition("=")[2], "config")
     tree = _read_yaml(path)
-    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
     return f"--config={text}" if tree else None
 
 

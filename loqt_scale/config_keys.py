@@ -96,6 +96,9 @@ def chooses_numbers(hint: Any) -> bool:
     return accepts_none(hint) and all(chooses_numbers(arg) for arg in get_args(hint) if arg is not type(None))
 
 
+DICT_EXAMPLE = "a mapping such as {name: value}"
+
+
 def describe_type(hint: Any) -> str:
     """Say in words what may be written for a setting of this type."""
     origin, args = get_origin(hint), get_args(hint)
@@ -108,7 +111,9 @@ def describe_type(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)} numbers such as [{', '.join(['0.9'] * len(args))}]"
     if origin is dict:
-        return "a mapping such as {name: value}"
+        return (
+            f"a mapping such as {{name: value}}, each value {describe_type(args[1])}" if int in args else DICT_EXAMPLE
+        )
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it if it is a number)"}
     return words.get(hint, str(hint))
 

@@ -12,7 +12,7 @@ survival, gradient energy nor clipping tell it from a good one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import fmean, median
+from statistics import median
 
 from torch import nn
 
@@ -76,13 +76,13 @@ class Diagnosis:
     def __init__(self, config: RunConfig, chance: Mapping[str, float], tell: Callable[[str], None]) -> None:
         self._config, self._chance = config, chance
         self._reports: list[MergeReport] = []
-        self._losses: list[float] = []
+        self._total, self._count = 0.0, 0  # of the losses since the last merge that was judged
         self._windows: list[float] = []
         self._frozen, self._lost, self._rising = (Reminder(tell) for _ in range(3))
 
     def take_loss(self, loss: float) -> None:
         """The loss of a step that was applied, in nats."""
-        self._losses.append(loss)
+        self._total, self._count = self._total + loss, self._count + 1
 
     def take_merge(self, report: MergeReport) -> None:
         """What the merge after the last step says of itself."""
@@ -90,9 +90,9 @@ class Diagnosis:
         frozen = subspace_is_frozen(self._reports, self._chance)
         self._judge(self._frozen, frozen, self._of_frozen, "merges find new subspaces again")
         self._judge(self._lost, update_is_lost(report), self._of_lost, "updates survive merges again")
-        if len(self._losses) >= WINDOW:
-            self._windows = [*self._best(), fmean(self._losses)]
-            self._losses = []
+        if self._count >= WINDOW:
+            self._windows = [*self._best(), self._total / self._count]
+            self._total, self._count = 0.0, 0
             self._judge(self._rising, loss_rises(self._windows), self._of_rising, "the loss has come down again")
 
     def _best(self) -> list[float]:

@@ -117,7 +117,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         if strategy.is_main and strategy.engine_settings is not None:
             settings = json.dumps(strategy.engine_settings, indent=2)
             (Path(config.train.run_dir) / "deepspeed.json").write_text(settings + "\n")
-        progress.line(banner(trainer.built, trainer.corpus, config, strategy))
+        began = None if checkpoint is None else checkpoint.manifest.warmup_steps
+        progress.line(banner(trainer.built, trainer.corpus, config, strategy, warmup_steps=began))
         if checkpoint is not None:
             trainer.restore(checkpoint)
         before, after = trainer.run()

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from loqt_scale.strategies import Strategy
 
 
-def banner(built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strategy) -> str:
-    """What is about to be trained, on what, where."""
+def banner(
+    built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strategy, *, warmup_steps: int | None = None
+) -> str:
+    """What is about to be trained, on what, where; `warmup_steps`: with which a run that goes on began."""
     from loqt_scale.layers import loqt_layers
     from loqt_scale.optim import describe_rates
 
     ours = not strategy.schedules_learning_rate
-    rates = describe_rates(config.optim, config.train.steps) if ours else "those of parallel.zero_config's scheduler"
+    rates = "those of parallel.zero_config's scheduler"
+    if ours:
+        rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
     layers = [layer for _, layer in loqt_layers(built.model)]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)
     train, trained = config.train, format_count(built.trained_values)

@@ -253,8 +253,9 @@ class Trainer:
         """The warm-up of a run that goes on is the one with which it began, however long the run is by now."""
         train, optim = self.config.train, self.config.optim
         if steps not in (None, self.learning_rates.warmup_steps):
-            self.progress.line(f"the warm-up stays as the run began: {steps} steps")
+            self.progress.line(f"the warm-up stays as the run began: {steps} step{'' if steps == 1 else 's'}")
         self.learning_rates = LearningRates.of_run(optim, train.steps, warmup_steps=steps)
+        self.saver.kept = self.learning_rates.branching_step
 
     def step(self, step: int) -> None:
         """One optimizer step, and the merge after it if there is one; settles the step before. Every rank."""

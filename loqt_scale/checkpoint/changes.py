@@ -55,7 +55,7 @@ def changes_between(before: RunConfig, after: RunConfig) -> Changes:
     same_warmup = before.optim.warmup_of(steps) == after.optim.warmup_of(steps)
     free = FREE + (_WARMUP if same_warmup else ())
     old, new = flat_settings(before), flat_settings(after)
-    changed = (key for key in new if old[key] != new[key] and not key.startswith(free))
+    changed = (key for key in new if not _same(old[key], new[key]) and not key.startswith(free))
     paths = path_settings()
     return {key: (old[key], new[key]) for key in changed if key not in paths or not same_files(old[key], new[key])}
 
@@ -101,7 +101,7 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
 
 
 def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]:
-    what = {"train.steps": "learning rates and merges", "optim.states": "Adam's moments"}
+    what = {"train.steps": "learning rates and merges", "optim.states": "the optimizer's moments"}
     notes = {
         key: f"{key} was {changes[key][0]}, is {changes[key][1]}: from step {manifest.step + 1} on, {whose} are those "
         "of such a run"
@@ -122,3 +122,8 @@ def _ways(checkpoint: Path, wrong: Changes) -> str:
         f"{checkpoint} --out DIR --dtype float32, then --model.path DIR --model.weights pretrained "
         f"--model.overrides {{}} with another --train.run_dir; or {anew}"
     )
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Equal values; of mappings, whose first pattern that matches counts, in the same order."""
+    return old == new and (not isinstance(old, dict) or list(old) == list(new))

@@ -53,7 +53,7 @@ class CheckpointSaver:
         tell: Callable[[str], None],
         kept: int | None = None,
     ) -> None:
-        self._kept = kept
+        self.kept = kept
         self._folder, self._config, self._strategy, self._tell = CheckpointFolder(root), config, strategy, tell
         self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
         self.failure: CheckpointError | None = None  # of the last save
@@ -169,6 +169,6 @@ class CheckpointSaver:
 
     def _prune(self) -> None:
         try:
-            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every, kept=self._kept)
+            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every, kept=self.kept)
         except OSError as error:
             self._tell(f"WARNING: an old checkpoint cannot be removed: {error}")

@@ -39,17 +39,21 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> list[str]:
 
 
 def _check_ranks(linears: Mapping[str, nn.Module], config: LoQTConfig) -> None:
+    left = list(linears)
     for pattern in config.rank_pattern:
-        if not any(fnmatchcase(name, pattern) for name in linears):
+        others = [name for name in left if not fnmatchcase(name, pattern)]
+        if len(others) == len(left):
             raise UserError(
-                f"loqt.rank_pattern has {pattern!r}, which matches no converted layer; they are: "
-                f"{', '.join(list(linears)[:8])}"
+                f"loqt.rank_pattern has {pattern!r}, which no converted layer is left to match after the patterns "
+                f"before it; left are: {', '.join(left[:8]) or 'none'}"
             )
+        left = others
     tightest = min(linears, key=lambda name: min(_shape(linears[name])) - config.rank_of(name))
     rank, (out_features, in_features) = config.rank_of(tightest), _shape(linears[tightest])
     if rank > min(out_features, in_features):
+        key = "loqt.rank" if rank == config.rank else "a rank of loqt.rank_pattern"
         raise UserError(
-            f"loqt.rank is {rank}, but {tightest} is {out_features} x {in_features}; write "
+            f"{key} is {rank}, but {tightest} is {out_features} x {in_features}; write "
             f"{min(out_features, in_features)} or less, or name the layer in loqt.exclude_modules or loqt.rank_pattern"
         )
 

@@ -106,18 +106,20 @@ class LearningRates:
 
     def describe(self) -> str:
         """For people: `cosine: 100 steps of warm-up, then down to 0.1 of the peak at step 1000`."""
+        if self.warmup_steps and self.warmup_steps >= self.total_steps - 1:
+            return f"{self.shape}: {self.warmup_steps} of {self.total_steps} steps are warm-up, to the end"
         end = f"down to {self.final_fraction:g} of the peak at step {self.total_steps}"
         rest = {"wsd": f"the peak until step {self.stable_steps}, then {end}", "constant": "the peak"}
         warmup = f"{self.warmup_steps} steps of warm-up, then " if self.warmup_steps else ""
         return f"{self.shape}: {warmup}{rest.get(self.shape, end)}"
 
 
-def describe_rates(optim: OptimConfig, total_steps: int) -> str:
-    """For people: the peaks of both groups, and what becomes of them in a run of so many steps."""
+def describe_rates(optim: OptimConfig, total_steps: int, *, warmup_steps: int | None = None) -> str:
+    """For people: the peaks of both groups, and what becomes of them in a run of so many steps (see `of_run`)."""
     rest = optim.lr if optim.full_precision_lr is None else optim.full_precision_lr
     warmup, asked = optim.warmup_of(total_steps), optim.warmup_steps or 0
-    shrunk = f" (optim.warmup_steps {asked} would fill this run)" if warmup < asked else ""
-    schedule = LearningRates.of_run(optim, total_steps).describe()
+    shrunk = f" (optim.warmup_steps {asked} would fill this run)" if warmup < asked and warmup_steps is None else ""
+    schedule = LearningRates.of_run(optim, total_steps, warmup_steps=warmup_steps).describe()
     return f"{optim.lr:g} (embeddings, norms, head: {rest:g}); {schedule}{shrunk}"
 
 

@@ -82,7 +82,8 @@ def report(config: RunConfig, options: PlanOptions, *, vocab_size: int, note: st
         parts.append(_verdict(config, plan, options, vocab_size))
     if ranks > 1:
         # which has no B to keep gathered, and would not send its gradients more than once a step
-        full = replace(config, method="full", parallel=replace(config.parallel, kept_between_passes="gradients"))
+        parallel, adamw = replace(config.parallel, kept_between_passes="gradients"), replace(config.optim, name="adamw")
+        full = replace(config, method="full", parallel=parallel, optim=adamw)
         dense, _ = _traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), ranks)
         parts.append(_wire_table(config, plan, dense))
     return "\n\n".join([*parts, note] if note else parts)
@@ -92,7 +93,9 @@ def _title(config: RunConfig, ranks: int) -> str:
     model, train, optim = config.model, config.train, config.optim
     method = "full-rank training"
     if config.method == "loqt":
-        method = f"LoQT, rank {config.loqt.rank}, W in {config.loqt.quantization.weight}"
+        ranks_of = [config.loqt.rank] if not config.loqt.rank_pattern else config.loqt.ranks
+        span = " to ".join(map(str, sorted({min(ranks_of), max(ranks_of)})))
+        method = f"LoQT, rank {span}, W in {config.loqt.quantization.weight}"
     kept = f"{model.trained_dtype} parameters, {optim.name}, {optim.states} states" + (
         ", updated per layer" if optim.per_layer else ""
     )

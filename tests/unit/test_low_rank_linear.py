@@ -239,7 +239,14 @@ def test_ranks_follow_the_first_pattern_that_matches() -> None:
     assert {name: layer.factor.shape[1] for name, layer in loqt_layers(model)} == {"query": 4, "key": 2, "up": 8}
 
 
-@pytest.mark.parametrize(("pattern", "said"), [({"q*": 33}, "query is 32 x 64; write 32"), ({"z": 4}, "matches no")])
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ({"q*": 33}, "query is 32 x 64; write 32"),
+        ({"z": 4}, "no converted layer"),
+        ({"*": 4, "q*": 99}, "no converted"),
+    ],
+)
 def test_a_pattern_of_ranks_that_cannot_be_is_refused(pattern: dict[str, int], said: str) -> None:
     model = nn.Sequential(OrderedDict(query=nn.Linear(64, 32), up=nn.Linear(64, 64)))
     with pytest.raises(UserError, match=said):

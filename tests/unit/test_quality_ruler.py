@@ -127,6 +127,8 @@ def test_the_figure_names_every_method_and_is_the_same_again(tmp_path: Path) -> 
         ("loqt lr=fast", "write numbers"),
         ("loqt lr=1e-3 loqt.rnk=4", "loqt.rank"),
         ("loqt lr=1e-3 optim.states=int8 loqt.rank=20", "write a multiple of 32"),
+        ("loqt lr=1e-3 optim.lr=5e-2", "sets optim.lr"),
+        ("adamw lr=1e-3 train.device=cpu", "sets train.device"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(text: str, advice: str) -> None:

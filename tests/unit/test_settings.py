@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
+from loqt_scale.checkpoint.changes import changes_between
 from loqt_scale.command_options import (
     ExportOptions,
     GenerateOptions,
@@ -144,6 +145,22 @@ def read(tmp_path: Path, text: str) -> RunConfig:
     config = parse_run_config([f"--config={tmp_path}/c.yaml"])
     assert load_run_config(tmp_path / "c.yaml") == config
     return config
+
+
+def test_patterns_keep_their_order(tmp_path: Path) -> None:
+    """The first that matches counts: from a file, and from what a run writes down; another order is another setting."""
+    patterns = {"model.layers.0.*": 8, "*": 12}
+    config = read(tmp_path, f"loqt: {{rank_pattern: {patterns}}}")
+    again = read(tmp_path, dump_run_config(config))
+    assert list(config.loqt.rank_pattern.items()) == list(again.loqt.rank_pattern.items()) == list(patterns.items())
+    assert config.loqt.rank_of("model.layers.0.mlp.up_proj") == 8
+    turned = replace(config, loqt=replace(config.loqt, rank_pattern=dict(reversed(patterns.items()))))
+    assert list(changes_between(config, turned)) == ["loqt.rank_pattern"] and not changes_between(config, again)
+
+
+def test_a_rank_is_a_whole_number(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="each value a whole number"):
+        read(tmp_path, "loqt: {rank_pattern: {q: 1.5}}")
 
 
 @pytest.mark.parametrize("word", ["off", "on"])
