@@ -242,9 +242,9 @@ def test_ranks_follow_the_first_pattern_that_matches() -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ({"q*": 33}, "query is 32 x 64; write 32"),
+        ({"q*": 33}, "a rank of loqt.rank_pattern is 33, but query is 32 x 64; write 32"),
         ({"z": 4}, "no converted layer"),
-        ({"*": 4, "q*": 99}, "no converted"),
+        ({"*": 4, "q*": 99}, "no converted layer"),
     ],
 )
 def test_a_pattern_of_ranks_that_cannot_be_is_refused(pattern: dict[str, int], said: str) -> None:

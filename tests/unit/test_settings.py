@@ -191,12 +191,11 @@ def test_a_short_run_of_a_shipped_config_needs_no_other_warm_up(path: Path) -> N
     assert config.optim.warmup_of(30) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the values come from the quality study")
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_config_names_the_rate_of_the_rest(path: Path) -> None:
     """At the factors' rate plain Adam ruins an embedding."""
-    optim = yaml.safe_load(path.read_text())["optim"]
-    assert optim["full_precision_lr"] < optim["lr"]
+    optim = parse_run_config([f"--config={path}"]).optim
+    assert optim.full_precision_lr is not None and optim.full_precision_lr < optim.lr
 
 
 def test_warm_up_is_a_number_or_a_fraction(tmp_path: Path) -> None:
