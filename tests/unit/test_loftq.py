@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loqt_scale import LoQTConfig, MergeConfig
+from loqt_scale.errors import ConfigError
 from loqt_scale.functional import compensation
 from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.loftq import Packed, Shard, loftq
@@ -106,6 +108,11 @@ def test_it_never_hurts(rows: int, cols: int, side: Side, rounds: int, weight: s
     assert result.error <= result.error_before * (1 + 1e-6)
     true = (dense_weight - dense(result, basis, spec)).norm() / dense_weight.norm()
     torch.testing.assert_close(result.error, true, rtol=1e-3, atol=2e-4)
+
+
+def test_without_rounds_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"compensation_rounds is 0; write 1 or more"):
+        LoQTConfig(init="loftq", merge=MergeConfig(compensation_rounds=0))
 
 
 def test_it_beats_a_random_subspace_by_what_singular_vectors_hold_more() -> None:
