@@ -24,13 +24,14 @@ from common import publish, table
 from step_time import merge_of, seconds, trainer_of, update
 
 from loqt_scale.functional import compensation
-from loqt_scale.merge import coordinator, subspace
+from loqt_scale.merge import coordinator, placed, subspace
 
 PARTS: list[tuple[Any, str, str]] = [
     (subspace.SubspaceSearch, "_factorise", "factorise"),
     (compensation, "pack", "quantize W"),
     (compensation, "unpack", "dequantize"),
     (coordinator, "unpack", "dequantize"),
+    (placed, "unpack", "dequantize"),
     (compensation, "plus_low_rank", "compensate: low-rank products"),
     (coordinator, "compensate", "compensate: least squares, errors"),
     (coordinator, "update_survival", "diagnostics"),

@@ -161,7 +161,8 @@ def allocate(model: nn.Module, strategy: Strategy) -> None:
 def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
     """Gives every parameter its value; each rank reads and packs its work share of the rows only. Every rank.
 
-    LoQT layers get their packed base; P and B start at zero (the first merge, at step 0, sets them).
+    LoQT layers get their packed base; P and B are zero (`loqt.init: loftq` sets them before the first step, and the
+    first merge, at step 0, in any case).
     """
     filled = set()
     for name, layer in loqt_layers(model):

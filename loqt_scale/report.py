@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
     from loqt_scale.config import RunConfig
     from loqt_scale.data import Corpus
-    from loqt_scale.merge import MergeReport
+    from loqt_scale.merge import MergeReport, StartReport
     from loqt_scale.strategies import Strategy
 
 
@@ -78,6 +78,14 @@ def merge_line(report: MergeReport) -> str:
     if "update_survival" in means:
         parts.append(f"update that survived {means['update_survival']:.3f}")
     return ", ".join(parts)
+
+
+def start_line(report: StartReport) -> str:
+    """One line on a start that makes up for quantization."""
+    means = report.means()
+    if not means:
+        return "start: loqt.init asks for nothing here, since the base is stored exactly"
+    return f"start: {report.seconds:.2f}s, error {means['error_before']:.4f} -> {means['error_after']:.4f}"
 
 
 def summary(config: RunConfig, before: float, after: float) -> str:

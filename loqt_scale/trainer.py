@@ -57,7 +57,7 @@ from loqt_scale.optim import (
     set_update_count,
 )
 from loqt_scale.outcome import HostCopy, PendingStep
-from loqt_scale.report import merge_line
+from loqt_scale.report import merge_line, start_line
 from loqt_scale.rescue import saved_first
 from loqt_scale.stopping import Stopped, StopRequest
 from loqt_scale.strategies import Strategy
@@ -153,6 +153,7 @@ class Trainer:
             CheckpointError: The trained model could not be saved, at the end either.
         """
         if self.eval_before is None:
+            self.begin()
             self.eval_before = self.evaluate(0)
         with self.stop.patience(), self.saver, saved_first(self):
             while self.done < self.config.train.steps:
@@ -167,6 +168,13 @@ class Trainer:
         if self.saver.failure is not None:
             raise CheckpointError(f"{self.saver.failure}. Make room: {self.saver.way_on(self.done)}")
         return self.eval_before, after
+
+    def begin(self) -> None:
+        """What comes before the first step of a run that goes on from nothing. Every rank."""
+        report = None if self.merges is None else self.merges.begin()
+        if report is not None:
+            self.progress.line(start_line(report))
+            self.writer.log(0, {f"start/{key}": value for key, value in report.means().items()})
 
     def between_steps(self) -> None:
         """Evaluates and saves if it is time, and stops if that was asked for. Every rank.
@@ -243,11 +251,17 @@ class Trainer:
         self.done, self.tokens, self.eval_before = manifest.step, manifest.tokens, manifest.eval_before
         self.updates, self.health.skipped = manifest.updates, manifest.step - manifest.updates
         self.health.in_a_row, self.saver.saved = manifest.skipped_in_a_row, manifest.step
-        if self.merges is not None and manifest.merge_is_due:
-            self.merges.require(self.done)
+        if self.merges is not None:
+            self._expect_merges(self.merges, manifest)
         self.progress.line(
             f"resumed after step {self.done} from {checkpoint.path} (saved by {manifest.world_size} ranks)"
         )
+
+    def _expect_merges(self, merges: MergeCoordinator, manifest: Manifest) -> None:
+        if manifest.merge_is_due:
+            merges.require(manifest.step)
+        if manifest.updates == 0:  # the first update is followed by the first merge
+            merges.expect_first_merge()
 
     def _keep_warmup(self, steps: int | None) -> None:
         """The warm-up of a run that goes on is the one with which it began, however long the run is by now."""

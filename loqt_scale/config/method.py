@@ -13,6 +13,7 @@ SubspaceMethod = Literal["sketch", "randomized", "svd"]
 QuantScheme = Literal["nf4", "nf4_double", "fp4", "int8", "none"]
 StatePolicy = Literal["keep", "reset", "transport"]
 GapSchedule = Literal["exponential", "linear", "constant"]
+InitialFactors = Literal["zero", "loftq"]
 LowRankCompute = Literal["auto", "fold", "branch"]
 
 
@@ -112,6 +113,9 @@ class LoQTConfig:
         rank: r: columns of P and B. At most the smaller side of every converted layer.
         rank_pattern: Other ranks by name pattern (fnmatch), e.g. {"*.q_proj": 64}; the first that matches counts.
         scale: s in W_eff = W_q + s · (low-rank product).
+        init: P and B before the first step, for going on from pretrained weights: zero = none, the run begins with the
+            bare quantized weights; loftq = they make up for what quantization rounds away (LoftQ, with
+            merge.compensation_rounds).
         side: Side of the gradient whose singular vectors form P: auto = the shorter one.
         target_modules: Name patterns (fnmatch) of the `nn.Linear` modules to convert.
         exclude_modules: Name patterns of linears left in full precision even if a target pattern matches.
@@ -125,6 +129,7 @@ class LoQTConfig:
     rank: int = 128
     rank_pattern: dict[str, int] = field(default_factory=dict)
     scale: float = 0.5
+    init: InitialFactors = "zero"
     side: Side = "auto"
     target_modules: list[str] = field(default_factory=lambda: ["*"])
     exclude_modules: list[str] = field(default_factory=lambda: ["*lm_head*", "*embed_out*", "*score*"])
@@ -139,6 +144,11 @@ class LoQTConfig:
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"loqt.rank_pattern has {pattern}: {rank}; write 1 or more")
         require(self.scale > 0.0, f"loqt.scale is {self.scale}; write a positive number (the paper: 0.25 to 0.5)")
+        require(
+            self.init == "zero" or self.merge.compensation_rounds >= 1,
+            "loqt.init is 'loftq', but loqt.merge.compensation_rounds is 0; write 1 or more (the paper: 5), or "
+            "loqt.init: zero",
+        )
         require(len(self.target_modules) > 0, "loqt.target_modules is empty; write ['*'] or use --method full")
 
     def rank_of(self, name: str) -> int:

@@ -145,13 +145,13 @@ def compensate(
         new_factor = buffer[:-2].view(shape)
         codes, scales, own_squares = _quantize_round(weight_NI, layout, basis, pinv, factor, side, scale, new_factor)
         if side == "input":
-            taken = _taken(new_factor, gram_RR, scale)
+            taken = taken_squares(new_factor, gram_RR, scale)
             squares, norm, taken = sum_over_shards(torch.stack([own_squares, own_norm, taken]))
         else:
             torch.stack([own_squares, own_norm], out=buffer[-2:])
             buffer = sum_over_shards(buffer)
             new_factor = buffer[:-2].view(shape)
-            (squares, norm), taken = buffer[-2:], _taken(new_factor, gram_RR, scale)
+            (squares, norm), taken = buffer[-2:], taken_squares(new_factor, gram_RR, scale)
         norm = norm.clamp_min(1e-30)
         if index == 0:
             before = squares / norm
@@ -167,7 +167,7 @@ def compensate(
     return Compensated(codes=best[0], scales=best[1], factor=best[2], error=best[3].sqrt(), error_before=before.sqrt())
 
 
-def _taken(factor: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
+def taken_squares(factor: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
     """||s L(B)||^2 = s^2 tr(B^T B P^T P), of these rows of B."""
     return scale**2 * ((factor.T @ factor) * gram_RR).sum()
 

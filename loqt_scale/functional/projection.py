@@ -82,10 +82,24 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    used = _normalized(sketch_FL[..., :-VALIDATION_COLUMNS].float())
-    width = min(*used.shape[-2:], rank + SEARCH_COLUMNS)
-    back = _background_of(used, rank, seed=seed)
-    return leading_vectors(used, back, rank, start_FK=used[..., :width], iterations=SKETCH_ITERATIONS)
+    return range_basis(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
+
+
+def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
+    """The leading left singular vectors of a matrix that has few columns, or of several at once.
+
+    Args:
+        matrix_FC: Any float dtype, (..., F, C).
+        rank: r, at most C.
+        seed: Of the background.
+
+    Returns:
+        (..., F, r) orthonormal columns, float32.
+    """
+    matrix = _normalized(matrix_FC.float())
+    width = min(*matrix.shape[-2:], rank + SEARCH_COLUMNS)
+    back = _background_of(matrix, rank, seed=seed)
+    return leading_vectors(matrix, back, rank, start_FK=matrix[..., :width], iterations=SKETCH_ITERATIONS)
 
 
 def leading_vectors(

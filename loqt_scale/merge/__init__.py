@@ -1,8 +1,9 @@
 """The merge: factors folded into the quantized base, a fresh subspace, one layer at a time, every rank."""
 
-from loqt_scale.merge.coordinator import InitialWeights, MergeCoordinator
+from loqt_scale.merge.coordinator import MergeCoordinator
+from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.probes import attach_probes, probe_shape
-from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.subspace import AIR_BYTES, wave_size
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "InitialWeights",
     "MergeCoordinator",
     "MergeReport",
+    "StartReport",
     "attach_probes",
     "probe_shape",
     "wave_size",

@@ -14,39 +14,33 @@ and in `finish`, layer by layer,
     transport  B's Adam moments into the new basis
 
 `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):
-then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells, W is read once more
-from its source, so that the first quantization's error is compensated too instead of being lost.
+then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells (or, after a start
+that has made up for quantization, that there was no update before), W is read once more from its source, so that the
+first quantization's error is compensated too instead of being lost.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
-from loqt_scale.functional.compensation import Compensated, add_low_rank, compensate, update_survival
-from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.functional.compensation import add_low_rank, compensate, update_survival
+from loqt_scale.functional.loftq import Residual
 from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
 from loqt_scale.layers import LoQTLinear, loqt_layers
 from loqt_scale.merge.basis import FoundBasis
-from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
+from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.strategies import Strategy
-
-
-class InitialWeights(Protocol):
-    """Where the weights before quantization can be read again (see `weights.WeightSource`)."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a parameter, float32."""
-        ...
 
 
 class MergeCoordinator:
@@ -84,11 +78,31 @@ class MergeCoordinator:
         self._schedule, self._steps = steps, set(steps)
         self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
+        self._seed = seed
+        self._first_is_due = False  # told otherwise by P of zeros
 
     @property
     def steps(self) -> list[int]:
         """All merge steps of the run, ascending."""
         return sorted(self._steps)
+
+    def begin(self) -> StartReport | None:
+        """Before the first step of a run: the start that `loqt.init` asks for; nothing if that is zero. Every rank.
+
+        Raises:
+            ValueError: The weights before quantization are needed and were not given.
+        """
+        if self._config.init == "zero":
+            return None
+        if self._initial_weights is None:
+            raise ValueError("loqt.init is 'loftq', which needs the weights before quantization; give initial_weights")
+        self.expect_first_merge()
+        owners, source = self._search.owners, self._initial_weights
+        return start_compensated(self._layers, owners, source, self._config, self._strategy, seed=self._seed)
+
+    def expect_first_merge(self) -> None:
+        """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
+        self._first_is_due = True
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
@@ -132,6 +146,7 @@ class MergeCoordinator:
         for name, owner in self._search.owners.items():
             with self._strategy.editing(self._layers[name].merged_parameters()):
                 diagnostics[name] = self._merge_layer(name, owner, self._search.take(name))
+        self._first_is_due = False
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
@@ -142,36 +157,21 @@ class MergeCoordinator:
             layers=layers,
         )
 
-    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
-        """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
-        layout, strategy = layer.spec.projection, self._strategy
-        if strategy.rank == owner:
-            assert mine is not None
-            row = mine.to_bytes()
-        else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=strategy.device)
-        strategy.broadcast(row, owner)
-        found = FoundBasis.from_bytes(row, layout)
-        strategy.store(layer.projection.codes, found.codes)
-        if layer.projection.scales is not None and found.scales is not None:
-            strategy.store(layer.projection.scales, found.scales)
-        return unpack(found.codes, found.scales, layout, torch.float32), found.energy
-
     def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor:
         """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank.
 
         In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
         """
         layer, strategy = self._layers[name], self._strategy
-        spec = layer.spec
-        rows = spec.base.rows_of_groups(*strategy.rows(spec.base.groups))
-        old_basis = self._gather_basis(layer)
-        merged_before = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
-        old_factor = self._factor_for_rows(layer, rows)
-        new_basis, energy = self._share_basis(layer, owner, mine)
-        local_old, local_new = (b if spec.side == "input" else b[slice(*rows)] for b in (old_basis, new_basis))
+        spec, placed = layer.spec, PlacedLayer(layer, strategy)
+        old_basis = placed.basis()
+        had_basis = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
+        first = self._first_is_due or not had_basis
+        old_factor = placed.factor()
+        weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
+        new_basis, energy = self._share_basis(placed, owner, mine)
+        local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
 
-        weight = self._merged_rows(name, rows, local_old, old_factor, merged_before=merged_before)
         result = compensate(
             weight,
             spec.base,
@@ -188,14 +188,14 @@ class MergeCoordinator:
             result,
             new_basis=local_new,
             old_basis=local_old,
-            old_factor=old_factor,
+            old_factor=torch.zeros_like(old_factor) if first else old_factor,
             side=spec.side,
             scale=spec.scale,
         )
-        self._store(layer, result)
-        self._carry_state(layer, basis_rotation(old_basis, new_basis) if merged_before else None)
+        placed.store(result)
+        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
         nan = energy.new_full((), float("nan"))
-        overlap = subspace_overlap(old_basis, new_basis) if merged_before else nan
+        overlap = nan if first else subspace_overlap(old_basis, new_basis)
         return torch.stack([result.error_before, result.error, energy, overlap, *sums])
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -206,50 +206,36 @@ class MergeCoordinator:
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
 
-    def _gather_basis(self, layer: LoQTLinear) -> Tensor:
-        """The layer's P on every rank, float32. Every rank."""
-        packed = [layer.projection.codes, layer.projection.scales]
-        codes, *scales = self._strategy.gather_together([part for part in packed if part is not None])
-        return unpack(codes, scales[0] if scales else None, layer.spec.projection, torch.float32)
-
-    def _factor_for_rows(self, layer: LoQTLinear, rows: tuple[int, int]) -> Tensor:
-        """B as this rank's rows of W need it: those rows (input side) or all (output side), a copy. Every rank."""
-        factor, strategy = layer.factor, self._strategy
-        if layer.side == "output":
-            return strategy.gather(factor).float().clone()
-        if _aligned(layer.spec, strategy):
-            return strategy.read(factor).detach().float().clone()
-        return strategy.gather(factor)[slice(*rows)].float().clone()
-
-    def _merged_rows(
-        self, name: str, rows: tuple[int, int], basis: Tensor, factor: Tensor, *, merged_before: bool
-    ) -> Tensor:
-        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge the true initial ones. Local."""
-        layer = self._layers[name]
-        layout = layer.spec.base
-        if not merged_before and self._initial_weights is not None:  # P and B are zero: there is nothing to add
-            return self._initial_weights.rows(f"{name}.weight", *rows).to(self._strategy.device)
-        scales = None if layer.base.scales is None else self._strategy.read(layer.base.scales)
-        codes = self._strategy.read(layer.base.codes)
-        weight = unpack(codes, scales, layout, torch.float32, rows=rows[1] - rows[0])
-        add_low_rank(weight, layout, basis, factor, layer.side, layer.spec.scale)
-        return weight
-
-    def _store(self, layer: LoQTLinear, result: Compensated) -> None:
-        """Writes a merged shard back. Every rank."""
-        strategy, spec = self._strategy, layer.spec
-        strategy.write(layer.base.codes, result.codes)
-        if layer.base.scales is not None and result.scales is not None:
-            strategy.write(layer.base.scales, result.scales)
-        if spec.side == "output":
-            strategy.store(layer.factor, result.factor)
-        elif _aligned(spec, strategy):
-            strategy.write(layer.factor, result.factor)
+    def _share_basis(self, placed: PlacedLayer, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
+        """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
+        layout, strategy = placed.layer.spec.projection, self._strategy
+        if strategy.rank == owner:
+            assert mine is not None
+            row = mine.to_bytes()
         else:
-            ranges = [
-                spec.base.rows_of_groups(*strategy.rows(spec.base.groups, rank)) for rank in range(strategy.world_size)
-            ]
-            strategy.store(layer.factor, strategy.gather_pieces(result.factor, ranges))
+            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=strategy.device)
+        strategy.broadcast(row, owner)
+        found = FoundBasis.from_bytes(row, layout)
+        placed.store_basis(found.codes, found.scales)
+        return unpack(found.codes, found.scales, layout, torch.float32), found.energy
+
+    def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
+        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
+
+        Then W is read from its source, and what training has added to B is added to it: B less what had made up for
+        the first quantization (`loqt.init: loftq`), which was the best fit to it.
+        """
+        spec = placed.layer.spec
+        if first and self._initial_weights is not None:
+            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._strategy.device)
+            if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
+                return weight
+            residual = Residual(placed.shard(), weight, placed.packed_base())
+            factor = factor - residual.fit(basis_FR)
+        else:
+            weight = placed.base()
+        add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
+        return weight
 
     def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
         """Applies the state policy to B's moments. Every rank."""
@@ -259,11 +245,3 @@ class MergeCoordinator:
             layer.factor,
             lambda first, second=None: apply_state_policy(first, second, rotation, policy),
         )
-
-
-def _aligned(spec: LowRankSpec, strategy: Strategy) -> bool:
-    """Whether on every rank the rows of B are the rows of W that it works on (so that neither must be exchanged)."""
-    return all(
-        strategy.rows(spec.base.rows, rank) == spec.base.rows_of_groups(*strategy.rows(spec.base.groups, rank))
-        for rank in range(strategy.world_size)
-    )

@@ -35,3 +35,23 @@ class MergeReport:
             if values:
                 result[key] = sum(values) / len(values)
         return result
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What a start that makes up for quantization did.
+
+    Args:
+        seconds: Wall time on this rank.
+        errors: Per layer ||W - W_eff|| / ||W||: of plain quantization, and now. Empty if W is stored exactly.
+    """
+
+    seconds: float
+    errors: dict[str, tuple[float, float]]
+
+    def means(self) -> dict[str, float]:
+        """`error_before` and `error_after`, means over the layers; nothing if there are none."""
+        if not self.errors:
+            return {}
+        before, after = (sum(column) / len(self.errors) for column in zip(*self.errors.values(), strict=True))
+        return {"error_before": before, "error_after": after}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from typing import Literal
@@ -14,6 +15,7 @@ from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationCo
 from loqt_scale.functional.projection import sign_direction
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.merge import coordinator as coordination
 
 Method = Literal["sketch", "randomized", "svd"]
 RANK, SCALE = 8, 0.5
@@ -44,7 +46,7 @@ class Dense:
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.weights[name][start:stop]
+        return self.weights[name][start:stop].clone()  # the caller's own
 
 
 def config(method: Method = "svd", **merge: object) -> LoQTConfig:
@@ -191,6 +193,84 @@ def test_a_postponed_merge_later_on_reads_them_no_more(resumed: bool) -> None:
     merges.prepare(merges.steps[-1])
     merges.postpone(last := merges.steps[-1])
     assert merges.steps[-1] == last + 1
+
+
+# ---- a start that makes up for quantization ------------------------------------------------------------------------
+
+
+def compensated(**merge: object) -> LoQTConfig:
+    return dataclasses.replace(config("sketch", **merge), init="loftq")
+
+
+def test_a_compensated_start_lies_nearer_to_the_weights_than_quantization() -> None:
+    model, merges, _ = make(compensated())
+    torch.manual_seed(0)
+    weights = Dense(Small()).weights
+    bare = {name: layer.base.dense(torch.float32) for name, layer in loqt_layers(model)}
+    report = merges.begin()
+    assert report is not None and set(report.errors) == set(bare)
+    for name, layer in loqt_layers(model):
+        weight = weights[f"{name}.weight"]
+        before, after = ((weight - w).norm() / weight.norm() for w in (bare[name], layer.effective_weight()))
+        assert (float(before), float(after)) == pytest.approx(report.errors[name], rel=1e-3)
+        assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_its_first_merge_starts_from_the_true_weights_and_what_was_learnt(resumed: bool) -> None:
+    """Not from the quantized ones with what makes up for them, whose error would stay. Steps may be skipped first."""
+    model, merges, optimizer = make(compensated())
+    torch.manual_seed(0)
+    source = Counted(Small())
+    merges.begin()
+    before = {name: layer.effective_weight() for name, layer in loqt_layers(model)}
+    merges.prepare(0)
+    merges.postpone(0)  # a step that was skipped
+    if resumed:
+        merges = MergeCoordinator(model, optimizer, compensated(), total_steps=100, seed=3, initial_weights=source)
+        merges.require(1)
+        merges.expect_first_merge()
+    merges.prepare(1)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    learnt = {name: layer.effective_weight() - before[name] for name, layer in loqt_layers(model)}
+    merged: dict[str, Tensor] = {}
+    original = coordination.compensate
+
+    def watched(weight: Tensor, *given: object, **more: object) -> object:
+        merged[next(name for name, layer in loqt_layers(model) if name not in merged and same(layer, weight))] = (
+            weight.clone()
+        )
+        return original(weight, *given, **more)  # type: ignore[arg-type]
+
+    def same(layer: LoQTLinear, weight: Tensor) -> bool:
+        return weight.shape == (layer.out_features, layer.in_features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordination, "compensate", watched)
+        report = merges.finish(1)
+    assert report is not None and "update_survival" not in report.means() and "subspace_overlap" not in report.means()
+    for name, weight in merged.items():
+        expected = source.weights[f"{name}.weight"] + learnt[name]
+        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-6)
+        assert learnt[name].norm() > 1e-3
+    merges.prepare(5)
+    loss_of(model, 5).backward()
+    again = merges.finish(5)
+    assert again is not None and again.means()["update_survival"] > 0.0
+    assert len(source.read) == (len(merged) if resumed else 0)  # the second merge reads them no more
+
+
+def test_a_compensated_start_needs_the_weights_and_changes_nothing_where_the_base_is_exact() -> None:
+    _, merges, _ = make(compensated(), true_weights=False)
+    with pytest.raises(ValueError, match="initial_weights"):
+        merges.begin()
+    exact = dataclasses.replace(compensated(), quantization=QuantizationConfig(weight="none"))
+    model, merges, _ = make(exact)
+    report = merges.begin()
+    assert report is not None and report.means() == {}
+    assert not any(layer.factor.any() or layer.projection.dense(torch.float32).any() for _, layer in loqt_layers(model))
+    assert make(config())[1].begin() is None
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""A run's start that makes up for the first quantization (`loqt.init: loftq`): P and B before the first step.
+
+Layer by layer each rank reads its rows of W once more from their source and takes part in `functional.loftq`, which
+exchanges sums of few columns; nobody ever holds a whole W. The results do not depend on the number of ranks, up to the
+order of sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.functional.loftq import loftq
+from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.merge.report import StartReport
+from loqt_scale.strategies import Strategy
+
+
+@torch.no_grad()
+def start_compensated(
+    layers: Mapping[str, LoQTLinear],
+    owners: Mapping[str, int],
+    source: InitialWeights,
+    config: LoQTConfig,
+    strategy: Strategy,
+    *,
+    seed: int,
+) -> StartReport:
+    """Gives every layer W_q, P and B of LoftQ; a base that is stored exactly stays as it is. Every rank.
+
+    Args:
+        layers: All layers by name, filled.
+        owners: Rank whose bits of each P count, in the order in which layers are taken.
+        source: The weights before quantization, under the names of the unconverted model.
+        config: Its `merge.compensation_rounds` are LoftQ's.
+        strategy: How the model is spread.
+        seed: Of the run.
+    """
+    started, errors = time.perf_counter(), {}
+    for name, owner in owners.items():
+        layer = layers[name]
+        if layer.spec.base.kind.exact:
+            continue
+        with strategy.editing(layer.merged_parameters()):
+            placed = PlacedLayer(layer, strategy)
+            weight = source.rows(f"{name}.weight", *placed.rows).to(strategy.device)
+            rounds = config.merge.compensation_rounds
+            result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
+            placed.store_basis(*packed)
+            placed.store(result)
+            errors[name] = torch.stack([result.error_before, result.error])
+    values = torch.stack([*errors.values()]).tolist() if errors else []
+    seconds = time.perf_counter() - started
+    return StartReport(seconds, {name: (before, after) for name, (before, after) in zip(errors, values, strict=True)})
