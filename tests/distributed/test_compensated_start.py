@@ -27,7 +27,12 @@ def start_of(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy"), [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "zero-1"), (2, "zero-3")]
+    ("world_size", "strategy"),
+    [
+        (3, "fsdp"),
+        (2, "zero-3"),
+        *(pytest.param(2, name, marks=pytest.mark.long) for name in ("ddp", "fsdp", "zero-1")),
+    ],
 )
 @pytest.mark.parametrize("side", ["input", pytest.param("output", marks=pytest.mark.long)])
 def test_strategies_start_alike_and_go_on_alike(runs: Runs, world_size: int, strategy: str, side: str) -> None:
@@ -41,11 +46,15 @@ def test_strategies_start_alike_and_go_on_alike(runs: Runs, world_size: int, str
     assert len(losses) == 9 and losses == pytest.approx(others, abs=5e-3)
 
 
+@pytest.mark.long
 def test_offloading_changes_no_bit(runs: Runs) -> None:
     assert runs.losses(1, "single-all", **SHORT) == runs.losses(1, "single", **SHORT)
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp"), (2, "zero-3")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy"),
+    [(2, "fsdp"), *(pytest.param(*place, marks=pytest.mark.long) for place in ((1, "single"), (2, "zero-3")))],
+)
 def test_a_run_goes_on_bit_for_bit_and_does_not_start_again(
     ranks: RankPool,
     three_ranks: RankPool,
