@@ -4,6 +4,7 @@
 * `low_rank_linear` is the layer's autograd function;
 * `projection` finds P from a gradient, dense or sketched;
 * `compensation` fits a new (W_q, B) pair to a merged weight;
-* `transport` rotates Adam's moments into a new basis;
+* `transport` rotates the optimizer's moments into a new basis;
+* `orthogonal` finds Muon's step from a Gram matrix;
 * `schedule` says at which steps merges happen.
 """

@@ -1,4 +1,4 @@
-"""8-bit codes for Adam's moments, in blocks that never leave a row.
+"""8-bit codes for the optimizer's moments, in blocks that never leave a row.
 
 A block's values are divided by its greatest magnitude and rounded to the nearest of 256 levels, which are dense near
 zero (dynamic 8-bit quantization, Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"). Libraries run

@@ -59,7 +59,7 @@ class LoQTLinear(nn.Module):
         projection: P, a FrozenMatrix (F x r), F = I on side input, O on side output. Zero until the first merge, or
             until a start that makes up for quantization (`loqt.init`).
         factor: B, trainable, (O, r) on side input, (I, r) on side output: always rows x rank, so that it shards like
-            its layer and Adam's state rotates from the right on both sides.
+            its layer and the optimizer's state rotates from the right on both sides.
         probe: None, or what collects the weight gradient before a merge.
     """
 

@@ -11,7 +11,7 @@ and in `finish`, layer by layer,
     broadcast  P, packed as the layer will hold it, to all
     merge      each rank folds, re-quantizes and compensates its own rows of W (functional.compensation);
                nobody ever holds a whole W
-    transport  B's Adam moments into the new basis
+    transport  the optimizer's moments of B into the new basis
 
 `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):
 then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells (or, after a start
@@ -48,7 +48,7 @@ class MergeCoordinator:
 
     Args:
         model: The converted model, its parameters allocated.
-        optimizer: Its optimizer; Adam moments of the factors follow `config.merge.optimizer_state`.
+        optimizer: Its optimizer; its moments of the factors follow `config.merge.optimizer_state`.
         config: The method's settings.
         total_steps: Steps of the run; no merge falls after `last_step_fraction` of it.
         strategy: How the model is spread over ranks. Default: one process.

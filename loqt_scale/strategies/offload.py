@@ -2,7 +2,7 @@
 
     offload     in host memory                                             and therefore
     base        packed W and P of the blocks                               fetched for each block, forward and backward
-    optimizer   everything that trains, its gradients and Adam's moments   fetched likewise; updated by the host's cores
+    optimizer   everything that trains, its gradients and moments          fetched likewise; updated by the host's cores
     all         both
 
 FSDP2 does the fetching, over a mesh of one: it has a stream for it, fetches the next block while this one computes, and

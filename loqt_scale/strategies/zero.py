@@ -2,7 +2,7 @@
 
 What DeepSpeed shards, and therefore what a rank holds:
 
-    stage   Adam states, fp32 masters of B ...   gradients   B, embeddings ...   codes and scales of W and P
+    stage   moments, fp32 masters of B ...   gradients   B, embeddings ...   codes and scales of W and P
     1       1/N                                  whole       whole               whole
     2       1/N                                  1/N         whole               whole
     3       1/N                                  1/N         1/N                 1/N, as bytes
@@ -10,7 +10,7 @@ What DeepSpeed shards, and therefore what a rank holds:
 DeepSpeed cuts tensors by elements, not by rows, so a rank's shard is of no use to a merge. A merge therefore takes one
 layer at a time out of the shards (`editing`: its packed bytes, never a dense weight), shares its rows out over the
 ranks as DDP does, and puts the layer back. B has three copies in the engine that must agree afterwards: the parameter
-(16 bit under bf16), its float32 master, and Adam's moments. The master is the true one: it is what `gather` reads and
+(16 bit under bf16), its float32 master, and the moments. The master is the true one: it is what `gather` reads and
 `store` writes, beside the parameter. Access is by DeepSpeed's public calls (GatheredParameters, safe_get_* and
 safe_set_*), which know float32 moments only. Moments in 8 bits are `StreamedAdamW`'s, of the fragments of parameters
 that this rank's flat masters hold (`zero_flat`): decoded, summed into a whole and encoded again, a parameter at a time.
