@@ -142,6 +142,7 @@ def test_a_second_job_in_the_folder_is_refused(settings: Job, tmp_path: Path, ra
     assert status == 0 and "resumed after step" in output and len(losses(run_dir)) == 200, output
 
 
+@pytest.mark.long  # a minute and a half; that a killed run goes on is in the tests above
 def test_torchrun_goes_on_by_itself(settings: Job, unbroken: Callable[[int], list[float]], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = [KILLED, "step", "6", str(tmp_path / "killed"), *settings(run_dir)]
