@@ -71,7 +71,7 @@ def saved(
     ("world_size", "strategy"),
     [
         (1, "single"),
-        (1, "single-all"),
+        pytest.param(1, "single-all", marks=pytest.mark.long),
         pytest.param(2, "ddp", marks=pytest.mark.long),
         (2, "fsdp"),
         pytest.param(3, "fsdp", marks=pytest.mark.long),
@@ -131,7 +131,7 @@ def test_bf16_masters_survive(saved: SavedRuns, tmp_path: Path) -> None:
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [pytest.param(1, "single", marks=pytest.mark.long), (2, "fsdp")])
 def test_int8_states_and_bf16_parameters_survive(
     saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
 ) -> None:
@@ -147,7 +147,9 @@ def test_int8_states_and_bf16_parameters_survive(
 PACKED = {"optim.states": "int8", "loqt.rank": 32, "model.overrides": ODD, "checkpoint.every": 8, "train.steps": 14}
 
 
-@pytest.mark.parametrize("strategy", ["zero-2", "zero-3", pytest.param("zero-1", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "strategy", ["zero-2", *(pytest.param(s, marks=pytest.mark.long) for s in ("zero-1", "zero-3"))]
+)
 def test_int8_states_survive_under_zero(saved: SavedRuns, tmp_path: Path, strategy: str) -> None:
     """Bit for bit on the same ranks, which cut blocks; one process goes on from there within rounding."""
     unbroken = saved.run(2, strategy, tmp_path / "a", **PACKED)
