@@ -158,8 +158,10 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
         CheckpointError: The checkpoint is of another model, holds a number that is not finite, or has changed since it
             was verified: on all ranks, and nothing has been changed.
     """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and optimizer is not None}
-    single = [name for name, p in trained.items() if optimizer and len(moment_names(optimizer, p)) == 1]
+    single: list[str] = []
+    if optimizer is not None:
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        single = [name for name, parameter in trained if len(moment_names(optimizer, parameter)) == 1]
     names = check_tensors(checkpoint, model, strategy, moments=optimizer is not None, momentum_only=single)
     shares, text = {}, ""
     try:

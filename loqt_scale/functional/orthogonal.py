@@ -59,16 +59,6 @@ def orthogonalizer(gram_RR: Tensor) -> Tensor:
     return product
 
 
-def orthogonalize(matrix_NR: Tensor) -> Tensor:
-    """U Q of a whole matrix in its own dtype, by the iteration as it is written above: the naive version."""
-    a, b, c = COEFFICIENTS
-    found = matrix_NR / matrix_NR.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    for _ in range(ITERATIONS):
-        power = found.T @ found
-        found = a * found + found @ (b * power + c * power @ power)
-    return found
-
-
 def update_scale(rows: int, columns: int) -> float:
     """0.2 sqrt(max(N, r)): by it an orthogonalized (N, r) matrix is multiplied, so that AdamW's learning rates suit."""
     return RMS * float(max(rows, columns)) ** 0.5

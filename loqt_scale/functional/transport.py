@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 StatePolicy = Literal["keep", "reset", "transport"]
@@ -35,8 +34,11 @@ def apply_state_policy(
     """
     if policy == "keep":
         return
-    forgets = policy == "reset" or rotation_RR is None
-    rotation = first_NR.new_zeros(()) if rotation_RR is None else rotation_RR.to(first_NR.dtype)
-    first_NR.copy_(torch.zeros_like(first_NR) if forgets else first_NR @ rotation)
-    if second_NR is not None:
-        second_NR.copy_(torch.zeros_like(second_NR) if forgets else second_NR @ rotation.square())
+    moments = [moment for moment in (first_NR, second_NR) if moment is not None]
+    if policy == "reset" or rotation_RR is None:
+        for moment in moments:
+            moment.zero_()
+        return
+    rotation = rotation_RR.to(first_NR.dtype)
+    for moment, turn in zip(moments, (rotation, rotation.square()), strict=False):
+        moment.copy_(moment @ turn)

@@ -8,15 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from loqt_scale.optim.streamed import StreamedAdamW
+from loqt_scale.optim.streamed import ADAM_MOMENTS, StreamedAdamW
 
 Moments = tuple[Tensor, ...]
-NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def moment_names(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
     """Under which names `optimizer.state[parameter]` holds moments, from its first step on: Adam's two, Muon's one."""
-    return optimizer.moment_names(parameter) if isinstance(optimizer, StreamedAdamW) else NAMES
+    return optimizer.moment_names(parameter) if isinstance(optimizer, StreamedAdamW) else ADAM_MOMENTS
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def ensure_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     state = optimizer.state[parameter]
     if "exp_avg" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in NAMES}
+        state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in ADAM_MOMENTS}
 
 
 def set_update_count(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -58,32 +58,14 @@ class StreamedMuon(StreamedAdamW):
         """Muon's one moment, or Adam's two."""
         return ("exp_avg",) if self._group_of[id(parameter)]["muon"] else super().moment_names(parameter)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient. Every rank of the shards."""
-        assert closure is None
-        for group in self.param_groups:
-            if group["muon"]:
-                work = [work for tensor in group["params"] for work in self._work_of(tensor)]
-                for wave in self._waves(work):
-                    self._orthogonal_update(wave, group)
-            else:
-                for tensor in group["params"]:
-                    self._update(tensor, group)
-
-    @torch.no_grad()
-    def update(self, parameter: Tensor) -> None:
-        """Updates one parameter from its `.grad`, if it has one. Every rank of the shards, in the same order."""
-        group = self._group_of[id(parameter)]
+    def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Updates tensors that a group names. Every rank of the shards, in the same order."""
         if not group["muon"]:
-            self._update(parameter, group)
-        elif work := self._work_of(parameter):
-            self._orthogonal_update(work, group)
-
-    def _waves(self, work: Sequence[Work]) -> Iterator[list[Work]]:
-        """Consecutive ones with Gram matrices of one size, cut alike on all ranks."""
+            super()._update(tensors, group)
+            return
+        work = list(self._work_of(tensors))
         for wave in muon_waves([(one.fragment.rows, one.fragment.columns) for one in work], self._shards.count):
-            yield [work[index] for index in wave]
+            self._orthogonal_update([work[index] for index in wave], group)
 
     def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
         """One update of matrices with Gram matrices of one size."""

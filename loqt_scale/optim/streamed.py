@@ -19,7 +19,7 @@ With float32 states and parameters it is AdamW (Loshchilov and Hutter 2019) as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from loqt_scale.config import OptimizerStates
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StreamedAdamW(torch.optim.Optimizer):
@@ -90,7 +92,7 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
         """Which moments a parameter has."""
-        return ("exp_avg", "exp_avg_sq")
+        return ADAM_MOMENTS
 
     def ensure_state(self, parameter: Tensor) -> dict[str, Any]:
         """The state of a parameter, made of zeros if there is none."""
@@ -102,13 +104,12 @@ class StreamedAdamW(torch.optim.Optimizer):
         """Updates every parameter that has a gradient. Local."""
         assert closure is None
         for group in self.param_groups:
-            for tensor in group["params"]:
-                self._update(tensor, group)
+            self._update(group["params"], group)
 
     @torch.no_grad()
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter from its `.grad`, if it has one. Local."""
-        self._update(parameter, self._group_of[id(parameter)])
+        self._update([parameter], self._group_of[id(parameter)])
 
     def _begin(self, fragment: Fragment, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = self.state[fragment.parameter]
@@ -125,21 +126,24 @@ class StreamedAdamW(torch.optim.Optimizer):
         size = {"values": rows.numel(), "columns": columns, "rows": parameter.shape[0]}
         return Fragment(parameter=parameter, first=first, **size)
 
-    def _update(self, tensor: Tensor, group: dict[str, Any]) -> None:
-        for work in self._work_of(tensor):
+    def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Updates tensors that a group names."""
+        for work in self._work_of(tensors):
             if not work.fragment.values:
                 continue
             state = self.ensure_state(work.fragment.parameter)
             self._replace(work, partial(_adamw, work, state, _terms(state, group, work.skip)))
 
-    def _work_of(self, tensor: Tensor) -> list[Work]:
-        """What this rank has to update of a tensor that a group names; nothing if it has no gradient."""
-        if tensor.grad is None:
-            return []
-        weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
-        skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
-        _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
-        return [Work(fragment, fragment.within(weights), fragment.within(gradients), skip) for fragment in fragments]
+    def _work_of(self, tensors: Sequence[Tensor]) -> Iterator[Work]:
+        """What this rank has to update of tensors that a group names; nothing of those without a gradient."""
+        for tensor in tensors:
+            if tensor.grad is None:
+                continue
+            weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
+            skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
+            _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
+            for part in fragments:
+                yield Work(part, part.within(weights), part.within(gradients), skip)
 
     def _replace(self, work: Work, new_values: Callable[[Chunk, Tensor], Tensor]) -> None:
         """Gives a fragment new values, a chunk at a time, made from the old ones (float32) and rounded as they are."""

@@ -9,7 +9,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,54 +16,11 @@ from safetensors.torch import load_file
 
 from loqt_scale.runlock import RunLock
 from tests.distributed.pool import RankFailed, RankPool
-from tests.distributed.test_equivalence import ODD, strategy_settings
+from tests.distributed.runs import AT, SavedRuns
+from tests.distributed.test_equivalence import ODD
 from tests.unit.test_foreign_checkpoint import edit_tensors
 
-AT = 20  # between two merges (after steps 13 and 26)
 MERGE = 13  # right after a merge
-TASK = "tests.distributed.tasks:train_run"
-
-
-class SavedRuns:
-    """Unbroken runs that leave checkpoints, one per strategy and world size."""
-
-    def __init__(self, ranks: RankPool, three_ranks: RankPool, folder: Path, common: dict[str, Any]) -> None:
-        self._ranks, self._three_ranks, self._folder, self._common = ranks, three_ranks, folder, common
-        self._known: dict[str, dict[int, float]] = {}
-
-    def run(self, world_size: int, strategy: str, run_dir: Path, **settings: Any) -> dict[int, float]:
-        """Trains; returns all losses by step, those from before a resume in the same folder too."""
-        pool = self._three_ranks if (world_size, strategy) == (3, "zero-3") else self._ranks
-        arguments = {**self._common, **strategy_settings(strategy), "train.run_dir": str(run_dir), **settings}
-        rows = pool.run(world_size, TASK, **arguments)[0]
-        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-    def folder(self, world_size: int, strategy: str) -> Path:
-        return self._folder / f"{strategy}-on-{world_size}"
-
-    def losses(self, world_size: int, strategy: str) -> dict[int, float]:
-        """Losses of the unbroken run, which saves after step AT."""
-        key = f"{world_size}-{strategy}"
-        if key not in self._known:
-            settings = {"checkpoint.every": AT, "checkpoint.keep_last": 9, "train.eval_every": AT}
-            self._known[key] = self.run(world_size, strategy, self.folder(world_size, strategy), **settings)
-        return self._known[key]
-
-    def checkpoint(self, world_size: int, strategy: str, step: int = AT) -> str:
-        self.losses(world_size, strategy)
-        return str(self.folder(world_size, strategy) / "checkpoints" / f"step-{step:08d}")
-
-
-@pytest.fixture(scope="module")
-def saved(
-    ranks: RankPool,
-    three_ranks: RankPool,
-    tmp_path_factory: pytest.TempPathFactory,
-    text_file: Path,
-    cache_dir: Path,
-) -> SavedRuns:
-    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
-    return SavedRuns(ranks, three_ranks, tmp_path_factory.mktemp("saved"), common)
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.pool import RankPool
-from tests.distributed.test_checkpoint import SavedRuns
-from tests.distributed.test_equivalence import Runs
+from tests.distributed.runs import Runs, SavedRuns, seldom
 
 SHORT = {"loqt.init": "loftq", "loqt.merge.gap": 4, "train.steps": 9, "checkpoint.every": 3, "optim.warmup_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def runs(
-    ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
-) -> Runs:
-    return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
 
 
 def start_of(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -31,7 +23,7 @@ def start_of(rows: list[dict[str, float]]) -> dict[str, float]:
     [
         (3, "fsdp"),
         (2, "zero-3"),
-        *(pytest.param(2, name, marks=pytest.mark.long) for name in ("ddp", "fsdp", "zero-1")),
+        *seldom((2, "ddp"), (2, "fsdp"), (2, "zero-1")),
     ],
 )
 @pytest.mark.parametrize("side", ["input", pytest.param("output", marks=pytest.mark.long)])
@@ -53,7 +45,7 @@ def test_offloading_changes_no_bit(runs: Runs) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
-    [(2, "fsdp"), *(pytest.param(*place, marks=pytest.mark.long) for place in ((1, "single"), (2, "zero-3")))],
+    [(2, "fsdp"), *seldom((1, "single"), (2, "zero-3"))],
 )
 def test_a_run_goes_on_bit_for_bit_and_does_not_start_again(
     ranks: RankPool,

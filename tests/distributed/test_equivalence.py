@@ -5,55 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.pool import RankPool
+from tests.distributed.runs import Runs, seldom, strategy_settings
 from tests.distributed.tasks import SMALL_RUN
 
 ZERO = ("zero-1", "zero-2", "zero-3")
 SECOND_MERGE = 13  # the last step with a loss from before the second merge (merges after steps 0, 13, 26, 39)
-
-
-class Runs:
-    """Runs the small job once per setting and remembers its losses."""
-
-    def __init__(self, ranks: RankPool, three_ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
-        self._ranks, self._three_ranks, self._folder = ranks, three_ranks, folder
-        self._common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
-        self._known: dict[str, list[dict[str, float]]] = {}
-
-    def metrics(self, world_size: int, strategy: str, **settings: Any) -> list[dict[str, float]]:
-        key = "-".join([strategy, str(world_size), *(f"{k}={v}" for k, v in sorted(settings.items()))])
-        if key not in self._known:
-            run_dir = self._folder / str(len(self._known))
-            arguments = {**self._common, "train.run_dir": str(run_dir), **strategy_settings(strategy), **settings}
-            pool = self._three_ranks if (world_size, strategy) == (3, "zero-3") else self._ranks
-            self._known[key] = pool.run(world_size, "tests.distributed.tasks:train_run", **arguments)[0]
-        return self._known[key]
-
-    def losses(self, world_size: int, strategy: str, **settings: Any) -> list[float]:
-        return [row["train/loss"] for row in self.metrics(world_size, strategy, **settings) if "train/loss" in row]
-
-
-@pytest.fixture(scope="module")
-def runs(
-    ranks: RankPool,
-    three_ranks: RankPool,
-    tmp_path_factory: pytest.TempPathFactory,
-    text_file: Path,
-    cache_dir: Path,
-) -> Runs:
-    return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
-
-
-def strategy_settings(strategy: str) -> dict[str, Any]:
-    """`zero-2` is strategy zero at stage 2, `single-base` one device with the base in host memory."""
-    name, _, more = strategy.partition("-")
-    key = "parallel.offload" if name == "single" else "parallel.zero_stage"
-    return {"parallel.strategy": name} | ({key: more} if more else {})
 
 
 def assert_same_losses(
@@ -72,11 +33,6 @@ def assert_same_losses(
     flips_begin = 40 if exact else SECOND_MERGE + 1
     assert all(difference < bound for difference, bound in list(zip(differences, bounds, strict=True))[:flips_begin])
     assert max(differences) < 5e-2 and sum(differences) / len(differences) < 5e-3
-
-
-def seldom(*case: Any) -> Any:
-    """Parameters of a long test."""
-    return pytest.param(*case, marks=pytest.mark.long)
 
 
 SPREAD = [(2, "ddp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), *((2, stage) for stage in ZERO), (3, "zero-3")]
@@ -102,9 +58,7 @@ def test_compiled_blocks_too(runs: Runs, strategy: str) -> None:
 
 
 ACCUMULATED = [(2, "fsdp"), (3, "ddp"), (2, "zero-2")]
-ACCUMULATED_LONG = [
-    pytest.param(*case, marks=pytest.mark.long) for case in ((1, "single"), (2, "zero-1"), (2, "zero-3"), (3, "zero-3"))
-]
+ACCUMULATED_LONG = seldom((1, "single"), (2, "zero-1"), (2, "zero-3"), (3, "zero-3"))
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), [*ACCUMULATED, *ACCUMULATED_LONG])
@@ -124,7 +78,7 @@ def test_what_is_kept_between_passes_changes_nothing(runs: Runs, world_size: int
 
 @pytest.mark.parametrize(
     ("world_size", "strategy"),
-    [(1, "single"), (2, "fsdp"), (2, "zero-2"), *(seldom(2, name) for name in ("ddp", "zero-1", "zero-3"))],
+    [(1, "single"), (2, "fsdp"), (2, "zero-2"), *seldom((2, "ddp"), (2, "zero-1"), (2, "zero-3"))],
 )
 def test_bf16_stays_within_two_percent(runs: Runs, world_size: int, strategy: str) -> None:
     """Until the second merge at every step, over the whole run on average (flipped codes: see assert_same_losses)."""
@@ -258,7 +212,7 @@ def bounds_in_8_bits(reference: list[float], float32: list[float]) -> list[float
 
 
 @pytest.mark.parametrize(
-    ("world_size", "strategy"), [(3, "fsdp"), (2, "zero-2"), *(seldom(2, name) for name in ("ddp", "zero-1", "zero-3"))]
+    ("world_size", "strategy"), [(3, "fsdp"), (2, "zero-2"), *seldom((2, "ddp"), (2, "zero-1"), (2, "zero-3"))]
 )
 def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, strategy: str) -> None:
     """And they learn as float32 states do."""
@@ -288,7 +242,7 @@ def test_int8_states_of_float32_masters(runs: Runs, strategy: str) -> None:
     assert len(relative) == 40 and sum(relative) / len(relative) < 0.02 and max(relative) < 0.1
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [seldom(1, "single"), seldom(2, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [(3, "fsdp"), *seldom((1, "single"), (2, "ddp"))])
 def test_bfloat16_parameters_learn_as_float32_ones(runs: Runs, world_size: int, strategy: str) -> None:
     setting = {"optim.states": "int8", "loqt.rank": 32, "model.dtype": "bfloat16", "model.trained_dtype": "bfloat16"}
     losses = runs.losses(world_size, strategy, **setting)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pool import RankPool
-from tests.distributed.test_checkpoint import SavedRuns
-from tests.distributed.test_equivalence import ODD, UNQUANTIZED, Runs, assert_same_losses
+from tests.distributed.runs import Runs, SavedRuns, seldom
+from tests.distributed.test_equivalence import ODD, UNQUANTIZED, assert_same_losses
 
 MUON = {"optim.name": "muon", "optim.lr": 5e-3, "optim.full_precision_lr": 5e-3}
 # shards of ZeRO end inside rows of B (see test_equivalence.ODD)
@@ -17,26 +16,6 @@ CUT = {**MUON, **UNQUANTIZED, "model.overrides": ODD, "loqt.rank_pattern": {"*.u
 INT8 = {**MUON, **UNQUANTIZED, "model.overrides": ODD, "optim.states": "int8", "loqt.rank": 32}
 DENSE = {**MUON, "method": "full", "optim.lr": 2e-3, "model.overrides": ODD}
 FRUGAL = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "loqt.rank": 32, "optim.states": "int8"}
-
-
-def seldom(*cases: Any) -> list[Any]:
-    """Parameters of long tests."""
-    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
-
-
-@pytest.fixture(scope="module")
-def runs(
-    ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
-) -> Runs:
-    return Runs(ranks, three_ranks, tmp_path_factory.mktemp("runs"), text_file, cache_dir)
-
-
-@pytest.fixture(scope="module")
-def saved(
-    ranks: RankPool, three_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text_file: Path, cache_dir: Path
-) -> SavedRuns:
-    common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
-    return SavedRuns(ranks, three_ranks, tmp_path_factory.mktemp("saved"), common)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +11,7 @@ from torch import Tensor
 from loqt_scale.functional import compensation as C
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
+from tests.unit.shards import Shards, assert_uncut
 
 
 def problem(rows: int, cols: int, rank: int, side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -78,23 +76,6 @@ def test_reported_error_is_the_true_one(side: str) -> None:
     torch.testing.assert_close(result.error, (weight - dense).norm() / weight.norm(), rtol=1e-4, atol=0)
 
 
-class Shards:
-    """Runs one function per shard in lock step; their `sum_over_shards` really adds them up."""
-
-    def __init__(self, count: int) -> None:
-        self.barrier, self.slots = threading.Barrier(count), [torch.zeros(())] * count
-
-    def sum_for(self, index: int) -> Callable[[Tensor], Tensor]:
-        def summed(tensor: Tensor) -> Tensor:
-            self.slots[index] = tensor
-            self.barrier.wait()
-            total = torch.stack(list(self.slots)).sum(0)
-            self.barrier.wait()
-            return total
-
-        return summed
-
-
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize(("shape", "ranks"), [((60, 96), 2), ((60, 96), 3), ((43, 86), 2), ((4, 64), 3)])
 def test_shards_give_the_uncut_result(
@@ -122,15 +103,8 @@ def test_shards_give_the_uncut_result(
             sum_over_shards=shards.sum_for(rank),
         )
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    codes = torch.cat([results[rank].codes for rank in range(ranks)])
-    assert (codes != whole.codes).float().mean() < 0.01
-    factor = torch.cat([results[r].factor for r in range(ranks)]) if side == "input" else results[0].factor
-    torch.testing.assert_close(factor, whole.factor, rtol=1e-2, atol=1e-2 * float(whole.factor.abs().max()))
-    for result in results.values():
-        torch.testing.assert_close(result.error, whole.error, rtol=1e-3, atol=1e-4)
+    shards.run(work)
+    assert_uncut([results[rank] for rank in range(ranks)], whole, side)
 
 
 @settings(max_examples=25, deadline=None)

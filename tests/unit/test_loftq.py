@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Literal
 
 import pytest
@@ -18,7 +17,7 @@ from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.loftq import Packed, Shard, loftq
 from loqt_scale.functional.low_rank_linear import LowRankSpec, effective_weight
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
-from tests.unit.test_compensation import Shards
+from tests.unit.shards import Shards, assert_uncut
 
 Side = Literal["input", "output"]
 
@@ -77,18 +76,10 @@ def test_shards_give_the_uncut_result(
         start, stop = spec.base.rows_of_groups(first, last)
         results[rank] = loftq(weight[start:stop], Shard(spec, start, shards.sum_for(rank)), rounds=3)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    shards.run(work)
     assert all(torch.equal(results[rank][1][0], results[0][1][0]) for rank in range(ranks))
     assert (results[0][1][0] != basis[0]).float().mean() < 0.01
-    codes = torch.cat([results[rank][0].codes for rank in range(ranks)])
-    assert (codes != whole.codes).float().mean() < 0.01
-    parts = [results[rank][0].factor for rank in range(ranks)]
-    factor = torch.cat(parts) if side == "input" else parts[0]
-    torch.testing.assert_close(factor, whole.factor, rtol=1e-2, atol=1e-2 * float(whole.factor.abs().max()))
-    for result, _ in results.values():
-        torch.testing.assert_close(result.error, whole.error, rtol=1e-3, atol=1e-4)
+    assert_uncut([results[rank][0] for rank in range(ranks)], whole, side)
 
 
 @settings(max_examples=25, deadline=None)

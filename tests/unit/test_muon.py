@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loqt_scale.functional.orthogonal import (
+    COEFFICIENTS,
+    ITERATIONS,
     gram,
-    orthogonalize,
     orthogonalizer,
     pack_symmetric,
     unpack_symmetric,
@@ -23,6 +22,7 @@ from loqt_scale.functional.orthogonal import (
 )
 from loqt_scale.functional.transport import apply_state_policy
 from loqt_scale.optim import Fragment, RowShards, StreamedMuon, muon, open_moments, step_if_finite
+from tests.unit.shards import Shards
 
 RATE, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.9, 3
 SHAPES = [(7, 4), (5, 4), (3, 4), (9, 8), (4, 6)]
@@ -38,6 +38,16 @@ def optimizer_of(tensors: list[Tensor], shards: RowShards | None = None, states:
 def draw(seed: int, shapes: list[tuple[int, int]] = SHAPES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """U Q of a whole matrix in its own dtype, by the iteration as its authors write it."""
+    a, b, c = COEFFICIENTS
+    found = matrix / matrix.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    for _ in range(ITERATIONS):
+        power = found.T @ found
+        found = a * found + found @ (b * power + c * power @ power)
+    return found
 
 
 def naive(weights: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
@@ -91,24 +101,6 @@ def test_whole_matrices_take_the_naive_step(shape: tuple[int, int]) -> None:
         assert torch.allclose(weight.double(), value, atol=2e-6)
 
 
-class ThreadsSum:
-    """An all-reduce between threads."""
-
-    def __init__(self, ranks: int) -> None:
-        self._parts: list[Tensor | None] = [None] * ranks
-        self._barrier = threading.Barrier(ranks, timeout=60)
-
-    def of(self, rank: int) -> Any:
-        def total(tensor: Tensor) -> Tensor:
-            self._parts[rank] = tensor
-            self._barrier.wait()
-            found = torch.stack([part for part in self._parts if part is not None]).sum(0)
-            self._barrier.wait()
-            return found
-
-        return total
-
-
 def cut(parameters: list[nn.Parameter], cuts: list[int]) -> list[tuple[Tensor, list[Fragment]]]:
     """The parameters one after the other, cut at these places, as ZeRO does."""
     whole = torch.cat([p.detach().reshape(-1) for p in parameters])
@@ -135,11 +127,11 @@ def test_rows_may_be_cut_anywhere(cuts: list[int], wave: int) -> None:
     parameters = [nn.Parameter(t) for t in draw(0)]
     gradients = [draw(seed) for seed in range(1, 1 + STEPS)]
     parts, ranks = cut(parameters, cuts), len(cuts) + 1
-    talk = ThreadsSum(ranks)
+    shards = Shards(ranks)
 
     def train(rank: int) -> None:
         flat, fragments = parts[rank]
-        optimizer = optimizer_of(list(parameters), RowShards(talk.of(rank), rank, ranks))
+        optimizer = optimizer_of(list(parameters), RowShards(shards.sum_for(rank), rank, ranks))
         optimizer.param_groups[0]["params"] = [flat]
         optimizer.adopt(flat, fragments)
         bounds = [0, *sorted(cuts), VALUES]
@@ -147,9 +139,9 @@ def test_rows_may_be_cut_anywhere(cuts: list[int], wave: int) -> None:
             flat.grad = torch.cat([g.reshape(-1) for g in grads])[bounds[rank] : bounds[rank + 1]]
             optimizer.step()
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(ranks) as pool:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(muon, "WAVE_VALUES", wave)
-        list(pool.map(train, range(ranks)))
+        shards.run(train)
     expected = torch.cat([value.reshape(-1) for value in naive([p.detach() for p in parameters], gradients)])
     assert torch.allclose(torch.cat([flat for flat, _ in parts]).double(), expected, atol=2e-6)
 

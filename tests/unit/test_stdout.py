@@ -6,14 +6,15 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 import pytest
 
 from loqt_scale import cli
 
+Broken = Callable[[], AbstractContextManager[TextIO]]
 WORDS = [
     ["train", "--print_config"],
     ["train", "--help"],
@@ -73,20 +74,18 @@ def test_a_reader_that_has_gone_ends_it_quietly(words: list[str], capsys: pytest
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [(full_disk, "(No space left on device); make room"), (closed, "(Bad file descriptor); let it")],
+)
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
-def test_a_full_disk_behind_it_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with full_disk() as stream, redirect_stdout(stream):
+def test_one_that_cannot_be_written_to_is_one_line(
+    words: list[str], broken: Broken, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with broken() as stream, redirect_stdout(stream):
         assert status_of(words) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "standard output cannot be written to (No space left on device); make room" in line
-
-
-@pytest.mark.parametrize("words", WORDS, ids=" ".join)
-def test_a_closed_one_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with closed() as stream, redirect_stdout(stream):
-        assert status_of(words) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "standard output cannot be written to (Bad file descriptor); let it" in line
+    assert line.count("\n") == 1 and f"standard output cannot be written to {why}" in line
 
 
 @pytest.mark.parametrize(
