@@ -10,6 +10,7 @@
     tests       tests/cuda: kernels, merges, runs, strategies of one rank, peaks; against the CPU
     throughput  tokens/s of full-rank AdamW, LoQT, GaLore; plain and compiled
     merge       seconds of a merge over those of a step; its parts
+    products    products, factorisations and Muon's steps of the 1b shape by themselves
     optimizers  updates of AdamW and Muon, with float32 and with small states
     cap         13b and 7b where torch may take 24 GB: real steps and a merge
     memory      peaks of every method at 1b and 7b
@@ -42,7 +43,7 @@ from common import ROOT, publish
 sys.path.insert(0, str(ROOT))
 
 TESTS = "tests"
-PARTS = ("throughput", "merge", "optimizers", "cap", "memory", "profile", "offload")
+PARTS = ("throughput", "merge", "products", "optimizers", "cap", "memory", "profile", "offload")
 GRACE = 10.0  # seconds to end in, after being told that the time is up
 
 
@@ -97,6 +98,7 @@ def run_part(options: argparse.Namespace) -> int:
         return run_tests(options)
     import gpu_memory
     import gpu_optimizers
+    import gpu_products
     import gpu_profile
     import gpu_speed
     import torch
@@ -107,6 +109,7 @@ def run_part(options: argparse.Namespace) -> int:
     parts = {
         "throughput": gpu_speed.throughput,
         "merge": gpu_speed.merge,
+        "products": gpu_products.products,
         "optimizers": gpu_optimizers.optimizers,
         "cap": gpu_memory.cap,
         "memory": gpu_memory.memory,

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from common import table
 from gpu_common import STEP_TOKENS, Place, Table, for_each, resize
 from gpu_speed import StepTime, measure_step
+from optimizers import VARIANTS
 from step_time import measured_in_turns
 
-from loqt_scale.optim import Moment
 from loqt_scale.trainer import Trainer
+from tests.distributed.footprint_tasks import kinds_held
 
-SMALL = ("--optim.states=int8", "--model.trained_dtype=bfloat16")
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "AdamW": (),
-    "AdamW, int8 states, bfloat16 factors": SMALL,
-    "Muon": ("--optim.name=muon",),
-    "Muon, int8 states, bfloat16 factors": ("--optim.name=muon", *SMALL),
-}
 SEQUENCES = 16  # a pass
 HEADER = ["model", "optimizer", "state, MiB", "update, ms", "/ AdamW's", "of a step's time"]
 
@@ -55,11 +47,6 @@ def _row(place: Place, preset: str, name: str, trainer: Trainer, times: dict[str
     passes = place.batch / trainer.config.train.micro_batch_size
     update, first = (statistics.median(time.update for time in times[key]) for key in (name, next(iter(VARIANTS))))
     share = statistics.median(time.update / time.of(passes) for time in times[name])
-    size = sum(_bytes(value) for state in trainer.optimizer.state.values() for value in state.values())
+    size = kinds_held(trainer)["adam"]
     row: list[object] = [preset, name, f"{size / 2**20:.1f}", f"{1000 * update:.1f}", f"**{update / first:.2f}**"]
     return [*row, f"{share:.2%}"]
-
-
-def _bytes(value: Any) -> int:
-    tensors = value.tensors() if isinstance(value, Moment) else [value]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from loqt_scale.metrics import format_count, format_perplexity
+from loqt_scale.metrics import format_count, format_perplexity, format_span
 
 if TYPE_CHECKING:
     from loqt_scale.build import BuiltModel
@@ -32,8 +32,7 @@ def banner(
     train, trained = config.train, format_count(built.trained_values)
     method = "full-rank training"
     if layers:
-        ranks = sorted({layer.rank for layer in layers})
-        span = " to ".join(map(str, sorted({ranks[0], ranks[-1]})))
+        span = format_span(layer.rank for layer in layers)
         method = f"LoQT, rank {span}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
     lines = [

@@ -14,7 +14,14 @@ from loqt_scale.metrics.console import Console
 from loqt_scale.metrics.meters import RateMeter, memory_metrics
 from loqt_scale.metrics.progress import Progress, ProgressMode
 from loqt_scale.metrics.reminder import Reminder, Tell
-from loqt_scale.metrics.text import format_bytes, format_count, format_duration, format_perplexity, perplexity
+from loqt_scale.metrics.text import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_perplexity,
+    format_span,
+    perplexity,
+)
 from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter, replay
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "format_count",
     "format_duration",
     "format_perplexity",
+    "format_span",
     "memory_metrics",
     "perplexity",
     "replay",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def perplexity(loss: float) -> float:
@@ -17,6 +18,12 @@ def format_perplexity(loss: float) -> str:
     """Perplexity of a mean cross-entropy in nats: `33.32`, `1.2e+04`."""
     value = perplexity(loss)
     return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def format_span(values: Iterable[int]) -> str:
+    """The least and the greatest of some numbers: `32 to 96`, or `64` where all are equal."""
+    found = sorted(values)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
 
 
 def format_count(value: float) -> str:

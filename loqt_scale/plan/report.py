@@ -10,6 +10,7 @@ from loqt_scale.build import design_model
 from loqt_scale.command_options import OUTSIDE, PlanOptions
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
+from loqt_scale.metrics import format_span
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.advice import first_that_fits
@@ -93,9 +94,7 @@ def _title(config: RunConfig, ranks: int) -> str:
     model, train, optim = config.model, config.train, config.optim
     method = "full-rank training"
     if config.method == "loqt":
-        ranks_of = [config.loqt.rank] if not config.loqt.rank_pattern else config.loqt.ranks
-        span = " to ".join(map(str, sorted({min(ranks_of), max(ranks_of)})))
-        method = f"LoQT, rank {span}, W in {config.loqt.quantization.weight}"
+        method = f"LoQT, rank {format_span(config.loqt.ranks)}, W in {config.loqt.quantization.weight}"
     kept = f"{model.trained_dtype} parameters, {optim.name}, {optim.states} states" + (
         ", updated per layer" if optim.per_layer else ""
     )

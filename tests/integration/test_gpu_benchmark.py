@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", ["throughput", "merge", "optimizers", "cap", "memory", "profile", "offload"])
+@pytest.mark.parametrize(
+    "part", ["throughput", "merge", "products", "optimizers", "cap", "memory", "profile", "offload"]
+)
 def test_every_part_prints_its_table(part: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--device=cpu", f"--part={part}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
