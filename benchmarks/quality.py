@@ -73,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="leave the others out of the studies")
     parser.add_argument("--run", action="append", default=[], help=f"METHOD lr=RATE ...; methods: {', '.join(METHODS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="the blocks of every model: faster")
     parser.add_argument("--jobs", type=int, default=1, help="runs beside one another, a process each")
     parser.add_argument("--threads", type=int, default=1, help="of a process")
     parser.add_argument("--minutes", type=float, default=1e6, help="what is not done by then is left for another time")
@@ -125,6 +126,7 @@ def place_of(options: argparse.Namespace) -> Place:
         device=options.device,
         threads=options.threads,
         jobs=options.jobs,
+        compile=options.compile,
         cache_dir=options.cache_dir,
         commit=commit(),
     )

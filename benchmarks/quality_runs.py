@@ -26,7 +26,7 @@ METHODS = {
 }
 PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch"}
 FREE = {"loqt.rank", "model.dtype", "data.max_eval_sequences"}  # of a run's own settings, a variant may say otherwise
-PLACED = {"data.files", "data.cache_dir", "train.run_dir", "train.device", "train.progress"}
+PLACED = {"data.files", "data.cache_dir", "model.compile", "train.run_dir", "train.device", "train.progress"}
 RANKED = ("galore", "apollo", "loqt")  # methods that have a rank
 
 
@@ -58,6 +58,7 @@ class Scale:
 
 
 SCALES = {
+    "nano": Scale(preset="llama_nano", steps=1100, batch=8, rank=16),
     "micro": Scale(preset="llama_micro", steps=1100, batch=32, rank=32),  # rank: a quarter of the hidden size
     "tiny": Scale(preset="llama_tiny", steps=1500, batch=128, rank=64),
 }
@@ -162,6 +163,7 @@ class Place:
         device: auto, cpu or cuda.
         threads: Of a process.
         jobs: Processes beside one another.
+        compile: Whether blocks are compiled: faster, and other last bits.
         cache_dir: Of tokenized text; None: the product's own.
         commit: Of the code.
     """
@@ -170,6 +172,7 @@ class Place:
     device: str = "auto"
     threads: int = 1
     jobs: int = 1
+    compile: bool = False
     cache_dir: str | None = None
     commit: str = "unknown"
 
@@ -178,6 +181,7 @@ class Place:
         words = [f"--train.device={self.device}", f"--train.run_dir={folder}", "--train.progress=off"]
         words += ["--data.files", *self.files] if self.files else []
         words += [f"--data.cache_dir={self.cache_dir}"] if self.cache_dir else []
+        words += ["--model.compile=true"] if self.compile else []
         return run.config(*words)
 
 
