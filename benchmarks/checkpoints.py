@@ -24,8 +24,8 @@ from common import ROOT, publish, table
 sys.path.insert(0, str(ROOT))
 
 from loqt_scale.checkpoint import CheckpointSaver, open_checkpoint, read_manifest
-from loqt_scale.config_io import parse_run_config
-from loqt_scale.trainer import Trainer
+from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
 METHODS = ("loqt", "full")
@@ -34,7 +34,7 @@ MIB = 2**20
 # Samples this process's own memory (no file pages) while it exports; prints start, peak.
 EXPORTER = """
 import sys, threading, time
-from loqt_scale.command_options import ExportOptions
+from loqt_scale.config.commands import ExportOptions
 from loqt_scale.export import export_checkpoint
 
 def anonymous():

@@ -22,7 +22,7 @@ from common import ROOT, publish, table
 sys.path.insert(0, str(ROOT))
 
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from tests.distributed.footprint_tasks import (
     allocations,
     kinds_held,
@@ -53,8 +53,8 @@ def run_config(words: list[str]) -> RunConfig:
 
 def measure_rank(words: list[str]) -> dict[str, Any]:
     """Bytes held, allocated in passing and sent on this rank. Every rank."""
-    from loqt_scale.build import build_model, design_model
-    from loqt_scale.strategies.wire import WireCounter
+    from loqt_scale.metrics.wire_counter import WireCounter
+    from loqt_scale.model.build import build_model, design_model
 
     config = run_config(words)
     trainer = make_trainer(config)

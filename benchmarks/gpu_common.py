@@ -13,10 +13,10 @@ import torch
 from common import ROOT
 from torch import Tensor
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.trainer import Trainer
-from loqt_scale.weights import WeightSource
+from loqt_scale.model.weights import WeightSource
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer
 
 Result = TypeVar("Result")

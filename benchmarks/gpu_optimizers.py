@@ -11,7 +11,7 @@ from gpu_speed import StepTime, measure_step
 from optimizers import VARIANTS
 from step_time import measured_in_turns
 
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import kinds_held
 
 SEQUENCES = 16  # a pass

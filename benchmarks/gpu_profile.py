@@ -12,7 +12,7 @@ from gpu_common import Place, Table, for_each, largest_pass, resize
 from step_time import GROUPS, flops_by_operator, merge_of, operator_times, share_table, update
 
 from loqt_scale.layers import loqt_layers
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 
 DEQUANTIZE, LOW_RANK, PRODUCTS = "dequantize W and P", "low-rank term (fold or branch)", "matrix products"
 # the layer's own operators first; in-place addmm is the low-rank term and nothing else

@@ -15,9 +15,9 @@ from gpu_common import STEP_TOKENS, Place, Table, for_each, gibibytes, gpu_peak,
 from merge import PARTS, Clock
 from step_time import count_flops, measured_in_turns, merge_of
 
-from loqt_scale.models import count_parameters, decoder_blocks
+from loqt_scale.model.architectures import count_parameters, decoder_blocks
 from loqt_scale.plan import plan_run
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 
 GOAL = 1.15  # LoQT's tokens a second over full-rank training's
 GALORE_GAP = 200  # steps between GaLore's SVDs

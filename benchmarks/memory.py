@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.plan import plan_run
 from tests.distributed.footprint_tasks import (
     allocations,

@@ -23,9 +23,9 @@ from step_time import measured_in_turns
 
 sys.path.insert(0, str(ROOT))
 
-from loqt_scale.config_io import parse_run_config
-from loqt_scale.strategies.wire import WireCounter
-from loqt_scale.trainer import Trainer
+from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.metrics.wire_counter import WireCounter
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import kinds_held, make_trainer
 from tests.distributed.pool import RankPool
 

@@ -25,9 +25,9 @@ from common import ROOT, publish, table
 
 sys.path.insert(0, str(ROOT))
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.layers import loqt_layers
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer
 
 RESULTS = ROOT / "benchmarks" / "pretrained.jsonl"

@@ -11,7 +11,7 @@ import torch
 from common import ROOT  # noqa: F401
 
 from loqt_scale.optim import create_scheduler
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 
 # as their authors recommend
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any
 from common import ROOT  # noqa: F401  (a checkout that is not installed works, too)
 
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 
 METHODS = {

@@ -21,15 +21,15 @@ from quality_baselines import use_optimizer
 from quality_runs import Place, Run
 from torch import Tensor
 
-from loqt_scale.build import design_model
 from loqt_scale.config import RunConfig
 from loqt_scale.data import Corpus, build_corpus
-from loqt_scale.health import NonFiniteLossError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.metrics import MetricsWriter, Progress
+from loqt_scale.model.build import design_model
 from loqt_scale.strategies import create_strategy
 from loqt_scale.strategies.create import resolve_device
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.health import NonFiniteLossError
+from loqt_scale.training.trainer import Trainer
 
 Tell = Callable[[int, float], object]  # steps done, seconds since the run began
 _CORPORA: dict[str, Corpus] = {}

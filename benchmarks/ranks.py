@@ -43,13 +43,8 @@ def warm_up(*, deepspeed: bool = True) -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import loqt_scale.export
-    import loqt_scale.inference
-    import loqt_scale.job
-    import loqt_scale.plan  # noqa: F401
-
     if deepspeed:
-        from loqt_scale.strategies.zero import import_deepspeed
+        from loqt_scale.strategies.zero.engine import import_deepspeed
 
         import_deepspeed(torch.device("cpu"), "error")
     threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").is_dir() else 1

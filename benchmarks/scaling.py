@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 from step_time import count_flops, merge_of, seconds, update
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.plan import plan_run
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 from tests.distributed.pool import RankPool
 

@@ -32,8 +32,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from loqt_scale.config_io import parse_run_config
-from loqt_scale.trainer import Trainer
+from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
 Variant = TypeVar("Variant", bound=Hashable)

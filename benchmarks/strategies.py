@@ -19,7 +19,7 @@ from typing import Any
 
 from common import publish, table
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from tests.distributed.footprint_tasks import kinds_held, live_tensor_bytes, make_trainer
 from tests.distributed.pool import RankPool
 

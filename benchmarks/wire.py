@@ -1,6 +1,6 @@
 """Bytes on the wire of a step and of a merge under FSDP2: LoQT beside full-rank training, on 2 and 4 ranks.
 
-Counted at the collectives themselves (`strategies.wire`), at the LLaMA 60M shape.
+Counted at the collectives themselves (`metrics.wire_counter`), at the LLaMA 60M shape.
 
     python benchmarks/wire.py
     python benchmarks/wire.py --quick       # a small shape, to see that it runs
@@ -18,7 +18,7 @@ from common import ROOT, publish, table
 
 sys.path.insert(0, str(ROOT))
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from tests.distributed.footprint_tasks import make_trainer
 from tests.distributed.pool import RankPool
 
@@ -37,7 +37,7 @@ CASES = [
 
 def measure(words: list[str]) -> dict[str, int]:
     """Ring bytes of a normal step and of a merge on this rank. Every rank."""
-    from loqt_scale.strategies.wire import WireCounter
+    from loqt_scale.metrics.wire_counter import WireCounter
 
     fixed = ["--data.tokenizer=bytes", "--data.max_eval_sequences=2", "--train.progress=off", "--train.steps=20"]
     trainer = make_trainer(parse_run_config([*fixed, "--loqt.merge.gap=2", *words]))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
-    from loqt_scale.job import train
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
     from loqt_scale.merge import MergeCoordinator, MergeReport
+    from loqt_scale.training.job import train
 
 _HOMES = {
     "LoQTConfig": "config",
@@ -28,7 +28,7 @@ _HOMES = {
     "RunConfig": "config",
     "SubspaceConfig": "config",
     "convert_to_loqt": "layers",
-    "train": "job",
+    "train": "training.job",
 }
 
 __all__ = [

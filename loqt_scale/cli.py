@@ -7,7 +7,7 @@ answers without loading torch. `run_command` alone decides what a person sees of
     full memory, a disk           one line, status 2, and the traceback in the error log
     anything else                 one line, status 1, and the traceback in the error log: a bug of ours
 
-The error log is in the run's folder, one for each rank (see `error_log`). LOQT_SCALE_TRACEBACK=1 shows every traceback.
+The error log is in the run's folder, one for each rank (`process.error_log`); LOQT_SCALE_TRACEBACK=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from loqt_scale.command_options import (
+from loqt_scale.config.commands import (
     ExportOptions,
     GenerateOptions,
     PlanOptions,
@@ -30,13 +30,13 @@ from loqt_scale.command_options import (
     split_checkpoint,
     take_options,
 )
-from loqt_scale.config_io import parse_run_config
-from loqt_scale.error_log import keep_errors_in, log_error
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
-from loqt_scale.launcher import join_launcher
-from loqt_scale.stderr import warn
-from loqt_scale.stdout import CLOSED, Watch, watched_stdout
-from loqt_scale.stopping import StopRequest
+from loqt_scale.process.error_log import keep_errors_in, log_error
+from loqt_scale.process.launcher import join_launcher
+from loqt_scale.process.stderr import warn
+from loqt_scale.process.stdout import CLOSED, Watch, watched_stdout
+from loqt_scale.training.stopping import StopRequest
 
 USER_ERROR, BUG = 2, 1
 TRACEBACK_VARIABLE = "LOQT_SCALE_TRACEBACK"
@@ -59,7 +59,9 @@ def _train(argv: Sequence[str], prog: str) -> None:
             _tell_other_ranks(error)
             raise
         with stop.patience():  # torch, interrupted while it loads, could not be loaded again to tell the other ranks
-            from loqt_scale.job import train  # late: torch takes seconds to import, --help and errors should not
+            from loqt_scale.training.job import (
+                train,  # late: torch takes seconds to import, --help and errors should not
+            )
         train(config, stop)
 
 
@@ -78,7 +80,7 @@ def _export(argv: Sequence[str], prog: str) -> None:
 
 def _generate(argv: Sequence[str], prog: str) -> None:
     options = parse_options(GenerateOptions, argv, prog)
-    from loqt_scale.inference import generate
+    from loqt_scale.inference.generate import generate
 
     generate(options)
 
@@ -89,7 +91,7 @@ def _eval(argv: Sequence[str], prog: str) -> None:
         about = "Held-out loss of --checkpoint PATH: a checkpoint's folder, a run's, or an exported model's."
         parse_run_config(["--help"], prog=f"{prog} --checkpoint PATH", about=about)
     path, settings = split_checkpoint(argv)
-    from loqt_scale.inference import evaluate_saved
+    from loqt_scale.inference.generate import evaluate_saved
 
     evaluate_saved(path, settings)
 
@@ -202,7 +204,7 @@ def _overview(prog: str) -> str:
 def _tell_other_ranks(error: ConfigError) -> None:
     """One rank's file may be missing, or be another one: the others would wait for it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from loqt_scale.together import leave_word
+        from loqt_scale.training.together import leave_word
 
         leave_word(error)
 

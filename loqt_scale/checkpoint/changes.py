@@ -15,9 +15,9 @@ from loqt_scale.checkpoint.growth import describe_growth
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
+from loqt_scale.config.keys import flat_settings, path_settings
 from loqt_scale.config.paths import same_files
-from loqt_scale.config_keys import flat_settings, path_settings
-from loqt_scale.strategies.zero_config import names_scheduler
+from loqt_scale.strategies.zero.config import names_scheduler
 
 FREE = (
     "checkpoint.",

@@ -21,7 +21,7 @@ from loqt_scale.checkpoint.folder import CONFIG, DATA
 from loqt_scale.checkpoint.manifest import MANIFEST, read_manifest
 from loqt_scale.checkpoint.shards import Pieces, find_pieces
 from loqt_scale.config import RunConfig
-from loqt_scale.config_io import load_run_config
+from loqt_scale.config.yaml import load_run_config
 from loqt_scale.errors import ConfigError
 
 _DEEPEST = 20  # brackets within brackets in a config.yaml; settings need 3

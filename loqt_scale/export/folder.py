@@ -21,14 +21,14 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 
 from loqt_scale.checkpoint import CONFIG, Checkpoint
-from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.config.commands import ExportOptions
 from loqt_scale.errors import UserError
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
 from loqt_scale.export.parts import Parts
 from loqt_scale.functional.schemes import SCHEMES, FourBit
-from loqt_scale.hf_folder import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
-from loqt_scale.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
+from loqt_scale.inference.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
+from loqt_scale.model.hf_folder import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
 from loqt_scale.strategies import DTYPES, Strategy
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)

@@ -19,7 +19,7 @@ from loqt_scale.strategies import Strategy
 
 
 class InitialWeights(Protocol):
-    """Where the weights before quantization can be read again (see `weights.WeightSource`)."""
+    """Where the weights before quantization can be read again (see `model.weights.WeightSource`)."""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter, float32."""

@@ -1,7 +1,7 @@
 """What a rank stores of a parameter, and the optimizer's moments of it in 8 bits or in 32.
 
     fsdp, ddp, single   whole rows, in a tensor of their own
-    ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (see `zero_flat`)
+    ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (`zero.flat`)
 
 Both are `Fragment`s, so one update and one form of the moments serve all. The blocks of 8-bit codes are the
 parameter's, wherever a fragment begins and ends: only a block that is itself cut has a scale on each side of the cut.

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loqt_scale.batching import summed_loss
-from loqt_scale.build import design_model, recompute_blocks
 from loqt_scale.config import RunConfig, TrainConfig
+from loqt_scale.data.batching import summed_loss
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
-from loqt_scale.models import decoder_blocks
+from loqt_scale.model.architectures import decoder_blocks
+from loqt_scale.model.build import design_model, recompute_blocks
 from loqt_scale.strategies import DTYPES
 
 DEPTHS = (2, 4)  # blocks of the two models that stand for a deep one

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from loqt_scale.batching import micro_steps
 from loqt_scale.config import Kept, RunConfig
+from loqt_scale.data.batching import micro_steps
 
 KEPT = "--parallel.kept_between_passes"
 

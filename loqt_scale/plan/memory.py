@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loqt_scale.batching import micro_steps
 from loqt_scale.config import RunConfig
+from loqt_scale.data.batching import micro_steps
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size

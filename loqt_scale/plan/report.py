@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from loqt_scale.batching import micro_steps
-from loqt_scale.build import design_model
-from loqt_scale.command_options import OUTSIDE, PlanOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.config.commands import OUTSIDE, PlanOptions
+from loqt_scale.data.batching import micro_steps
 from loqt_scale.errors import ConfigError
 from loqt_scale.metrics import format_span
+from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.advice import first_that_fits

@@ -1,4 +1,4 @@
-"""Bytes on the wire of a step and of a merge, from shapes; counted as `strategies.wire` counts what is really sent.
+"""Bytes on the wire of a step and of a merge, from shapes; counted as `WireCounter` counts what is really sent.
 
 A payload is the whole tensor of a collective. In a ring of N ranks each rank sends (N-1)/N of it, twice that for an
 all-reduce.

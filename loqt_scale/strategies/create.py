@@ -15,8 +15,8 @@ from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
 from loqt_scale.strategies.offload import OffloadStrategy
 from loqt_scale.strategies.process_group import launched_world_size
-from loqt_scale.strategies.zero import ZeroStrategy
-from loqt_scale.strategies.zero_config import check_zero_config
+from loqt_scale.strategies.zero.config import check_zero_config
+from loqt_scale.strategies.zero.engine import ZeroStrategy
 
 
 def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:

@@ -17,7 +17,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear, loqt_layers
 from loqt_scale.plan import plan_run
 from loqt_scale.strategies import Strategy
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 from tests.cuda.conftest import Settings
 from tests.cuda.test_kernels import random, relative
 from tests.distributed.footprint_tasks import HostReads, device_peaks, make_trainer

@@ -11,7 +11,7 @@ from torch import Tensor
 from loqt_scale.strategies import Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
-from loqt_scale.trainer import Trainer
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer
 from tests.distributed.tasks import small_config
 

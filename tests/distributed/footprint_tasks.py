@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loqt_scale import weights
-from loqt_scale.build import build_model, design_model
 from loqt_scale.config import RunConfig
 from loqt_scale.data import build_corpus
 from loqt_scale.functional import compensation
 from loqt_scale.metrics import MetricsWriter, Progress
+from loqt_scale.metrics.wire_counter import WireCounter
+from loqt_scale.model import weights
+from loqt_scale.model.build import build_model, design_model
+from loqt_scale.model.weights import WeightSource
 from loqt_scale.optim import Moment
 from loqt_scale.strategies import create_strategy
-from loqt_scale.strategies.wire import WireCounter
-from loqt_scale.strategies.zero import ZeroStrategy
-from loqt_scale.strategies.zero_flat import masters
-from loqt_scale.trainer import Trainer
-from loqt_scale.weights import WeightSource
+from loqt_scale.strategies.zero.engine import ZeroStrategy
+from loqt_scale.strategies.zero.flat import masters
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.tasks import small_config
 
 CPU = torch.device("cpu")

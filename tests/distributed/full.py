@@ -26,7 +26,7 @@ def fill(path: Path) -> None:
 if __name__ == "__main__":
     filler, begin, end, *settings = sys.argv[1:]
     from loqt_scale.cli import run_command
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     whole = Trainer.step
 

@@ -25,7 +25,7 @@ SMALL_RUN: dict[str, Any] = {
 
 def small_config(settings: dict[str, Any]) -> Any:
     """The equivalence tests' RunConfig with settings replaced, through the product's own parser."""
-    from loqt_scale.config_io import parse_run_config
+    from loqt_scale.config.yaml import parse_run_config
 
     merged = {**SMALL_RUN, **settings}
     return parse_run_config([f"--{key}={_word(value)}" for key, value in merged.items()])
@@ -37,7 +37,7 @@ def _word(value: Any) -> str:
 
 def train_run(**settings: Any) -> list[dict[str, float]]:
     """Runs one job on this rank and returns its metrics, a dict a logged step."""
-    from loqt_scale.job import train
+    from loqt_scale.training.job import train
 
     config = small_config(settings)
     train(config)
@@ -58,7 +58,7 @@ def run_refused(**settings: Any) -> str:
 
 def evaluate_checkpoint(path: str) -> float:
     """Held-out loss of a checkpoint, its model spread over the ranks."""
-    from loqt_scale.inference import evaluate_saved
+    from loqt_scale.inference.generate import evaluate_saved
 
     return evaluate_saved(path, [])
 
@@ -88,7 +88,7 @@ def run_into_disagreement(about: str, **settings: Any) -> None:
     import os
 
     from loqt_scale.merge import MergeCoordinator
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     if os.environ["RANK"] != "1":
         train_run(**settings)
@@ -161,8 +161,8 @@ def run_told_to_stop(rank: int, number: int, **settings: Any) -> int:
     """A run on whose third step one rank alone gets a signal; the number with which this rank ends."""
     import os
 
-    from loqt_scale.stopping import Stopped
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.stopping import Stopped
+    from loqt_scale.training.trainer import Trainer
 
     whole = Trainer.step
 
@@ -185,7 +185,7 @@ def run_with_failing_evaluation(rank: int, **settings: Any) -> tuple[str, str, s
     """A run in whose second evaluation one rank finds no memory; its error, what it came from, and the way on."""
     import os
 
-    from loqt_scale import evaluation
+    from loqt_scale.training import evaluation
 
     whole, calls = evaluation.summed_loss, iter(range(10**9))
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loqt_scale.runlock import RunLock
+from loqt_scale.training.runlock import RunLock
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.runs import AT, SavedRuns
 from tests.distributed.test_equivalence import ODD
-from tests.unit.test_foreign_checkpoint import edit_tensors
+from tests.unit.checkpoint.test_foreign import edit_tensors
 
 MERGE = 13  # right after a merge
 

@@ -167,7 +167,7 @@ def test_one_rank_told_to_stop_before_all_have_come_stops_all(
 def test_a_rank_that_outlives_the_store_is_silent() -> None:
     """Rank 0, which keeps it, leaves first: the other's thread and its own last word find nobody, and say nothing."""
     code = (
-        "import os, time\nfrom loqt_scale.together import one_for_all\n"
+        "import os, time\nfrom loqt_scale.training.together import one_for_all\n"
         "with one_for_all(60):\n    time.sleep(4 * int(os.environ['RANK']))\n"
     )
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}

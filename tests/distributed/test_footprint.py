@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from loqt_scale import weights
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import resolve_side
 from loqt_scale.functional.projection import sketch_width
 from loqt_scale.functional.quantization import MatrixLayout
+from loqt_scale.model import weights
 from tests.distributed.pool import RankPool
 
 HIDDEN, INTERMEDIATE, BLOCKS, RANK, ROUNDS = 512, 1376, 2, 8, 2

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from loqt_scale.build import design_model
 from loqt_scale.cli import main
-from loqt_scale.command_options import PlanOptions, parse_size
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.commands import PlanOptions, parse_size
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
+from loqt_scale.model.build import design_model
 from loqt_scale.plan import Plan, activations, plan_run, report
 from loqt_scale.plan.advice import changes
 from loqt_scale.plan.shapes import model_shapes

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.optim import LearningRates
 from loqt_scale.strategies import create_strategy

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.layers import loqt_layers
-from loqt_scale.strategies.zero import ZeroStrategy
-from loqt_scale.strategies.zero_flat import master_fragments, masters
-from loqt_scale.trainer import Trainer
+from loqt_scale.strategies.zero.engine import ZeroStrategy
+from loqt_scale.strategies.zero.flat import master_fragments, masters
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import kinds_held, make_trainer, moment_tensors
 from tests.distributed.tasks import small_config
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from loqt_scale import trainer as trainer_module
 from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, store
 from loqt_scale.data.batches import StoredSequences
-from loqt_scale.health import NonFiniteLossError, UnreadableDataError
-from loqt_scale.job import train
 from loqt_scale.merge import MergeCoordinator
-from loqt_scale.stopping import Stopped
-from loqt_scale.trainer import Trainer
+from loqt_scale.training import trainer as trainer_module
+from loqt_scale.training.health import NonFiniteLossError, UnreadableDataError
+from loqt_scale.training.job import train
+from loqt_scale.training.stopping import Stopped
+from loqt_scale.training.trainer import Trainer
 from tests.distributed.tasks import small_config
 
 STEPS = 8  # merges after steps 1, 5 (counted from 1), saves after 4 and 8
@@ -201,7 +201,7 @@ def test_told_to_stop_while_a_checkpoint_is_being_written(
         return whole(path)
 
     monkeypatch.setattr(store, "file_digest", slow)
-    monkeypatch.setattr("loqt_scale.stopping.BRUTAL", 10**9)
+    monkeypatch.setattr("loqt_scale.training.stopping.BRUTAL", 10**9)
     with pytest.raises(Stopped):
         train(small_config(settings))
     assert "step-00000004" in names(settings) and int(latest(settings).removeprefix("step-")) > 4

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from loqt_scale.checkpoint import Checkpoint
 from loqt_scale.cli import main
 from loqt_scale.data.tokenizers import load_tokenizer
+from loqt_scale.inference.saved_model import open_saved, saved_settings
 from loqt_scale.layers import loqt_layers
-from loqt_scale.saved_model import open_saved, saved_settings
 from loqt_scale.strategies import Strategy
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import SMALL_RUN, _word
-from tests.unit.test_stdout import closed, full_disk, nobody_reads
+from tests.unit.process.test_stdout import closed, full_disk, nobody_reads
 
 TEXT = "The import statement – naïve – binds <names>.\n"
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -208,7 +208,7 @@ def test_eval_is_the_runs_own(
     name: str, run_dirs: dict[str, Path], exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the checkpoint to the last bit on the same ranks; of the export within rounding."""
-    from loqt_scale.inference import evaluate_saved
+    from loqt_scale.inference.generate import evaluate_saved
 
     lines = (run_dirs[name] / "metrics.jsonl").read_text().splitlines()
     expected = [row["eval/loss"] for row in map(json.loads, lines) if "eval/loss" in row][-1]

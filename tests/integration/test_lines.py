@@ -17,21 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from loqt_scale import opening
 from loqt_scale.checkpoint import CheckpointError, Start, identity
-from loqt_scale.command_options import ExportOptions
 from loqt_scale.config import RunConfig
+from loqt_scale.config.commands import ExportOptions
 from loqt_scale.config.paths import same_files
 from loqt_scale.export import export_checkpoint
-from loqt_scale.job import train
-from loqt_scale.opening import OpenRun
-from loqt_scale.runlock import RunInUse
-from loqt_scale.stopping import Stopped
 from loqt_scale.strategies import Strategy
+from loqt_scale.training import opening
+from loqt_scale.training.job import train
+from loqt_scale.training.opening import OpenRun
+from loqt_scale.training.runlock import RunInUse
+from loqt_scale.training.stopping import Stopped
 from tests.distributed.tasks import small_config
-from tests.unit.test_foreign_checkpoint import SHARD, edit_tensors
-from tests.unit.test_metrics import same_curves
-from tests.unit.test_runlock import another_job
+from tests.unit.checkpoint.test_foreign import SHARD, edit_tensors
+from tests.unit.metrics.test_metrics import same_curves
+from tests.unit.training.test_runlock import another_job
 
 STEPS = 6
 FINISHED = "finished after"
@@ -156,7 +156,7 @@ def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
 
 def test_a_run_that_ended_before_its_last_evaluation_is_evaluated(runs: Runs, killed: Callable[..., None]) -> None:
     """By a kill in it, or after it, but before the mark; at every later start too."""
-    from loqt_scale import job, trainer
+    from loqt_scale.training import job, trainer
 
     killed(trainer, "evaluate", 2, runs)
     losses = runs.losses()
@@ -359,7 +359,7 @@ def test_going_back_does_not_forget_where_the_run_began(runs: Runs) -> None:
 
 def test_restarts_of_a_run_that_began_from_a_path(runs: Runs, killed: Callable[..., None]) -> None:
     """PATH is where the run begins; what came of it in the run's own folder goes before it, pruned or not."""
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     runs(train__steps=STEPS)
     losses = runs.losses()
@@ -384,7 +384,7 @@ def test_restarts_of_a_run_that_began_from_a_path(runs: Runs, killed: Callable[.
 
 
 def test_a_run_that_began_elsewhere_goes_on_there_without_its_path(runs: Runs, killed: Callable[..., None]) -> None:
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     runs()
     killed(Trainer, "step", 1, lambda: runs("other", checkpoint__resume=str(runs.checkpoint(2))))
@@ -397,7 +397,7 @@ def test_a_run_that_began_elsewhere_goes_on_there_without_its_path(runs: Runs, k
 
 def test_never_in_a_restart_goes_on(runs: Runs, killed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher that starts the same command anew after a failure must not begin at 0 each time."""
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     runs()
     job: Callable[[], str] = lambda: runs(checkpoint__resume="never", train__on_existing_run="archive")  # noqa: E731
@@ -465,7 +465,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told(runs: Runs, monkeypatc
 def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
     runs: Runs, killed: Callable[..., None], resume: str
 ) -> None:
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     killed(Trainer, "step", 3, runs)
     with another_job(runs.folder / "run") as job:
@@ -527,7 +527,7 @@ def test_where_the_old_run_went_is_said_whatever_happens_then(
 
 @pytest.mark.parametrize("what", [*(pytest.param(what, marks=LONG) for what in ("checkpoints", "run", "step")), "all"])
 def test_links_to_another_disk(runs: Runs, killed: Callable[..., None], what: str) -> None:
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     runs("unbroken")
     disk, run_dir = runs.folder / "disk", runs.folder / "run"
@@ -554,7 +554,7 @@ def test_links_to_another_disk(runs: Runs, killed: Callable[..., None], what: st
 @pytest.mark.long
 def test_a_bind_mount(runs: Runs, killed: Callable[..., None]) -> None:
     """The same folder under two paths that no resolving of links makes one."""
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     disk, run_dir = runs.folder / "disk", runs.folder / "run"
     disk.mkdir()
@@ -641,7 +641,7 @@ def test_strays_are_left_alone(runs: Runs) -> None:
 
 def test_train_steps_may_grow(runs: Runs, killed: Callable[..., None]) -> None:
     """Of a run that is finished or not; from there on rates and merges are those of a run of the new length."""
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     runs("long")
 
@@ -694,7 +694,7 @@ def test_a_run_grows_from_its_stable_part_as_if_it_had_been_longer(runs: Runs) -
 
 def test_a_warm_up_that_is_over_does_not_come_back(runs: Runs, killed: Callable[..., None]) -> None:
     """However much longer the run gets, and however often it is resumed after that."""
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     half = {"optim__warmup_steps": None, "optim__warmup_fraction": 0.5, "optim__schedule": "constant"}
     killed(Trainer, "step", 3, lambda: runs(**half, train__steps=4))
@@ -720,7 +720,7 @@ def test_merges_that_the_old_end_left_out_are_told(runs: Runs) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [pytest.param("float32", "int8", marks=LONG), ("int8", "float32")])
 def test_states_may_change(runs: Runs, killed: Callable[..., None], before: str, after: str) -> None:
-    from loqt_scale.trainer import Trainer
+    from loqt_scale.training.trainer import Trainer
 
     killed(Trainer, "step", 5, lambda: runs(loqt__rank=32, optim__states=before))
     said = runs(loqt__rank=32, optim__states=after)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loqt_scale.cli import main
-from loqt_scale.config_io import load_run_config
+from loqt_scale.config.yaml import load_run_config
 from tests.distributed.tasks import SMALL_RUN, _word
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loqt_scale.batching import summed_loss
-from loqt_scale.build import build_model, design_model
 from loqt_scale.data import build_corpus
+from loqt_scale.data.batching import summed_loss
 from loqt_scale.functional import projection as P
 from loqt_scale.layers import GradientProbe, loqt_layers
 from loqt_scale.merge import MergeCoordinator
+from loqt_scale.model.build import build_model, design_model
 from loqt_scale.optim import create_optimizer
 from loqt_scale.strategies import Strategy
 from tests.distributed.tasks import small_config

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from loqt_scale import cli
 from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, OptimConfig, RunConfig
-from loqt_scale.config_io import load_run_config, parse_run_config, save_run_config
-from loqt_scale.config_keys import setting_types
+from loqt_scale.config.keys import setting_types
+from loqt_scale.config.yaml import load_run_config, parse_run_config, save_run_config
 from loqt_scale.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

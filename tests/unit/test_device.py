@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loqt_scale.attention import attend_causally
-from loqt_scale.batching import summed_loss
-from loqt_scale.build import design_model
-from loqt_scale.config_io import parse_run_config
+from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.data.batching import summed_loss
 from loqt_scale.functional import blockwise
 from loqt_scale.merge import MergeCoordinator
+from loqt_scale.model.attention import attend_causally
+from loqt_scale.model.build import design_model
 from loqt_scale.optim import UpdateInBackward, create_optimizer
 from loqt_scale.strategies import Strategy
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale import cli, error_log
+from loqt_scale import cli
 from loqt_scale.errors import (
     ConfigError,
     MissingFileError,
@@ -22,6 +22,7 @@ from loqt_scale.errors import (
     reason_of,
     shortened,
 )
+from loqt_scale.process import error_log
 
 
 def test_a_librarys_exception_is_explained_and_keeps_its_cause() -> None:

@@ -1,0 +1,194 @@
+"""From settings to a model whose every rank holds only its own part.
+
+    meta      the Hugging Face model on the meta device: shapes, no storage
+    convert   its linears become LoQT layers, still on meta
+    shard     the strategy decides who stores which rows, still on meta
+    allocate  `to_empty`: each rank's rows, nothing else
+    fill      parameter by parameter, each rank asks the weight source for its rows only, and packs or copies them
+
+So no rank ever holds the full-precision model, and what is filled does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from loqt_scale.config import ModelConfig, RunConfig
+from loqt_scale.errors import explained
+from loqt_scale.functional.compensation import row_chunks
+from loqt_scale.functional.quantization import pack
+from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
+from loqt_scale.model.architectures import (
+    build_meta_model,
+    check_widths,
+    decoder_blocks,
+    init_buffers,
+    load_model_config,
+    model_source,
+    resolve_weights_folder,
+)
+from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
+from loqt_scale.strategies import DTYPES, Strategy
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to train.
+
+    Args:
+        model: The model, without its strategy's wrapper.
+        initial_weights: Source of the weights as they were before quantization.
+        dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
+        hf_config: The model's Hugging Face config.
+        trained_values: How many numbers train, over all ranks.
+    """
+
+    model: nn.Module
+    initial_weights: WeightSource
+    dense_layers: tuple[str, ...]
+    hf_config: PreTrainedConfig
+    trained_values: int
+
+
+@dataclass(frozen=True)
+class ModelDesign:
+    """A model on the meta device, converted: all that can be wrong with the settings has been found out.
+
+    Args:
+        model: The model; no storage.
+        weights: Where its values will come from.
+        dense_layers: As in `BuiltModel`.
+        hf_config: As in `BuiltModel`.
+    """
+
+    model: nn.Module
+    weights: WeightSource
+    dense_layers: tuple[str, ...]
+    hf_config: PreTrainedConfig
+
+
+def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
+    """Builds and converts the run's model on the meta device. Local.
+
+    Args:
+        config: The run.
+        vocab_size: The tokenizer's.
+
+    Raises:
+        ValueError: Settings that do not fit the model (see `architectures` and `layers.convert`).
+    """
+    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    with explained(f"no model can be built from {model_source(config.model)}"):
+        model = build_meta_model(hf_config)
+    check_widths(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    hf_config.architectures = [type(model).__name__]
+    source = _weight_source(config, model)
+    dense_layers: tuple[str, ...] = ()
+    if config.method == "loqt":
+        convert_to_loqt(model, config.loqt)
+    else:
+        dense_layers = tuple(select_linears(model, config.loqt))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
+    return ModelDesign(model, source, dense_layers, hf_config)
+
+
+def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:
+    """Shards, allocates and fills a designed model, in place. Every rank.
+
+    Args:
+        design: What `design_model` returned; its model becomes the built one.
+        config: Checkpointing and compilation.
+        strategy: Where parameters go.
+    """
+    trained_values = sum(parameter.numel() for parameter in design.model.parameters() if parameter.requires_grad)
+    model = place_model(design, config, strategy)
+    fill(model, design.weights, strategy)
+    return BuiltModel(model, design.weights, design.dense_layers, design.hf_config, trained_values)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Has each transformer block recompute its activations in the backward pass instead of storing them."""
+    name = "activation_checkpointing_enable"  # of newer versions of transformers; the other one warns there
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
+
+
+def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> nn.Module:
+    """Shards and allocates a designed model, in place; its parameters have no values yet. Every rank."""
+    model = design.model
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    blocks = [block for _, block in decoder_blocks(model)]
+    if config.compile:
+        for block in blocks:
+            block.compile()
+    model = strategy.shard(model, blocks)
+    allocate(model, strategy)
+    return model
+
+
+def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
+    if config.model.weights == "random":
+        return RandomWeights(model, config.train.seed)
+    with explained(f"the weights of model.path {config.model.path} cannot be read"):
+        return pretrained_weights(resolve_weights_folder(config.model), model)
+
+
+def allocate(model: nn.Module, strategy: Strategy) -> None:
+    """Gives a meta-device model storage: this rank's empty rows to its parameters, true values to its buffers. Local.
+
+    `Strategy.allocate` alone would give each holder of a tied parameter storage of its own.
+    """
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    if any(parameter.is_meta for parameter in model.parameters()):  # else the strategy has allocated them already
+        strategy.allocate(model)
+    for (first, first_name), *others in holders.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+    init_buffers(model, strategy.device)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
+    """Gives every parameter its value; each rank reads and packs its work share of the rows only. Every rank.
+
+    LoQT layers get their packed base; P and B are zero (`loqt.init: loftq` sets them before the first step, and the
+    first merge, at step 0, in any case).
+    """
+    filled = set()
+    for name, layer in loqt_layers(model):
+        parameters = layer.merged_parameters()
+        filled |= {id(parameter) for parameter in parameters}
+        with strategy.editing(parameters):
+            _fill_base(f"{name}.weight", layer, source, strategy)
+            for parameter in (*layer.projection.parameters(), layer.factor):
+                strategy.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=strategy.device))
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in filled:
+            with strategy.editing([parameter]):
+                rows = source.rows(name, *strategy.rows(parameter.shape[0]))
+                strategy.write(parameter, rows.to(strategy.device, parameter.dtype))
+
+
+def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, strategy: Strategy) -> None:
+    """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
+    layout, base = layer.spec.base, layer.base
+    first, last = layout.rows_of_groups(*strategy.rows(layout.groups))
+    chunks = [
+        pack(source.rows(name, first + start, first + stop).to(strategy.device), layout)
+        for start, stop in row_chunks(last - first, layout)
+    ]
+    none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=strategy.device)  # more ranks than rows
+    strategy.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
+    if base.scales is not None and layout.scales_shape is not None:
+        none = torch.empty(0, layout.scales_shape[1], dtype=torch.uint8, device=strategy.device)
+        strategy.write(base.scales, torch.cat([none, *(scales for _, scales in chunks if scales is not None)]))

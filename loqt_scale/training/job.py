@@ -1,0 +1,170 @@
+"""One training job on this rank, from settings to summary.
+
+    settings -> launcher -> strategy -> lock, where it starts -> corpus, model design -> run folder -> Trainer
+
+Whatever can be wrong is found in this order; nothing is allocated, moved or overwritten before the run folder's turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint, seek_text
+from loqt_scale.config import RunConfig
+from loqt_scale.config.yaml import dump_run_config
+from loqt_scale.data import build_corpus
+from loqt_scale.data.batching import micro_steps
+from loqt_scale.errors import UserError
+from loqt_scale.metrics import Console, MetricsWriter, Progress
+from loqt_scale.model.build import design_model
+from loqt_scale.optim import momentum_only
+from loqt_scale.process.error_log import keep_errors_in
+from loqt_scale.process.launcher import join_launcher
+from loqt_scale.strategies import (
+    Store,
+    Strategy,
+    create_strategy,
+    launched_world_size,
+    resolve_device,
+    resolve_strategy,
+)
+from loqt_scale.training.messages import already_finished, banner, summary
+from loqt_scale.training.opening import OpenRun
+from loqt_scale.training.stopping import StopRequest
+from loqt_scale.training.together import one_for_all
+from loqt_scale.training.trainer import Trainer
+
+
+def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float]:
+    """Runs one training job on this rank; every rank of the job calls it. A run that is over is not repeated.
+
+    Args:
+        config: The run.
+        stop: Hears of signals already; default: they are heard of from here on, in the main thread.
+
+    Returns:
+        `eval/loss_before` and `eval/loss_after`, held-out, in nats.
+
+    Raises:
+        ValueError: Settings that cannot work, before anything is allocated.
+        RunInUse: Another job works in the run's folder.
+        NonFiniteLossError: Too many steps in a row had a gradient that was not finite.
+        UnreadableDataError: A rank could not read its share of a step; the run has been saved.
+        LostRankError: Another rank is missing or has ended; which one, where, and why if it is known.
+        CheckpointError: A checkpoint cannot be used; or, at the end, the trained model could not be saved.
+        Stopped: A signal asked for it; the run has been saved if there was something to save.
+    """
+    join_launcher()
+    with nullcontext(stop) if stop is not None else StopRequest() as listening:
+        if launched_world_size() == 1:
+            return _train(config, listening, store=None)
+        with one_for_all(config.parallel.timeout_seconds) as roll:
+            return _train(config, listening, store=roll.store)
+
+
+def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict[str, float]:
+    stop.check()  # while this module was loaded
+    resolve_strategy(config.parallel)
+    device = resolve_device(config.train.device)
+    strategy = create_strategy(config, device=device, store=store)
+    try:
+        _check_agreement(strategy, dump_run_config(config).splitlines())
+        _check_per_layer(config, strategy)
+        with OpenRun(config, strategy, tell=_say) as run:
+            _check_agreement(strategy, [f"goes on from: {_place(run.start)}"])
+            before, after = _train_in(run, config, strategy, stop)
+        return {"eval/loss_before": before, "eval/loss_after": after}
+    finally:
+        strategy.close()
+
+
+def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopRequest) -> tuple[float, float]:
+    start = run.start
+    if start.finished is not None:
+        if strategy.is_main:
+            for line in (*start.notes, already_finished(config, start.finished)):
+                _say(line)
+        return start.finished.loss_before, start.finished.loss_after
+    checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
+    corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
+    _check_agreement(strategy, corpus.fingerprint)
+    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    if checkpoint is not None:
+        single = momentum_only(design.model, config.optim, design.dense_layers)
+        check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
+        seek_text(checkpoint, corpus.train)
+        check_numbers(checkpoint, design.model, strategy)
+    with stop.patience():  # what has been moved is said, whatever signal comes
+        run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
+    stop.check()
+    if checkpoint is not None and run.place is not None:
+        checkpoint.follow(run.place)
+    keep_errors_in(config.train.run_dir)
+    done = None if checkpoint is None else checkpoint.manifest.step
+    resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}
+    with (
+        Progress(
+            config.train.steps, enabled=strategy.is_main, mode=config.train.progress, initial_step=done or 0
+        ) as progress,
+        MetricsWriter(config.train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
+    ):
+        trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
+        if strategy.is_main and strategy.engine_settings is not None:
+            settings = json.dumps(strategy.engine_settings, indent=2)
+            (Path(config.train.run_dir) / "deepspeed.json").write_text(settings + "\n")
+        began = None if checkpoint is None else checkpoint.manifest.warmup_steps
+        progress.line(banner(trainer.built, trainer.corpus, config, strategy, warmup_steps=began))
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        before, after = trainer.run()
+        progress.close()
+        progress.line(summary(config, before, after))
+    run.finish(before, after)
+    return before, after
+
+
+def _say(line: str) -> None:
+    Console().line(line)
+
+
+def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
+    train = config.train
+    steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
+    if config.optim.per_layer and steps > 1:
+        share = -(-train.global_batch_size // strategy.world_size)
+        raise UserError(
+            f"optim.per_layer is true, but a step is {steps} micro-batches, whose gradients would have to pile up; "
+            f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false"
+        )
+
+
+def _place(start: Start) -> str:
+    """Where a run starts, as this rank sees it."""
+    if start.checkpoint is None:
+        return "nothing"
+    try:
+        return f"{start.checkpoint} ({identity(start.checkpoint)[:12]})"
+    except OSError:
+        return f"{start.checkpoint} (not there)"
+
+
+def _check_agreement(strategy: Strategy, lines: Sequence[str]) -> None:
+    """Ranks with other settings, text or another place to go on from would train, or wait, in vain. Every rank.
+
+    Raises:
+        UserError: On every rank, unless all have the same lines; it names the first that differs.
+    """
+    everyone = strategy.gather_objects(list(lines))
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")
+            first, other = next((a.strip(), b.strip()) for a, b in pairs if a != b)
+            raise UserError(
+                f"rank 0 has {first!r}, rank {rank} has {other!r}; start all ranks with the same settings, copies of "
+                "the text and the tokenizer, and with the run folder on a disk that all of them see"
+            )

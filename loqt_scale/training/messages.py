@@ -1,0 +1,113 @@
+"""What a run says to people: one banner, one line a merge, one summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from loqt_scale.metrics import format_count, format_perplexity, format_span
+
+if TYPE_CHECKING:
+    from loqt_scale.checkpoint import Finished
+    from loqt_scale.config import RunConfig
+    from loqt_scale.data import Corpus
+    from loqt_scale.merge import MergeReport, StartReport
+    from loqt_scale.model.build import BuiltModel
+    from loqt_scale.strategies import Strategy
+
+
+def banner(
+    built: BuiltModel, corpus: Corpus, config: RunConfig, strategy: Strategy, *, warmup_steps: int | None = None
+) -> str:
+    """What is about to be trained, on what, where; `warmup_steps`: with which a run that goes on began."""
+    from loqt_scale.layers import loqt_layers
+    from loqt_scale.optim import describe_rates
+
+    ours = not strategy.schedules_learning_rate
+    rates = "those of parallel.zero_config's scheduler"
+    if ours:
+        rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
+    layers = [layer for _, layer in loqt_layers(built.model)]
+    frozen = sum(layer.in_features * layer.out_features for layer in layers)
+    train, trained = config.train, format_count(built.trained_values)
+    method = "full-rank training"
+    if layers:
+        span = format_span(layer.rank for layer in layers)
+        method = f"LoQT, rank {span}: {len(layers)} linears, {format_count(frozen)} weights"
+        method += f" ({config.loqt.quantization.weight}, frozen)"
+    lines = [
+        f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
+        f"data     {corpus.description}",
+        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
+        f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
+        f"rates    {rates}",
+    ]
+    widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
+    lines += alignment_note(widths, config, device_type=strategy.device.type)
+    return "\n".join(lines)
+
+
+def alignment_note(widths: Iterable[int], config: RunConfig, *, device_type: str) -> list[str]:
+    """A line on linears whose products a GPU computes slowly, if there are such; measured in docs/performance.md.
+
+    Args:
+        widths: Features of the linears, in and out.
+        config: The run.
+        device_type: Where it is.
+    """
+    odd = [width for width in widths if width % 8]
+    if device_type != "cuda" or config.model.dtype != "bfloat16" or config.model.compile or not odd:
+        return []
+    return [
+        f"note     linears of {odd[0]} features: bfloat16 rows that are not aligned to 16 bytes are several times "
+        f"slower to multiply; write model.compile: true, or, in a model of your own, {odd[0] + -odd[0] % 8} features"
+    ]
+
+
+def merge_line(report: MergeReport) -> str:
+    """One line of a merge's diagnostics, means over the layers."""
+    means = report.means()
+    parts = [
+        f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s",
+        f"error {means['error_before']:.4f} -> {means['error_after']:.4f}",
+        f"gradient energy kept {means['gradient_energy']:.3f}",
+    ]
+    if "subspace_overlap" in means:
+        parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}")
+    if "update_survival" in means:
+        parts.append(f"update that survived {means['update_survival']:.3f}")
+    return ", ".join(parts)
+
+
+def start_line(report: StartReport) -> str:
+    """One line on a start that makes up for quantization."""
+    means = report.means()
+    if not means:
+        return "start: loqt.init asks for nothing here, since the base is stored exactly"
+    return f"start: {report.seconds:.2f}s, error {means['error_before']:.4f} -> {means['error_after']:.4f}"
+
+
+def summary(config: RunConfig, before: float, after: float) -> str:
+    """How it ended, where the numbers are, how to look at them."""
+    run_dir = config.train.run_dir
+    return "\n".join(
+        [
+            "",
+            f"held-out perplexity  {format_perplexity(before)} before, {format_perplexity(after)} after training",
+            f"metrics              {run_dir}/metrics.jsonl (settings: {run_dir}/config.yaml)",
+            f"TensorBoard          tensorboard --logdir {run_dir}",
+        ]
+    )
+
+
+def already_finished(config: RunConfig, finished: Finished) -> str:
+    """That there is nothing to do, how it had ended, and what else can be done."""
+    run_dir, before, after = config.train.run_dir, finished.loss_before, finished.loss_after
+    return "\n".join(
+        [
+            f"{run_dir} holds this run, finished after {finished.step} steps: held-out perplexity "
+            f"{format_perplexity(before)} before, {format_perplexity(after)} after training; nothing is changed",
+            "A larger --train.steps trains it on, --checkpoint.resume never starts it anew, another --train.run_dir "
+            "leaves it as it is",
+        ]
+    )

@@ -1,0 +1,84 @@
+"""Skipped steps are counted; too many in a row end the run; the merge of a skipped step follows the next one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from loqt_scale.config import LoQTConfig, MergeConfig
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.merge import MergeCoordinator
+from loqt_scale.strategies import Strategy
+from loqt_scale.training.health import Health, NonFiniteLossError, OutOfStepError, StepPlace, Words
+
+
+def test_patience_is_for_steps_in_a_row() -> None:
+    health = Health(patience=2)
+    assert health.judge(1, 2.0, 1.0) is None
+    assert "step 2: loss nan, gradient norm 1.0; the update was not applied (1 in a row" in str(
+        health.judge(2, math.nan, 1.0)
+    )
+    assert health.judge(3, 2.5, 1.0) is None
+    assert health.judge(4, 2.0, math.inf) is not None
+    with pytest.raises(NonFiniteLossError, match=r"2 in a row. Last good values: step 3, train/loss 2.5"):
+        health.judge(5, 2.0, math.nan)
+    assert health.skipped == 3
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    for bad in (math.nan, math.inf):
+        layer(torch.full((1, 3), bad)).sum().backward()
+        norm = Strategy(torch.device("cpu")).update(layer, optimizer, list(layer.parameters()), max_norm=1.0)
+        assert not math.isfinite(norm) and not optimizer.state
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+        assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_skipped_merge_follows_the_next_step() -> None:
+    config = LoQTConfig(rank=4, merge=MergeConfig(gap=5, schedule="constant"))
+    layer = LoQTLinear(16, 8, bias=False, config=config)
+    model = nn.Sequential(layer)
+    optimizer = torch.optim.AdamW([layer.factor], lr=0.01)
+    merges = MergeCoordinator(model, optimizer, config, total_steps=20)
+    assert merges.steps[0] == 0
+    merges.prepare(0)
+    model(torch.full((2, 16), math.nan)).sum().backward()
+    merges.postpone(0)
+    assert layer.probe is None and merges.finish(0) is None and merges.is_merge_step(1)
+    merges.prepare(1)
+    model(torch.randn(2, 16)).sum().backward()
+    report = merges.finish(1)
+    assert report is not None and report.index == 0 and math.isfinite(report.means()["error_after"])
+    again = MergeCoordinator(model, optimizer, config, total_steps=20)  # a run that resumes after step 1
+    again.require(1)
+    assert again.is_merge_step(1)
+
+
+def test_ranks_at_one_place_pass_and_others_do_not() -> None:
+    here = StepPlace(7, merging=True)
+    here.check(torch.full((4096,), float(here.mark)).sum().item(), 4096)
+    for other in (StepPlace(8, True), StepPlace(7, False), StepPlace(6, True)):
+        for ranks in (2, 3, 64):
+            with pytest.raises(OutOfStepError, match="step 7, after which a merge follows"):
+                here.check((ranks - 1) * here.mark + other.mark, ranks)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=64), st.booleans())
+def test_words_of_all_ranks_add_up_exactly(ranks: list[tuple[bool, bool]], save: bool) -> None:
+    """In float32, in whatever order; and the greatest sum of 2895 ranks is still exact there."""
+    assert 2895 * Words(stops=1, faults=1, saves=0).number(2895) + 1 < 2**24
+    numbers = [
+        Words(stops=stop, faults=fault, saves=save and rank == 0).number(len(ranks))
+        for rank, (stop, fault) in enumerate(ranks)
+    ]
+    total = torch.tensor(numbers, dtype=torch.float32).sum()
+    stops, faults = (sum(flags) for flags in zip(*ranks, strict=True))
+    assert Words.of_sum(float(total), len(ranks)) == Words(stops=stops, faults=faults, saves=int(save))
