@@ -1,7 +1,7 @@
 """Checkpoints: what of a run is kept, where, and how it goes on from there.
 
 state.py     the tensors of a run, whatever the strategy: every rank its share of each one's rows
-store.py     those shares to safetensors files (torch.distributed.checkpoint)
+write.py     those shares to safetensors files (torch.distributed.checkpoint)
 saver.py     saves a run now and then, in the background if asked to
 folder.py    folders and names: written beside, published by one rename; lines that a run leaves are set aside
 lines.py     from one line to another: copies first, then what decides, then moves

@@ -29,7 +29,7 @@ _LONGEST = 2**24  # bytes of a config.yaml; it may name many files of text
 
 
 class Checkpoint:
-    """A checkpoint whose manifest has been read. Its files are verified when they are read; shards by `store.py`.
+    """A checkpoint whose manifest has been read. Its files are verified when they are read; shards by `shards.py`.
 
     Args:
         path: Its folder.

@@ -25,7 +25,7 @@ from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CheckpointFolder
 from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 from loqt_scale.checkpoint.state import Shares, read_state
-from loqt_scale.checkpoint.store import save_checkpoint
+from loqt_scale.checkpoint.write import save_checkpoint
 from loqt_scale.config import CheckpointConfig
 from loqt_scale.metrics import Reminder
 from loqt_scale.strategies import Channel, Strategy

@@ -1,13 +1,14 @@
 """Text to training batches: `build_corpus` is the whole interface.
 
-    corpora.py     documents of local files or of the embedded corpus
-    hub.py         documents of a streamed data set
-    tokenizers.py  text <-> ids
-    packing.py     documents -> sequences of one length (pure)
-    store.py       local corpora, tokenized once, kept on disk
-    cache.py       folders that one process builds while the others wait
-    batches.py     which sequences a step reads; stored corpora, random access
-    streaming.py   the same for streams, which only go forward
+    corpora.py      documents of local files or of the embedded corpus
+    hub.py          documents of a streamed data set
+    tokenizers.py   text <-> ids
+    packing.py      documents -> sequences of one length (pure)
+    token_store.py  local corpora, tokenized once, kept on disk
+    cache.py        folders that one process builds while the others wait
+    batching.py     a rank's share of them, in micro-batches; the loss, summed
+    batches.py      which sequences a step reads; stored corpora, random access
+    streaming.py    the same for streams, which only go forward
 
 Nothing here knows about ranks: each asks for its share of a step's global batch.
 """
@@ -24,7 +25,7 @@ from loqt_scale.config import DataConfig
 from loqt_scale.data.batches import AnotherTextError, Batch, StoredSequences, TrainStream
 from loqt_scale.data.corpora import embedded_text, files_text
 from loqt_scale.data.packing import Int64Array, evaluation_windows
-from loqt_scale.data.store import default_cache_dir, tokenized, trained_bpe
+from loqt_scale.data.token_store import default_cache_dir, tokenized, trained_bpe
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus"]

@@ -1,6 +1,6 @@
 """Where local text comes from: the embedded corpus, or files named by `data.files`.
 
-Both are a `LocalText`: a name, a key that changes whenever the text does (the cache in `store.py` is keyed by it), and
+Both are a `LocalText`: a name, a key that changes whenever the text does (`token_store.py` keys its cache by it), and
 a function that starts a fresh pass over the documents. Several passes are made (one to choose the held-out documents,
 one to train a BPE tokenizer, one to tokenize), each streaming, so that the text of files never has to fit in memory.
 

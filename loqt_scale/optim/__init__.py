@@ -1,11 +1,11 @@
 """AdamW in two forms, Muon, learning rates over a run, and access to their moments."""
 
-from loqt_scale.optim.create import create_optimizer, low_rank_parameters, momentum_only
 from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
 from loqt_scale.optim.muon import StreamedMuon
+from loqt_scale.optim.optimizers import create_optimizer, low_rank_parameters, momentum_only
 from loqt_scale.optim.per_layer import UpdateInBackward
 from loqt_scale.optim.schedule import LearningRates, create_scheduler, describe_rates, set_schedule_position
 from loqt_scale.optim.shards import RowShards

@@ -16,7 +16,7 @@ from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.advice import first_that_fits
 from loqt_scale.plan.memory import RankMemory, rank_memory
 from loqt_scale.plan.shapes import ModelShapes, model_shapes
-from loqt_scale.plan.wire import Traffic, merge_traffic, step_traffic
+from loqt_scale.plan.traffic import Traffic, merge_traffic, step_traffic
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ POINTS = {
     "step": ("loqt_scale.training.trainer", "Trainer", "accumulate"),
     "merge": ("loqt_scale.merge", "MergeCoordinator", "_carry_state"),  # W, P and B of a layer are written, moments not
     "save begins": ("loqt_scale.checkpoint.folder", "CheckpointFolder", "begin"),
-    "save writes": ("loqt_scale.checkpoint.store", None, "file_digest"),
+    "save writes": ("loqt_scale.checkpoint.write", None, "file_digest"),
     "save publishes": ("loqt_scale.checkpoint.folder", "CheckpointFolder", "publish"),
     "save points": ("loqt_scale.checkpoint.folder", None, "_sync"),
 }

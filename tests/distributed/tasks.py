@@ -112,10 +112,10 @@ def run_with_a_bad_disk(**settings: Any) -> list[str]:
     """A run in which rank 1 cannot write its part of the checkpoint of step 6; returns this rank's warnings."""
     import os
 
-    from loqt_scale.checkpoint import store
+    from loqt_scale.checkpoint import write
     from loqt_scale.metrics import Progress
 
-    digest, line, told = store.file_digest, Progress.line, []
+    digest, line, told = write.file_digest, Progress.line, []
 
     def bad_disk(path: Path) -> str:
         if os.environ["RANK"] == "1" and "step-00000006" in str(path):
@@ -126,11 +126,11 @@ def run_with_a_bad_disk(**settings: Any) -> list[str]:
         told.extend([text] if text.startswith("WARNING") else [])
         line(self, text)
 
-    store.file_digest, Progress.line = bad_disk, listen
+    write.file_digest, Progress.line = bad_disk, listen
     try:
         train_run(**settings)
     finally:
-        store.file_digest, Progress.line = digest, line
+        write.file_digest, Progress.line = digest, line
     return told
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, store
+from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, write
 from loqt_scale.data.batches import StoredSequences
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.training import trainer as trainer_module
@@ -192,7 +192,7 @@ def test_told_to_stop_while_a_checkpoint_is_being_written(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one in the background is finished, the one of the last step is written too."""
-    whole = store.file_digest
+    whole = write.file_digest
 
     def slow(path: Path) -> str:
         if "step-00000004" in str(path):
@@ -200,7 +200,7 @@ def test_told_to_stop_while_a_checkpoint_is_being_written(
             signal.pthread_sigmask(signal.SIG_BLOCK, [])
         return whole(path)
 
-    monkeypatch.setattr(store, "file_digest", slow)
+    monkeypatch.setattr(write, "file_digest", slow)
     monkeypatch.setattr("loqt_scale.training.stopping.BRUTAL", 10**9)
     with pytest.raises(Stopped):
         train(small_config(settings))
@@ -216,7 +216,7 @@ def test_a_failed_save_is_tried_again_when_there_may_be_room(
 ) -> None:
     """Not only at the next regular time; what was half written does not keep the disk full."""
     monkeypatch.setattr(saver, "FIRST_PAUSE", 0.0)
-    once(store, "file_digest", 3, OSError(28, "No space left on device"))
+    once(write, "file_digest", 3, OSError(28, "No space left on device"))
     train(small_config({**settings, "checkpoint.keep_last": 9, "checkpoint.background": False}))
     told = capsys.readouterr().out
     assert told.count("WARNING: checkpoint of step 4 not saved") == 1 and "checkpoints can be written again" in told
@@ -233,7 +233,7 @@ def test_a_trained_model_that_cannot_be_saved_is_no_success(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"step 8 not saved.*Make room.*anew"):
-        patch.setattr(store, "file_digest", full)
+        patch.setattr(write, "file_digest", full)
         train(small_config(settings))
     assert losses(Path(settings["train.run_dir"])) == unbroken
     assert names(settings) == [], "no .partial"

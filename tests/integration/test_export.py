@@ -297,7 +297,7 @@ def test_a_failed_export_leaves_nothing(
     assert main(["export", "--checkpoint", str(damaged), "--out", str(tmp_path / "out")]) == 2
     assert "does not have its checksum" in capsys.readouterr().err
 
-    import loqt_scale.export.folder as folder
+    import loqt_scale.export.model_folder as folder
 
     def full_disk(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")

@@ -30,7 +30,7 @@ from loqt_scale.checkpoint import (
 from loqt_scale.checkpoint.folder import CheckpointFolder
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.checkpoint.state import read_state
-from loqt_scale.checkpoint.store import save_checkpoint
+from loqt_scale.checkpoint.write import save_checkpoint
 from loqt_scale.config import LoQTConfig, QuantizationConfig, RunConfig
 from loqt_scale.config.yaml import save_run_config
 from loqt_scale.functional.schemes import SCHEMES

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loqt_scale.data import store
+from loqt_scale.data import token_store
 from loqt_scale.data.corpora import LocalText, files_text
-from loqt_scale.data.store import (
+from loqt_scale.data.token_store import (
     TokenStore,
     default_cache_dir,
     document_hash,
@@ -173,7 +173,7 @@ def test_bpe_sees_training_documents_only_and_is_cached(tmp_path: Path, monkeypa
         seen.append(list(documents))
         real(seen[-1], vocab_size, folder)
 
-    monkeypatch.setattr(store, "train_bpe", spy)
+    monkeypatch.setattr(token_store, "train_bpe", spy)
     made = [trained_bpe(text_of(DOCUMENTS), vocab_size=300, eval_fraction=0.2, cache_dir=tmp_path) for _ in range(2)]
     assert made[0].fingerprint == made[1].fingerprint
     assert seen == [documents_of(build(DOCUMENTS, tmp_path).train)]
