@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from loqt_scale.checkpoint import CheckpointSaver, open_checkpoint, read_manifest
 from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.training.restart import restore
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
@@ -85,7 +86,7 @@ def turn(trainer: Trainer) -> dict[str, float]:
     trainer.saver.wait()
     (path,) = (Path(trainer.config.train.run_dir) / "checkpoints").glob("step-*")
     began = time.perf_counter()
-    trainer.restore(open_checkpoint(path, trainer.strategy))
+    restore(trainer, open_checkpoint(path, trainer.strategy))
     seconds["restore"] = time.perf_counter() - began
     return seconds
 

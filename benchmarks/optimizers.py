@@ -65,7 +65,7 @@ def measure(preset: str, words: list[str], repeats: int) -> list[list[Any]]:
     for name, own in VARIANTS.items():
         trainers[name] = make_trainer(parse_run_config([*words, "--parallel.strategy=single", *own]))
         trainers[name].step(0)  # a merge: before it B has no gradient
-        trainers[name].settle()
+        trainers[name].finish_pending()
         trainers[name].step(1)
         sent[name] = pool.run(2, "optimizers:measure_wire", words=[*words, "--parallel.strategy=fsdp", *own])[0]
     pool.close()

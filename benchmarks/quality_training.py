@@ -102,7 +102,7 @@ def follow(trainer: Trainer, tell: Callable[[int], object]) -> tuple[dict[int, f
             began = time.perf_counter()
             for step in range(first, last):
                 trainer.step(step)
-            trainer.settle()
+            trainer.finish_pending()
             seconds += time.perf_counter() - began
             curve[last] = trainer.evaluate(last)
             tell(last)

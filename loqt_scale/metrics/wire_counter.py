@@ -2,8 +2,7 @@
 
 Every collective of torch.distributed, whoever calls it (FSDP2, DDP's reducer, our merges), is a dispatcher operator
 of the `c10d` or `_c10d_functional` namespace. `WireCounter` is a dispatch mode that sees them all and adds up their
-payloads. It slows
-Python down, so it wraps single steps: in tests, in benchmarks, and once in a run under `train.wire_counter: once`.
+payloads. It slows Python down, so it wraps single steps: in tests, in benchmarks, and once in a run (`FirstCounted`).
 
 A payload is the full tensor of the operation: the gathered output, the scattered input, the reduced or broadcast
 tensor. `sent_bytes` turns payloads into what one rank sends in a ring of N: (N-1)/N of the payload, twice that for an
@@ -13,6 +12,7 @@ all-reduce.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,41 @@ class WireCounter(TorchDispatchMode):
         """Bytes that one rank sends if each collective runs as a ring."""
         share = (self.world_size - 1) / self.world_size
         return round(sum(m.payload_bytes * share * (2 if m.kind == "all_reduce" else 1) for m in self.messages))
+
+
+class FirstCounted:
+    """Counts the bytes of the first step and of the first merge of a run (`train.wire_counter: once`).
+
+    Args:
+        world_size: N.
+        on: Whether to count at all.
+    """
+
+    def __init__(self, world_size: int, *, on: bool) -> None:
+        self._world_size, self._on = world_size, on
+        self._counted: set[str] = set()
+
+    @contextmanager
+    def first(self, name: str, *, skip: bool = False) -> Iterator[dict[str, float]]:
+        """Context whose collectives are counted the first time, unless it is to `skip` it.
+
+        Yields:
+            NAME's bytes, once the context is left; it stays empty where nothing is counted.
+        """
+        metrics: dict[str, float] = {}
+        if skip or not self._on or name in self._counted:
+            yield metrics
+            return
+        self._counted.add(name)
+        with WireCounter(self._world_size) as counter:
+            yield metrics
+        metrics[f"{name}_payload_bytes"], metrics[f"{name}_sent_bytes"] = counter.payload_bytes(), counter.sent_bytes()
+
+    def add_reduced(self, metrics: dict[str, float], name: str, payload: int) -> None:
+        """Adds what was reduced to one rank outside the context, in a ring too, if NAME's bytes were counted."""
+        if metrics:
+            metrics[f"{name}_payload_bytes"] += payload
+            metrics[f"{name}_sent_bytes"] += payload * (self._world_size - 1) // self._world_size
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

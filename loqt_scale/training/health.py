@@ -1,87 +1,18 @@
-"""What can be wrong with a step: numbers that are not finite (it is skipped), or ranks that are not all at it."""
+"""Steps whose loss or gradient is not finite: they are skipped, and too many in a row end the run."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from loqt_scale.errors import UserError
-from loqt_scale.functional.seeding import stable_seed
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-class UnreadableDataError(UserError):
-    """A rank could not read its share of a step. Nobody has applied that step."""
-
-
-class OutOfStepError(UserError):
-    """Ranks disagree on the step they are at, or on whether a merge follows it."""
-
-
-@dataclass(frozen=True)
-class StepPlace:
-    """Where a rank believes to be. The ranks' marks ride along when the losses are summed: no collective of their own.
-
-    What a merge needs travels inside the backward pass of its step, before that step's losses are summed: so the step
-    before announces it.
-
-    Args:
-        step: The step, from 0.
-        merging: Whether a merge follows it.
-        announcing: Whether a merge follows the next one.
-    """
-
-    step: int
-    merging: bool
-    announcing: bool = False
-
-    @property
-    def mark(self) -> int:
-        """A number below 4096 that other places are unlikely to have; 4096 of them add up exactly in float32."""
-        return stable_seed("place", self.step, self.merging, self.announcing) % 4096
-
-    def check(self, marks: float, world_size: int) -> None:
-        """Raises OutOfStepError unless the sum over ranks is what equal marks add up to."""
-        if marks != world_size * self.mark:
-            here, following = ("a merge" if merge else "no merge" for merge in (self.merging, self.announcing))
-            raise OutOfStepError(
-                f"here it is step {self.step}, after which {here} follows (after the next: {following}), but another "
-                "rank is elsewhere (its own message says where); nothing was saved since. Start all ranks with the "
-                "same code and settings; they go on from the last checkpoint"
-            )
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a rank has to tell the others, one number that rides along when the losses are summed, as its place does.
-
-    Args:
-        stops: It is told to stop; of a sum: how many are.
-        faults: It could not read its share of the step; of a sum: how many could not.
-        saves: It asks all to save, which only rank 0 may.
-    """
-
-    stops: int
-    faults: int
-    saves: int
-
-    def number(self, world_size: int) -> float:
-        """Sums of up to 2895 ranks' numbers are exact in float32."""
-        return float(self.saves + 2 * (self.stops + (world_size + 1) * self.faults))
-
-    @classmethod
-    def of_sum(cls, total: float, world_size: int) -> Words:
-        """What the ranks' numbers add up to."""
-        rest, saves = divmod(int(total), 2)
-        faults, stops = divmod(rest, world_size + 1)
-        return cls(stops, faults, saves)
-
-
 class Health:
-    """What the last steps were like. Every rank sees the same numbers, and so decides the same.
+    """Decides whether a step counts. Every rank sees the same numbers, and so decides the same.
 
     Args:
         patience: So many skipped steps in a row end the run.

@@ -8,9 +8,7 @@ Whatever can be wrong is found in this order; nothing is allocated, moved or ove
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,10 @@ from loqt_scale.strategies import (
     resolve_device,
     resolve_strategy,
 )
+from loqt_scale.training.agreement import check_same
 from loqt_scale.training.messages import already_finished, banner, summary
 from loqt_scale.training.opening import OpenRun
+from loqt_scale.training.restart import restore
 from loqt_scale.training.stopping import StopRequest
 from loqt_scale.training.together import one_for_all
 from loqt_scale.training.trainer import Trainer
@@ -73,10 +73,10 @@ def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict
     device = resolve_device(config.train.device)
     strategy = create_strategy(config, device=device, store=store)
     try:
-        _check_agreement(strategy, dump_run_config(config).splitlines())
+        check_same(strategy, dump_run_config(config).splitlines())
         _check_per_layer(config, strategy)
         with OpenRun(config, strategy, tell=_say) as run:
-            _check_agreement(strategy, [f"goes on from: {_place(run.start)}"])
+            check_same(strategy, [f"goes on from: {_place(run.start)}"])
             before, after = _train_in(run, config, strategy, stop)
         return {"eval/loss_before": before, "eval/loss_after": after}
     finally:
@@ -92,7 +92,7 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         return start.finished.loss_before, start.finished.loss_after
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
-    _check_agreement(strategy, corpus.fingerprint)
+    check_same(strategy, corpus.fingerprint)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
         single = momentum_only(design.model, config.optim, design.dense_layers)
@@ -120,7 +120,7 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         began = None if checkpoint is None else checkpoint.manifest.warmup_steps
         progress.line(banner(trainer.built, trainer.corpus, config, strategy, warmup_steps=began))
         if checkpoint is not None:
-            trainer.restore(checkpoint)
+            restore(trainer, checkpoint)
         before, after = trainer.run()
         progress.close()
         progress.line(summary(config, before, after))
@@ -151,20 +151,3 @@ def _place(start: Start) -> str:
         return f"{start.checkpoint} ({identity(start.checkpoint)[:12]})"
     except OSError:
         return f"{start.checkpoint} (not there)"
-
-
-def _check_agreement(strategy: Strategy, lines: Sequence[str]) -> None:
-    """Ranks with other settings, text or another place to go on from would train, or wait, in vain. Every rank.
-
-    Raises:
-        UserError: On every rank, unless all have the same lines; it names the first that differs.
-    """
-    everyone = strategy.gather_objects(list(lines))
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")
-            first, other = next((a.strip(), b.strip()) for a, b in pairs if a != b)
-            raise UserError(
-                f"rank 0 has {first!r}, rank {rank} has {other!r}; start all ranks with the same settings, copies of "
-                "the text and the tokenizer, and with the run folder on a disk that all of them see"
-            )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loqt_scale.training.health import StepPlace
+from loqt_scale.training.agreement import StepTag
 
 
 class HostCopy:
@@ -42,11 +42,11 @@ class PendingStep:
     """A step that the device has been told to do.
 
     Args:
-        place: Which one it is.
-        numbers: (4,): sums over ranks of loss, places' marks, words' numbers; and the gradient's norm.
+        tag: Which one it is.
+        numbers: (4,): sums over ranks of the loss, the tags' checksums and the flags' numbers; the gradient's norm.
         metrics: What the host knows of it already.
     """
 
-    place: StepPlace
+    tag: StepTag
     numbers: HostCopy
     metrics: dict[str, float]

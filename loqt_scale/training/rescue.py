@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from loqt_scale.errors import one_line
+from loqt_scale.training.agreement import OutOfStepError
 from loqt_scale.training.evaluation import EvaluationError
-from loqt_scale.training.health import NonFiniteLossError, OutOfStepError, UnreadableDataError
+from loqt_scale.training.health import NonFiniteLossError
+from loqt_scale.training.reading import UnreadableDataError
 
 if TYPE_CHECKING:
     from loqt_scale.training.trainer import Trainer
@@ -57,7 +59,7 @@ def _try_to_save(trainer: Trainer, error: Exception) -> str | None:
     try:
         _let_go(trainer, error)
         with suppress(NonFiniteLossError):  # the step after the one too many
-            trainer.settle()
+            trainer.finish_pending()
         if not _all_finite(trainer):
             return "there are weights that are not finite"
         if trainer.saver.saved != trainer.done:

@@ -43,7 +43,7 @@ def losses(config: RunConfig, device: torch.device, steps: int) -> list[float]:
     try:
         for step in range(steps):
             trainer.step(step)
-        trainer.settle()
+        trainer.finish_pending()
         return found
     finally:
         trainer.strategy.close()
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings: Settings, devic
         norm[0] = float("nan")
         before = factors(trainer)
         trainer.step(2)
-        trainer.settle()
+        trainer.finish_pending()
         assert trainer.health.skipped == 1
         assert all(torch.equal(old, new) for old, new in zip(before, factors(trainer), strict=True))
     finally:

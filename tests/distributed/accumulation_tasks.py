@@ -25,7 +25,7 @@ def summed_gradients(**settings: Any) -> dict[str, float]:
     trainer = make_trainer(small_config(settings))
     try:
         trainer.step(0)
-        trainer.settle()
+        trainer.finish_pending()
         trainer.accumulate(1)
         got = {p: trainer.strategy.local(p.grad).double() for p in trainer.parameters if p.grad is not None}
         trainer.optimizer.zero_grad(set_to_none=True)

@@ -281,7 +281,7 @@ def device_peaks(
     merge_step = trainer.merges.steps[0 if first_merge else 1] if trainer.merges is not None else None
     if not first_merge or merge_step is None:
         trainer.step(0)
-        trainer.settle()
+        trainer.finish_pending()
     torch.cuda.empty_cache()
     peaks = {"reserved": 0}
     order = [("step", 1), ("merge", merge_step)]
@@ -289,7 +289,7 @@ def device_peaks(
         if step is not None:
             torch.cuda.reset_peak_memory_stats(device)
             trainer.step(step)
-            trainer.settle()
+            trainer.finish_pending()
             say(f"{name} done")
             peaks[name] = torch.cuda.max_memory_allocated(device) - before
             peaks["reserved"] = max(peaks["reserved"], torch.cuda.max_memory_reserved(device))

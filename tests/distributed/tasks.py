@@ -233,7 +233,7 @@ def flipped_bits(flipped: list[int], **settings: Any) -> dict[str, Any]:
     try:
         for step in range(6):
             trainer.step(step)
-        trainer.settle()
+        trainer.finish_pending()
         assert trainer.merges is not None
         moments = [m for state in trainer.optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
         tensors = [strategy.local(t.detach()).clone() for t in (*trainer.built.model.parameters(), *moments)]

@@ -17,8 +17,9 @@ from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, s
 from loqt_scale.data.batches import StoredSequences
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.training import trainer as trainer_module
-from loqt_scale.training.health import NonFiniteLossError, UnreadableDataError
+from loqt_scale.training.health import NonFiniteLossError
 from loqt_scale.training.job import train
+from loqt_scale.training.reading import UnreadableDataError
 from loqt_scale.training.stopping import Stopped
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.tasks import small_config

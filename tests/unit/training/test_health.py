@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from loqt_scale.config import LoQTConfig, MergeConfig
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.strategies import Strategy
-from loqt_scale.training.health import Health, NonFiniteLossError, OutOfStepError, StepPlace, Words
+from loqt_scale.training.health import Health, NonFiniteLossError
 
 
 def test_patience_is_for_steps_in_a_row() -> None:
@@ -60,25 +58,3 @@ def test_a_skipped_merge_follows_the_next_step() -> None:
     again = MergeCoordinator(model, optimizer, config, total_steps=20)  # a run that resumes after step 1
     again.require(1)
     assert again.is_merge_step(1)
-
-
-def test_ranks_at_one_place_pass_and_others_do_not() -> None:
-    here = StepPlace(7, merging=True)
-    here.check(torch.full((4096,), float(here.mark)).sum().item(), 4096)
-    for other in (StepPlace(8, True), StepPlace(7, False), StepPlace(6, True)):
-        for ranks in (2, 3, 64):
-            with pytest.raises(OutOfStepError, match="step 7, after which a merge follows"):
-                here.check((ranks - 1) * here.mark + other.mark, ranks)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=64), st.booleans())
-def test_words_of_all_ranks_add_up_exactly(ranks: list[tuple[bool, bool]], save: bool) -> None:
-    """In float32, in whatever order; and the greatest sum of 2895 ranks is still exact there."""
-    assert 2895 * Words(stops=1, faults=1, saves=0).number(2895) + 1 < 2**24
-    numbers = [
-        Words(stops=stop, faults=fault, saves=save and rank == 0).number(len(ranks))
-        for rank, (stop, fault) in enumerate(ranks)
-    ]
-    total = torch.tensor(numbers, dtype=torch.float32).sum()
-    stops, faults = (sum(flags) for flags in zip(*ranks, strict=True))
-    assert Words.of_sum(float(total), len(ranks)) == Words(stops=stops, faults=faults, saves=int(save))

@@ -1,0 +1,58 @@
+"""A rank's share of each step's text, and what happens when it cannot be read."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from loqt_scale.data import Batch, TrainStream
+from loqt_scale.errors import UserError, one_line
+from loqt_scale.strategies import Strategy
+
+
+class UnreadableDataError(UserError):
+    """A rank could not read its share of a step. Nobody has applied that step."""
+
+
+class ShareReader:
+    """Reads this rank's sequences.
+
+    A rank that fails to cannot leave alone: the others would wait for it in the next collective. So it goes on with
+    blank sequences, makes its loss NaN, so that no rank applies the step, and raises a flag (`Flags.faults`); when the
+    ranks read the flags, all of them end together (`fail`).
+
+    Args:
+        text: The training text.
+        seq_len: T.
+        alone: Raise at once: there are no other ranks, or their updates could not be kept from being applied.
+
+    Attributes:
+        fault: Why a share could not be read; None as long as all could.
+    """
+
+    def __init__(self, text: TrainStream, seq_len: int, *, alone: bool) -> None:
+        self._text, self._seq_len, self._alone = text, seq_len, alone
+        self.fault: Exception | None = None
+
+    def read(self, step: int, start: int, stop: int) -> Batch:
+        """Sequences [start, stop) of a step; blank ones from the first failure on. Local.
+
+        Raises:
+            UnreadableDataError: They cannot be read, and this rank is `alone`.
+        """
+        try:
+            if self.fault is None:
+                return self._text.sequences(step, start, stop)
+        except Exception as error:
+            if self._alone:
+                raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {one_line(error)}") from error
+            self.fault = error
+        blank = torch.zeros((stop - start, self._seq_len), dtype=torch.int64)
+        return Batch(blank, blank)
+
+    def fail(self, step: int, strategy: Strategy) -> NoReturn:
+        """Raises UnreadableDataError, which names the ranks that could not read their share of a step. Every rank."""
+        reasons = enumerate(strategy.gather_objects(None if self.fault is None else one_line(self.fault)))
+        who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
+        raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}") from self.fault
