@@ -15,7 +15,7 @@ from gpu_common import STEP_TOKENS, Place, Table, for_each, gibibytes, gpu_peak,
 from merge import PARTS, Clock
 from step_time import count_flops, measured_in_turns, merge_of
 
-from loqt_scale.model.architectures import count_parameters, decoder_blocks
+from loqt_scale.model.structure import count_parameters, decoder_blocks
 from loqt_scale.plan import plan_run
 from loqt_scale.training.trainer import Trainer
 

@@ -22,6 +22,7 @@ import torch
 
 from loqt_scale.data.packing import Int64Array, Tokens, complete_windows, windows_at
 from loqt_scale.errors import UserError
+from loqt_scale.functional.seeding import epoch_keys
 
 
 class AnotherTextError(UserError):
@@ -140,8 +141,7 @@ class StoredSequences:
 def epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.integer]:
     """Return the order in which an epoch reads its sequences.
 
-    It sorts random keys, rather than calling `Generator.permutation`: numpy promises that a bit generator's raw output
-    stays the same from release to release, but not what a `Generator` makes of it.
+    It sorts random keys, rather than calling `Generator.permutation`, which may change from release to release.
 
     Args:
         count: Number of sequences n.
@@ -151,8 +151,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.integer]:
     Returns:
         (n,) a permutation of 0 .. n - 1, int64, or uint32 where that holds n.
     """
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(epoch_keys(count, seed, epoch), kind="stable")
     return order.astype(np.uint32) if count <= 2**32 else order
 
 

@@ -14,7 +14,7 @@ from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 from loqt_scale.inference.saved_model import SavedModel
 from loqt_scale.layers import loqt_layers
-from loqt_scale.model.architectures import decoder_blocks
+from loqt_scale.model.structure import decoder_blocks
 
 _LAYER_PARTS = (".base.codes", ".base.scales", ".projection.codes", ".projection.scales", ".factor")
 

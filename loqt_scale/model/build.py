@@ -22,15 +22,10 @@ from loqt_scale.errors import explained
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
-from loqt_scale.model.architectures import (
-    build_meta_model,
-    check_widths,
-    decoder_blocks,
-    init_buffers,
-    load_model_config,
-    model_source,
-    resolve_weights_folder,
-)
+from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
+from loqt_scale.model.buffers import init_buffers
+from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Strategy
 

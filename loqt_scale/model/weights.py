@@ -10,7 +10,7 @@ quantizes or copies them, and drops them before it asks for the next. Three rule
 
 `RandomWeights` draws what the model's own initialiser would draw, in chunks with a random stream each.
 `SafetensorsWeights` reads slices of files, `DenseWeights` of tensors already in memory; `pretrained_weights` chooses
-between those two. Buffers, the other tensors that the meta device leaves empty, are small: `architectures.init_buffers`
+between those two. Buffers, the other tensors that the meta device leaves empty, are small: `buffers.init_buffers`
 computes all of them on every rank.
 """
 
@@ -29,17 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loqt_scale.errors import MissingFileError, UserError
-from loqt_scale.model.architectures import bare_copy, init_buffers, isolated_rng, skeleton, tied_names
+from loqt_scale.functional.seeding import isolated_rng
 from loqt_scale.model.hf_folder import CAREFULLY, indexed_files
-
-__all__ = [
-    "DenseWeights",
-    "RandomWeights",
-    "SafetensorsWeights",
-    "WeightSource",
-    "init_buffers",
-    "pretrained_weights",
-]
+from loqt_scale.model.structure import bare_copy, skeleton, tied_names
 
 CHUNK_ELEMENTS = 2**18
 """Numbers drawn at a time (1 MB): a rank that owns few rows draws at most two chunks that it does not keep all of."""

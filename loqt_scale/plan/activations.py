@@ -21,8 +21,8 @@ from loqt_scale.config import RunConfig, TrainConfig
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
-from loqt_scale.model.architectures import decoder_blocks
 from loqt_scale.model.build import design_model, recompute_blocks
+from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.strategies import DTYPES
 
 DEPTHS = (2, 4)  # blocks of the two models that stand for a deep one

@@ -10,8 +10,8 @@ import torch
 
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.layers import loqt_layers
-from loqt_scale.model.architectures import decoder_blocks
 from loqt_scale.model.build import ModelDesign
+from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.optim import low_rank_parameters
 from loqt_scale.strategies import shard_range
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loqt_scale.model.architectures import build_meta_model, init_buffers
 from loqt_scale.model.attention import ARCHITECTURES, attend_causally
+from loqt_scale.model.buffers import init_buffers
+from loqt_scale.model.structure import build_meta_model
 from tests.unit.model.test_models import family_config
 
 

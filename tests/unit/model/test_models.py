@@ -20,16 +20,10 @@ from transformers import (
 
 from loqt_scale.config import ModelConfig
 from loqt_scale.errors import UserError
-from loqt_scale.model.architectures import (
-    PRESETS,
-    build_meta_model,
-    check_widths,
-    count_parameters,
-    decoder_blocks,
-    init_buffers,
-    load_model_config,
-    resolve_weights_folder,
-)
+from loqt_scale.model.architectures import PRESETS, load_model_config, resolve_weights_folder
+from loqt_scale.model.buffers import init_buffers
+from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.structure import build_meta_model, count_parameters, decoder_blocks
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,

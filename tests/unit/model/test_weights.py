@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loqt_scale.model import weights
-from loqt_scale.model.architectures import build_meta_model
+from loqt_scale.model.structure import build_meta_model
 from loqt_scale.model.weights import DenseWeights, RandomWeights, SafetensorsWeights, WeightSource, pretrained_weights
 from tests.unit.model.test_models import FAMILIES, family_config
 
