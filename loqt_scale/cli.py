@@ -32,10 +32,10 @@ from loqt_scale.config.commands import (
 )
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
+from loqt_scale.process.environment import has_peers, has_rank, rank_label, speaks_for_its_node
 from loqt_scale.process.error_log import keep_errors_in, log_error
 from loqt_scale.process.launcher import join_launcher
-from loqt_scale.process.stderr import warn
-from loqt_scale.process.stdout import CLOSED, Watch, watched_stdout
+from loqt_scale.process.streams import CLOSED, Watch, warn, watched_stdout
 from loqt_scale.training.stopping import StopRequest
 
 USER_ERROR, BUG = 2, 1
@@ -203,7 +203,7 @@ def _overview(prog: str) -> str:
 
 def _tell_other_ranks(error: ConfigError) -> None:
     """One rank's file may be missing, or be another one: the others would wait for it."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if has_peers():
         from loqt_scale.training.together import leave_word
 
         leave_word(error)
@@ -211,9 +211,8 @@ def _tell_other_ranks(error: ConfigError) -> None:
 
 def _fail(prog: str, message: str, every_rank: bool = False, status: int = USER_ERROR) -> int:
     """Print one error line. Ranks of one host read the same files, so the first speaks for all unless told not to."""
-    rank = os.environ.get("RANK", "0")
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        who = f"{prog} [rank {rank}]" if "RANK" in os.environ else prog
+    if every_rank or speaks_for_its_node():
+        who = f"{prog} [rank {rank_label()}]" if has_rank() else prog
         line = f"{who}: error: {' '.join(message.split())}"
         warn(line.encode("utf-8", "backslashreplace").decode())
     return status

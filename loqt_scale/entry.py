@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from loqt_scale.process.environment import speaks_for_its_node
+
 
 def main() -> int:
     """The console command `loqt-scale`; returns its exit status."""
@@ -54,7 +56,7 @@ def _ending_at_once(prog: str) -> Iterator[None]:
     """Inside, Ctrl-C ends the process with one line and status 130."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks_for_its_node():
             with suppress(OSError):
                 os.write(2, f"{prog}: error: interrupted\n".encode())
         os._exit(128 + number)

@@ -27,6 +27,7 @@ from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.checkpoint.records import Begun, Finished, identity, read_record
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
+from loqt_scale.process.environment import is_restart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +68,7 @@ def decide_start(config: RunConfig, environment: Mapping[str, str] = os.environ,
     Raises:
         CheckpointError: What it should go on from cannot be used, or settings have changed since (named, old and new).
     """
-    return _Decision(config, job, restarted=_is_restart(environment)).start()
-
-
-def _is_restart(environment: Mapping[str, str]) -> bool:
-    return any(
-        environment.get(key, "0") not in ("", "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    )
+    return _Decision(config, job, restarted=is_restart(environment)).start()
 
 
 class _Decision:

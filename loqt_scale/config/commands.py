@@ -6,11 +6,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from loqt_scale.config.check import PATH, require, settle
+from loqt_scale.config.choices import Device, Dtype, ExportFormat
 from loqt_scale.config.keys import plain_message
 from loqt_scale.errors import ConfigError, explained, shortened
 
@@ -37,8 +38,8 @@ class ExportOptions:
 
     checkpoint: str = field(metadata=PATH)
     out: str = field(metadata=PATH)
-    format: Literal["dense", "nf4"] = "dense"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    format: ExportFormat = "dense"
+    dtype: Dtype = "bfloat16"
     max_shard_size: str = "2GB"
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class GenerateOptions:
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         temperature, low, high = self.temperature, *TEMPERATURES

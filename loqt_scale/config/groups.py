@@ -6,15 +6,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loqt_scale.config.check import PATH, require, settle
+from loqt_scale.config.choices import (
+    Device,
+    Dtype,
+    Kept,
+    Offload,
+    OnExisting,
+    OptimizerName,
+    OptimizerStates,
+    ProgressMode,
+    RateSchedule,
+    StrategyName,
+    ZeroOffload,
+    ZeroStage,
+)
 
 _STEPS = 99_999_999  # a checkpoint's name holds eight digits
 _MANY = 2**24  # tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip
 _YEAR = 365 * 24 * 3600
-
-Strategy = Literal["auto", "single", "ddp", "fsdp", "zero"]
-OptimizerName = Literal["adamw", "muon"]
-OptimizerStates = Literal["float32", "int8"]
-RateSchedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +47,8 @@ class ModelConfig:
     path: str | None = field(default=None, metadata=PATH)
     weights: Literal["random", "pretrained"] = "random"
     overrides: dict[str, Any] = field(default_factory=dict)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
+    trained_dtype: Dtype = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
 
@@ -203,10 +212,6 @@ class OptimConfig:
         return steps if steps < total_steps else total_steps // 10
 
 
-Kept = Literal["nothing", "gradients", "trained"]
-Offload = Literal["none", "base", "optimizer", "all"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the run is spread over ranks.
@@ -231,13 +236,13 @@ class ParallelConfig:
         timeout_seconds: A collective that waits longer than this ends the run.
     """
 
-    strategy: Strategy = "auto"
+    strategy: StrategyName = "auto"
     reshard_after_forward: bool = True
     kept_between_passes: Kept = "gradients"
     offload: Offload = "none"
-    zero_stage: Literal[1, 2, 3] | None = None
+    zero_stage: ZeroStage | None = None
     zero_config: str | None = field(default=None, metadata=PATH)
-    zero_offload: Literal["none", "optimizer", "parameters"] | None = None
+    zero_offload: ZeroOffload | None = None
     zero_log_level: Literal["error", "warning", "info", "debug"] = "error"
     timeout_seconds: int = 600
 
@@ -278,14 +283,14 @@ class TrainConfig:
 
     steps: int = 1000
     run_dir: str = field(default="runs/default", metadata=PATH)
-    on_existing_run: Literal["refuse", "archive"] = "archive"
+    on_existing_run: OnExisting = "archive"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     global_batch_size: int = 32
     micro_batch_size: int = 8
     eval_every: int = 0
     log_every: int = 1
-    progress: Literal["auto", "on", "off"] = "auto"
+    progress: ProgressMode = "auto"
     wire_counter: Literal["once", "off"] = "off"
 
     def __post_init__(self) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from loqt_scale.config.check import require, settle
-
-Side = Literal["auto", "input", "output"]
-SubspaceMethod = Literal["sketch", "randomized", "svd"]
-QuantScheme = Literal["nf4", "nf4_double", "fp4", "int8", "none"]
-StatePolicy = Literal["keep", "reset", "transport"]
-GapSchedule = Literal["exponential", "linear", "constant"]
-InitialFactors = Literal["zero", "loftq"]
-LowRankCompute = Literal["auto", "fold", "branch"]
+from loqt_scale.config.choices import (
+    GapSchedule,
+    InitialFactors,
+    LowRankCompute,
+    QuantScheme,
+    SideChoice,
+    StatePolicy,
+    SubspaceMethod,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class LoQTConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     scale: float = 0.5
     init: InitialFactors = "zero"
-    side: Side = "auto"
+    side: SideChoice = "auto"
     target_modules: list[str] = field(default_factory=lambda: ["*"])
     exclude_modules: list[str] = field(default_factory=lambda: ["*lm_head*", "*embed_out*", "*score*"])
     compute: LowRankCompute = "auto"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from loqt_scale.config.check import require
+from loqt_scale.config.choices import Method
 from loqt_scale.config.groups import (
     CheckpointConfig,
     DataConfig,
@@ -15,8 +15,6 @@ from loqt_scale.config.groups import (
     TrainConfig,
 )
 from loqt_scale.config.method import LoQTConfig
-
-Method = Literal["loqt", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)

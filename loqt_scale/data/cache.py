@@ -30,6 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loqt_scale.errors import explained
+from loqt_scale.process.environment import job_label
 
 Say = Callable[[str], None]
 
@@ -162,15 +163,9 @@ def _lock_file(parent: Path, key: str) -> Path:
     return parent / f"{key}.lock"
 
 
-def _job() -> str | None:
-    """What the ranks of one job have in common."""
-    address = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
-    return None if None in address else ":".join(map(str, address))
-
-
 def _write_builder(path: Path, what: str) -> None:
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    facts = {"what": what, "host": socket.gethostname(), "process": os.getpid(), "since": since, "job": _job()}
+    facts = {"what": what, "host": socket.gethostname(), "process": os.getpid(), "since": since, "job": job_label()}
     with suppress(OSError):  # it is for people only
         path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
@@ -179,7 +174,7 @@ def _waiting_line(path: Path) -> str | None:
     """Who builds what, and since when; None if it is a rank of this job."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["job"] is not None and facts["job"] == _job():
+        if facts["job"] is not None and facts["job"] == job_label():
             return None
         return (
             f"process {facts['process']} on {facts['host']}, which has been at {facts['what']} since {facts['since']}"

@@ -18,15 +18,13 @@ the function stays free of side effects: activation checkpointing, torch.compile
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loqt_scale.config import LowRankCompute, LowRankPath, Side, SideChoice
 from loqt_scale.functional.quantization import MatrixLayout, unpack
-
-Side = Literal["input", "output"]
-Compute = Literal["auto", "fold", "branch"]
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,17 @@ class LowRankSpec:
     projection: MatrixLayout
     side: Side
     scale: float
-    compute: Compute = "auto"
+    compute: LowRankCompute = "auto"
 
 
-def resolve_side(side: Literal["auto", "input", "output"], out_features: int, in_features: int) -> Side:
+def resolve_side(side: SideChoice, out_features: int, in_features: int) -> Side:
     """`auto` projects the shorter side (ties: input), as GaLore and LoQT do."""
     if side != "auto":
         return side
     return "input" if in_features <= out_features else "output"
 
 
-def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> Literal["fold", "branch"]:
+def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> LowRankPath:
     """The cheaper way to apply the low-rank term, in FLOPs.
 
     Forward on side input needs X P anyway (it is saved), and backward on side output needs dY P anyway, so there the

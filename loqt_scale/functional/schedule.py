@@ -14,12 +14,11 @@ and every rank of it, agrees by construction.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Schedule = Literal["exponential", "linear", "constant"]
+from loqt_scale.config import GapSchedule
 
 
-def gap_after(index: int, *, gap: int, schedule: Schedule, growth: float) -> int:
+def gap_after(index: int, *, gap: int, schedule: GapSchedule, growth: float) -> int:
     """Steps between merge number `index` and the next one (T_i of the paper)."""
     if schedule == "exponential":
         # beyond 2^60 steps no run notices; the cap keeps growth**index from overflowing a float
@@ -30,7 +29,7 @@ def gap_after(index: int, *, gap: int, schedule: Schedule, growth: float) -> int
 
 
 def merge_steps(
-    total_steps: int, *, gap: int, schedule: Schedule, growth: float, last_step: int | None = None
+    total_steps: int, *, gap: int, schedule: GapSchedule, growth: float, last_step: int | None = None
 ) -> list[int]:
     """All merge steps below `total_steps` and not after `last_step`, ascending; step 0 is always the first.
 

@@ -9,11 +9,9 @@ coordinates are uncorrelated (as Fira and LDAdam do). `keep` would read old coor
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-StatePolicy = Literal["keep", "reset", "transport"]
+from loqt_scale.config import StatePolicy
 
 
 def basis_rotation(old_FR: Tensor, new_FR: Tensor) -> Tensor:

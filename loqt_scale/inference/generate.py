@@ -35,7 +35,8 @@ from loqt_scale.inference.saved_model import (
 )
 from loqt_scale.metrics import format_count, perplexity
 from loqt_scale.model.hf_folder import CAREFULLY, check_folder, load_adapter, refuse_not_finite
-from loqt_scale.strategies import Strategy, create_strategy, launched_world_size, resolve_device
+from loqt_scale.process.environment import launched_world_size
+from loqt_scale.strategies import Strategy, create_strategy, resolve_device
 from loqt_scale.training.evaluation import evaluate
 
 # what `eval` may be told; the rest is the model's own

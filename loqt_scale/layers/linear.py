@@ -8,12 +8,11 @@ follows, a `GradientProbe` that the merge coordinator has attached; everything e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.config import LoQTConfig
+from loqt_scale.config import LoQTConfig, Side
 from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import LowRankLinear, LowRankSpec, effective_weight, resolve_side
 from loqt_scale.functional.quantization import MatrixLayout
@@ -130,7 +129,7 @@ class LoQTLinear(nn.Module):
         return [*self.base.parameters(), *self.projection.parameters(), self.factor]
 
     @property
-    def side(self) -> Literal["input", "output"]:
+    def side(self) -> Side:
         """Side on which P stands."""
         return self.spec.side
 

@@ -12,7 +12,7 @@ Nothing in here waits for a device or talks to another rank: every value is a pl
 
 from loqt_scale.metrics.console import Console
 from loqt_scale.metrics.meters import RateMeter, memory_metrics
-from loqt_scale.metrics.progress import Progress, ProgressMode
+from loqt_scale.metrics.progress import Progress
 from loqt_scale.metrics.reminder import Reminder, Tell
 from loqt_scale.metrics.text import (
     format_bytes,
@@ -29,7 +29,6 @@ __all__ = [
     "Console",
     "MetricsWriter",
     "Progress",
-    "ProgressMode",
     "RateMeter",
     "Reminder",
     "Tell",

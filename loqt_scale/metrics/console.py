@@ -7,8 +7,7 @@ import os
 import sys
 
 from loqt_scale.metrics.lasting import Backlog
-from loqt_scale.process.stderr import warn
-from loqt_scale.process.stdout import silence_stdout
+from loqt_scale.process.streams import silence_stdout, warn
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # a closed pipe (`| head -1`), a terminal that was closed
 _BACKLOG_BYTES = 2**20

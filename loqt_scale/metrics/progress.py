@@ -11,14 +11,14 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
+from loqt_scale.config import ProgressMode
 from loqt_scale.metrics.console import Console
 from loqt_scale.metrics.text import format_count, format_duration, format_perplexity
 
-ProgressMode = Literal["auto", "on", "off"]
 PLAIN_LINES = 20
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 

@@ -22,7 +22,7 @@ from loqt_scale.errors import named
 from loqt_scale.metrics.events import EventFile
 from loqt_scale.metrics.lasting import LastingFile
 from loqt_scale.metrics.reminder import Tell
-from loqt_scale.process.stderr import warn
+from loqt_scale.process.streams import warn
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from loqt_scale.config import Kept, RunConfig
-from loqt_scale.data.batching import micro_steps
+from loqt_scale.functional.shares import micro_steps
 
 KEPT = "--parallel.kept_between_passes"
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loqt_scale.config import RunConfig
-from loqt_scale.data.batching import micro_steps
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
+from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit

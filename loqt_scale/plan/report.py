@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.commands import OUTSIDE, PlanOptions
-from loqt_scale.data.batching import micro_steps
 from loqt_scale.errors import ConfigError
+from loqt_scale.functional.shares import micro_steps
 from loqt_scale.metrics import format_span
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates

@@ -17,6 +17,8 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 
+from loqt_scale.process.environment import rank_label
+
 _folder: Path | None = None
 
 
@@ -32,7 +34,7 @@ def log_error(error: BaseException) -> Path | None:
     Returns:
         The file; None if it could be written nowhere.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = rank_label()
     name = "error.log" if rank == "0" else f"error.rank-{rank}.log"
     elsewhere = Path(tempfile.gettempdir()) / f"loqt_scale-{os.getpid()}-{name}"
     places = [elsewhere] if _folder is None else [_folder / name, elsewhere]

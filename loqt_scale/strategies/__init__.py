@@ -5,8 +5,7 @@ from torch.distributed.distributed_c10d import Store
 from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy, shard_range
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.offload import is_offloaded
-from loqt_scale.strategies.process_group import launched_world_size
-from loqt_scale.strategies.rendezvous import StoreLine, agent_hosts_store, hosts_store, open_store
+from loqt_scale.strategies.rendezvous import StoreLine, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 
 __all__ = [
@@ -19,11 +18,8 @@ __all__ = [
     "Store",
     "StoreLine",
     "Strategy",
-    "agent_hosts_store",
     "create_strategy",
-    "hosts_store",
     "is_offloaded",
-    "launched_world_size",
     "open_store",
     "resolve_device",
     "resolve_strategy",

@@ -10,11 +10,11 @@ from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import UserError
+from loqt_scale.process.environment import is_bound_to_one_gpu, is_launched, launched_world_size, local_rank
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
 from loqt_scale.strategies.offload import OffloadStrategy
-from loqt_scale.strategies.process_group import launched_world_size
 from loqt_scale.strategies.zero.config import check_zero_config
 from loqt_scale.strategies.zero.engine import ZeroStrategy
 
@@ -26,7 +26,7 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
         ValueError: The strategy does not fit the launcher.
     """
     world_size = launched_world_size(environment)
-    launched = "RANK" in environment and "WORLD_SIZE" in environment
+    launched = is_launched(environment)
     if config.strategy == "auto":
         return "fsdp" if world_size > 1 else "single"
     if config.strategy == "single" and world_size > 1:
@@ -56,7 +56,8 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("train.device is 'cuda', but torch sees no CUDA device; write train.device: cpu (or auto)")
-    index = 0 if _is_bound(environment) else int(environment.get("LOCAL_RANK", "0"))
+    bound = is_bound_to_one_gpu(environment) and torch.cuda.device_count() == 1
+    index = 0 if bound else local_rank(environment)
     if index >= torch.cuda.device_count():
         raise UserError(
             f"local rank {index} has no GPU of its own: {torch.cuda.device_count()} are visible; "
@@ -64,12 +65,6 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def _is_bound(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher has left this rank one GPU to see. (Two ranks that see the same one: NCCL refuses that.)"""
-    shown = [entry for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-    return len(shown) == 1 and torch.cuda.device_count() == 1
 
 
 def create_strategy(config: RunConfig, *, device: torch.device, store: Store | None = None) -> Strategy:

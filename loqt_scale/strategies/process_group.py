@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,13 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard
 
+from loqt_scale.process.environment import launched_rank, launched_world_size
 from loqt_scale.strategies.base import Channel, Reducer, Strategy
 from loqt_scale.strategies.rendezvous import open_store
-
-
-def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Ranks that the launcher started: WORLD_SIZE as torchrun sets it, else 1."""
-    return int(environment.get("WORLD_SIZE", "1"))
 
 
 def join_process_group(device: torch.device, timeout_seconds: int, store: Store | None = None) -> bool:
@@ -36,8 +31,9 @@ def join_process_group(device: torch.device, timeout_seconds: int, store: Store 
         return False
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
     store = open_store(timeout_seconds) if store is None else store
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=launched_rank(), world_size=launched_world_size()
+    )
     return True
 
 

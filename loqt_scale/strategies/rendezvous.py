@@ -27,14 +27,16 @@ from functools import partial
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from loqt_scale.process.environment import (
+    agent_hosts_store,
+    hosts_store,
+    launched_rank,
+    launched_world_size,
+    meeting_place,
+)
 from loqt_scale.strategies.bounded import bounded
 
 _POLL_SECONDS = 0.02
-
-
-def hosts_store(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the store lives in this process: on rank 0, unless torchrun's agent keeps it."""
-    return environment["RANK"] == "0" and not agent_hosts_store(environment)
 
 
 def open_store(timeout_seconds: float, environment: Mapping[str, str] = os.environ) -> Store:
@@ -47,13 +49,13 @@ def open_store(timeout_seconds: float, environment: Mapping[str, str] = os.envir
     Raises:
         ConnectionError: It cannot be reached, or rank 0 cannot listen at the port.
     """
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    host, port = meeting_place(environment)
     deadline, timeout = time.monotonic() + timeout_seconds, timedelta(seconds=timeout_seconds)
     store = _serve(host, port) if hosts_store(environment) else _connect(host, port, deadline)
     store.set_timeout(timeout)
     if not agent_hosts_store(environment):
         return store
-    return fresh_store(store, int(environment["RANK"]), int(environment["WORLD_SIZE"]), timeout)
+    return fresh_store(store, launched_rank(environment), launched_world_size(environment), timeout)
 
 
 class StoreLine:
@@ -72,8 +74,7 @@ class StoreLine:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._socket: socket.socket | None = None  # to this process itself: none
         if not hosts_store(environment):
-            address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-            self._socket = socket.create_connection(address, timeout=30.0)
+            self._socket = socket.create_connection(meeting_place(environment), timeout=30.0)
             self._socket.setblocking(False)
 
     def alive(self) -> bool:
@@ -84,11 +85,6 @@ class StoreLine:
             return True
         except OSError:
             return False
-
-
-def agent_hosts_store(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the store lives in torchrun's agent, which outlives the ranks."""
-    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _serve(host: str, port: int) -> Store:

@@ -29,7 +29,7 @@ from typing import Literal
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.errors import UserError
-from loqt_scale.process.stderr import warn
+from loqt_scale.process.streams import warn
 from loqt_scale.strategies.bounded import bounded
 
 End = Literal["", "done", "failed", "stopped", "lost"]

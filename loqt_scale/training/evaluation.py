@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.data import Batch
-from loqt_scale.data.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
+from loqt_scale.data.batching import counted_tokens, micro_batches, summed_loss
 from loqt_scale.errors import one_line
+from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.strategies import Strategy
 
 

@@ -16,18 +16,18 @@ from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity,
 from loqt_scale.config import RunConfig
 from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.data import build_corpus
-from loqt_scale.data.batching import micro_steps
 from loqt_scale.errors import UserError
+from loqt_scale.functional.shares import micro_steps
 from loqt_scale.metrics import Console, MetricsWriter, Progress
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import momentum_only
+from loqt_scale.process.environment import launched_world_size
 from loqt_scale.process.error_log import keep_errors_in
 from loqt_scale.process.launcher import join_launcher
 from loqt_scale.strategies import (
     Store,
     Strategy,
     create_strategy,
-    launched_world_size,
     resolve_device,
     resolve_strategy,
 )

@@ -8,7 +8,7 @@ Rank 0 does it and tells the others, errors too, so all ranks start from the sam
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.errors import UnwritableError, advice_on, reason_of
 from loqt_scale.metrics import replay
 from loqt_scale.process import pids
+from loqt_scale.process.environment import slurm_job
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.rundir import holds_run, make_room, prepare_run_dir
 from loqt_scale.training.runlock import LOCK, RunLock
@@ -198,10 +199,10 @@ def on_main(strategy: Strategy, work: Callable[[], T]) -> T:
     return result
 
 
-def job_name(environment: Mapping[str, str] = os.environ) -> str:
+def job_name() -> str:
     """What is the same in all attempts of one job: SLURM's number of it, or the process that starts them."""
-    if "SLURM_JOB_ID" in environment:
-        return f"SLURM {environment['SLURM_JOB_ID']}"
+    if (number := slurm_job()) is not None:
+        return f"SLURM {number}"
     parent = psutil.Process(os.getppid())
     began = pids.began(parent.pid)
     return f"{pids.place()} {parent.pid} {began if began is not None else round(parent.create_time())}"

@@ -12,13 +12,12 @@ import os
 import tempfile
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
+from loqt_scale.config import OnExisting
 from loqt_scale.errors import NotAFolderError, OccupiedFolderError, UnwritableError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest")
 OLD = "old-"  # inside a folder that is a mount point
-OnExisting = Literal["refuse", "archive"]
 
 
 def prepare_run_dir(path: str | os.PathLike[str]) -> list[Path]:

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from loqt_scale.process.stderr import warn
+from loqt_scale.process.environment import has_peers, rank_label
+from loqt_scale.process.streams import warn
 
 BRUTAL = 3  # the how manieth signal
 ECHO_SECONDS = 0.3
@@ -52,7 +53,7 @@ class StopRequest:
         self.number: int | None = None  # of the first signal
         self.doing = "before training: nothing had to be saved"  # when a signal ends the run at once; for people
         self._times, self._patient, self._last = 0, False, -math.inf
-        self._echoes = os.environ.get("WORLD_SIZE", "1") != "1"
+        self._echoes = has_peers()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -65,7 +66,7 @@ class StopRequest:
     ) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
-        if isinstance(error, Stopped) and not error.together and os.environ.get("RANK", "0") == "0":
+        if isinstance(error, Stopped) and not error.together and rank_label() == "0":
             warn(f"stopped by {error.signal_name} {self.doing}")
 
     @contextmanager

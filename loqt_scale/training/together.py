@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from loqt_scale.errors import one_line
+from loqt_scale.process.environment import agent_hosts_store, hosts_store, launched_rank, launched_world_size
 from loqt_scale.strategies import (
     LostRankError,
     RollCall,
     StoppedElsewhere,
     StoreLine,
-    agent_hosts_store,
-    hosts_store,
-    launched_world_size,
     open_store,
 )
 from loqt_scale.training.rescue import TOGETHER
@@ -57,13 +54,12 @@ def leave_word(error: BaseException) -> None:
 
 
 def _open(timeout_seconds: float) -> RollCall:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = open_store(timeout_seconds)
     line = StoreLine()
     return RollCall(
         store,
-        rank,
-        world_size,
+        launched_rank(),
+        launched_world_size(),
         timeout_seconds=timeout_seconds,
         keeps_store=hosts_store(),
         store_lives=line.alive,

@@ -29,8 +29,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from loqt_scale.checkpoint import CHECKPOINTS, CheckpointError, CheckpointSaver
 from loqt_scale.config import RunConfig
 from loqt_scale.data import Batch, Corpus
-from loqt_scale.data.batching import counted_tokens, micro_batches, micro_steps, share, summed_loss
+from loqt_scale.data.batching import counted_tokens, micro_batches, summed_loss
 from loqt_scale.functional.seeding import stable_seed
+from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.metrics.wire_counter import FirstCounted
 from loqt_scale.model.attention import attend_causally

@@ -8,13 +8,12 @@ thousand.
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.config import LoQTConfig
+from loqt_scale.config import LoQTConfig, LowRankPath, Side
 from loqt_scale.functional.blockwise import decode, encode
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.functional.rounding import stochastic_bfloat16
@@ -76,7 +75,7 @@ def test_a_shard_is_packed_as_the_whole(device: torch.device) -> None:
         assert part is not None and torch.equal(part, torch.cat([piece for piece in pieces if piece is not None]))
 
 
-def make_layer(side: Literal["input", "output"], compute: Literal["fold", "branch"]) -> LoQTLinear:
+def make_layer(side: Side, compute: LowRankPath) -> LoQTLinear:
     """A layer on the CPU, 96 -> 80, with everything in it different from zero."""
     config = LoQTConfig(rank=8, side=side, compute=compute)
     layer = LoQTLinear(96, 80, bias=True, config=config)
@@ -95,8 +94,8 @@ def make_layer(side: Literal["input", "output"], compute: Literal["fold", "branc
 @pytest.mark.parametrize("probe", ["none", "sketch", "dense"])
 def test_layer_and_its_gradients_are_those_of_a_dense_float64_linear(
     device: torch.device,
-    side: Literal["input", "output"],
-    compute: Literal["fold", "branch"],
+    side: Side,
+    compute: LowRankPath,
     dtype: torch.dtype,
     tolerance: float,
     probe: str,

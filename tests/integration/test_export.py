@@ -21,7 +21,7 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.strategies import Strategy
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import SMALL_RUN, _word
-from tests.unit.process.test_stdout import closed, full_disk, nobody_reads
+from tests.unit.process.test_streams import closed, full_disk, nobody_reads
 
 TEXT = "The import statement – naïve – binds <names>.\n"
 IDS = torch.arange(5, 29).reshape(2, 12)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loqt_scale import LoQTConfig, MergeConfig
+from loqt_scale.config import Side
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional import compensation
 from loqt_scale.functional.compensation import Compensated
@@ -18,8 +17,6 @@ from loqt_scale.functional.loftq import Packed, Shard, loftq
 from loqt_scale.functional.low_rank_linear import LowRankSpec, effective_weight
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from tests.unit.shards import Shards, assert_uncut
-
-Side = Literal["input", "output"]
 
 
 def spec_of(shape: tuple[int, int], rank: int, side: Side, *, weight: str = "nf4", basis: str = "none") -> LowRankSpec:

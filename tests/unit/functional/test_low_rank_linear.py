@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal
 
 import pytest
 import torch
@@ -12,13 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loqt_scale.config import LoQTConfig, QuantizationConfig
+from loqt_scale.config import LoQTConfig, LowRankCompute, LowRankPath, QuantizationConfig, Side
 from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import LowRankLinear, choose_path
 from loqt_scale.layers import GradientProbe, LoQTLinear, convert_to_loqt, loqt_layers
 
-Side = Literal["input", "output"]
-Compute = Literal["fold", "branch"]
 SIDES: list[Side] = ["input", "output"]
 
 
@@ -27,7 +24,7 @@ def make_layer(
     in_features: int = 48,
     *,
     side: Side = "input",
-    compute: Literal["auto", "fold", "branch"] = "auto",
+    compute: LowRankCompute = "auto",
     rank: int = 4,
     bias: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -49,7 +46,7 @@ def make_layer(
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("compute", ["fold", "branch"])
 @pytest.mark.parametrize("probe", ["none", "sketch", "dense"])
-def test_gradcheck_in_float64(side: Side, compute: Compute, probe: str) -> None:
+def test_gradcheck_in_float64(side: Side, compute: LowRankPath, probe: str) -> None:
     layer = make_layer(side=side, compute=compute, dtype=torch.float64)
     features = 40 if side == "input" else 48
     omega = torch.randn(features, 7, dtype=torch.float64) if probe == "sketch" else None
@@ -77,7 +74,7 @@ def test_gradcheck_in_float64(side: Side, compute: Compute, probe: str) -> None:
     data=st.data(),
 )
 def test_equals_a_dense_linear(
-    out_features: int, in_features: int, leading: tuple[int, ...], side: Side, compute: Compute, data: st.DataObject
+    out_features: int, in_features: int, leading: tuple[int, ...], side: Side, compute: LowRankPath, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, min(out_features, in_features)))
     layer = make_layer(out_features, in_features, side=side, compute=compute, rank=rank, dtype=torch.float64)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loqt_scale.config import GapSchedule
 from loqt_scale.functional.schedule import gap_after, merge_steps
 
 
@@ -33,9 +33,7 @@ def test_linear_and_constant() -> None:
     growth=st.floats(0.0, 3.0),
     schedule=st.sampled_from(["exponential", "linear", "constant"]),
 )
-def test_gaps_never_shrink_and_start_at_zero(
-    total: int, gap: int, growth: float, schedule: Literal["exponential", "linear", "constant"]
-) -> None:
+def test_gaps_never_shrink_and_start_at_zero(total: int, gap: int, growth: float, schedule: GapSchedule) -> None:
     steps = merge_steps(total, gap=gap, schedule=schedule, growth=growth)
     assert steps[0] == 0 and steps[-1] < total
     gaps = [b - a for a, b in pairwise(steps)]

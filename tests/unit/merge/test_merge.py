@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, SubspaceConfig, convert_to_loqt
+from loqt_scale.config import SubspaceMethod
 from loqt_scale.functional.projection import sign_direction
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.layers import LoQTLinear, loqt_layers
 from loqt_scale.merge import coordinator as coordination
 
-Method = Literal["sketch", "randomized", "svd"]
 RANK, SCALE = 8, 0.5
 
 
@@ -49,7 +48,7 @@ class Dense:
         return self.weights[name][start:stop].clone()  # the caller's own
 
 
-def config(method: Method = "svd", **merge: object) -> LoQTConfig:
+def config(method: SubspaceMethod = "svd", **merge: object) -> LoQTConfig:
     return LoQTConfig(
         rank=RANK,
         scale=SCALE,
@@ -92,7 +91,7 @@ def train(model: nn.Module, merges: MergeCoordinator, optimizer: torch.optim.Opt
 
 
 @pytest.mark.parametrize("method", ["sketch", "svd"])
-def test_factorising_in_the_backward_pass_changes_no_bit(method: Method) -> None:
+def test_factorising_in_the_backward_pass_changes_no_bit(method: SubspaceMethod) -> None:
     """In the last of two backward passes, so that the sketches of both count; and each is freed at once."""
     states = []
     for passes in (None, 2):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from loqt_scale.config.yaml import parse_run_config
-from loqt_scale.data.batching import micro_steps
 from loqt_scale.errors import ConfigError
+from loqt_scale.functional.shares import micro_steps
 from loqt_scale.strategies.zero.config import check_zero_config, deepspeed_config, resolve_zero_stage
 from loqt_scale.strategies.zero.json import lookup
 from loqt_scale.strategies.zero.keys import CHOICES, FIXED, KEYS, REFUSED, SCHEDULERS

@@ -1,7 +1,8 @@
-"""Standard output of a command whose work is what it prints: a reader that has gone, or a full disk behind it.
+"""Standard output and standard error that may lead nowhere: a reader that has gone, a full disk behind them.
 
-Whatever prints, this package or a library, may fail to, and some swallow it (argparse, its --help). So a command prints
-through a `Watch`, which remembers. Training and export do not depend on standard output: see `metrics.console`.
+Of a command whose work is what it prints, whatever prints may fail to, this package or a library, and some swallow it
+(argparse, its --help). So such a command prints through a `Watch`, which remembers. Training and export do not depend
+on standard output (see `metrics.console`). A line on standard error never fails (`warn`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 CLOSED = 128 + 13  # as after SIGPIPE, which ends other programs whose reader has gone
@@ -66,3 +67,9 @@ def silence_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def warn(text: str) -> None:
+    """Prints a line for people on standard error, if there is one that takes it."""
+    with suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed file
+        print(text, file=sys.stderr, flush=True)
