@@ -35,7 +35,6 @@ MIB = 2**20
 # Samples this process's own memory (no file pages) while it exports; prints start, peak.
 EXPORTER = """
 import sys, threading, time
-from loqt_scale.config.commands import ExportOptions
 from loqt_scale.export import export_checkpoint
 
 def anonymous():
@@ -50,7 +49,7 @@ def sample():
 thread = threading.Thread(target=sample)
 thread.start()
 began = time.perf_counter()
-export_checkpoint(ExportOptions(checkpoint=sys.argv[1], out=sys.argv[2], dtype="float32", max_shard_size=sys.argv[3]))
+export_checkpoint(sys.argv[1], sys.argv[2], dtype="float32", max_shard_size=sys.argv[3])
 seconds = time.perf_counter() - began
 done.set(); thread.join()
 print(start, peak[0], seconds)

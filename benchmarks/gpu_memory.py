@@ -16,7 +16,7 @@ from gpu_speed import galore_update
 from memory import DOUBLE, LEAN, METHODS, PER_LAYER
 
 from loqt_scale.config import RunConfig
-from loqt_scale.config.commands import OUTSIDE
+from loqt_scale.config.sizes import OUTSIDE
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.plan import plan_run
 from tests.distributed.footprint_tasks import device_peaks, make_trainer, warm_up

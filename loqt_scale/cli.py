@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from loqt_scale.config.commands import (
     ExportOptions,
@@ -30,7 +30,7 @@ from loqt_scale.config.commands import (
     split_checkpoint,
     take_options,
 )
-from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.config.yaml import override_run_config, parse_run_config
 from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
 from loqt_scale.process.environment import has_peers, has_rank, rank_label, speaks_for_its_node
 from loqt_scale.process.error_log import keep_errors_in, log_error
@@ -73,16 +73,16 @@ def _export(argv: Sequence[str], prog: str) -> None:
     console = Console()  # the work is a folder: nobody need read of it
     advice = "make room on its disk, or write another --out"
     with explained(f"{options.checkpoint} cannot be exported to {options.out}", advice, of=(OSError,)):
-        done = export_checkpoint(options, progress=console.line)
+        done = export_checkpoint(**asdict(options), progress=console.line)
     console.line(f"exported to {done.folder}: {done.files} file(s), {done.size / 2**20:.1f} MiB")
     console.close()
 
 
 def _generate(argv: Sequence[str], prog: str) -> None:
     options = parse_options(GenerateOptions, argv, prog)
-    from loqt_scale.inference.generate import generate
+    from loqt_scale.inference import generate
 
-    generate(options)
+    generate(**asdict(options))
 
 
 def _eval(argv: Sequence[str], prog: str) -> None:
@@ -91,9 +91,9 @@ def _eval(argv: Sequence[str], prog: str) -> None:
         about = "Held-out loss of --checkpoint PATH: a checkpoint's folder, a run's, or an exported model's."
         parse_run_config(["--help"], prog=f"{prog} --checkpoint PATH", about=about)
     path, settings = split_checkpoint(argv)
-    from loqt_scale.inference.generate import evaluate_saved
+    from loqt_scale.inference import evaluate_saved
 
-    evaluate_saved(path, settings)
+    evaluate_saved(path, lambda saved: override_run_config(saved, settings, prog))
 
 
 def _plan(argv: Sequence[str], prog: str) -> None:
@@ -102,10 +102,10 @@ def _plan(argv: Sequence[str], prog: str) -> None:
         parse_run_config(["--help"], prog=prog, about=about)
     ours, rest = take_options(PlanOptions, argv)
     options, config = parse_options(PlanOptions, ours, prog), parse_run_config(rest, prog=prog)
-    from loqt_scale.plan import report, vocabulary_size
+    from loqt_scale.plan import describe_plan, vocabulary_size
 
     vocab_size, note = vocabulary_size(config, options.vocab_size)
-    print(report(config, options, vocab_size=vocab_size, note=note))
+    print(describe_plan(config, ranks=options.gpus, vocab_size=vocab_size, gpu_memory=options.gpu_memory, note=note))
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,9 +1,8 @@
-"""What `loqt-scale export` and `loqt-scale generate` take; `train` and `eval` take the settings of a run."""
+"""What `loqt-scale export`, `generate` and `plan` take on the command line (`train` and `eval`: a run's settings)."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar, cast, get_type_hints
@@ -13,14 +12,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from loqt_scale.config.check import PATH, require, settle
 from loqt_scale.config.choices import Device, Dtype, ExportFormat
 from loqt_scale.config.keys import plain_message
-from loqt_scale.errors import ConfigError, explained, shortened
+from loqt_scale.config.sizes import parse_size
+from loqt_scale.errors import ConfigError, explained
 
 T = TypeVar("T")
 
 TEMPERATURES = 1e-4, 1e4  # below, logits have no room in float32 once they are divided by it
-UNITS = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6}
-# bytes of a GPU that torch does not count: the CUDA context, workspaces, fragments; an assumption
-OUTSIDE = 800 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,32 +97,6 @@ class PlanOptions:
         require(rows is None or 1 <= rows <= 2**31, f"vocab_size is {rows}; write 1 to {2**31}")
         if self.gpu_memory is not None:
             parse_size(self.gpu_memory)
-
-    @property
-    def gpu_bytes(self) -> int | None:
-        """`gpu_memory` as a number."""
-        return None if self.gpu_memory is None else parse_size(self.gpu_memory)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "24GB" (10^9) or "24GiB" (2^30).
-
-    Raises:
-        ConfigError: It is no such size, or no more than what torch does not count of a GPU.
-    """
-    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{0,12})?)\s*(GiB|MiB|GB|MB)", text.strip(), flags=re.IGNORECASE)
-    if found is None:
-        raise ConfigError(
-            f"gpu_memory is '{shortened(text)}'; write a number above 0 and a unit, e.g. 24GB (10^9 bytes) or 24GiB "
-            "(2^30)"
-        )
-    size = int(float(found[1]) * UNITS[found[2].lower()])
-    if size <= OUTSIDE:
-        raise ConfigError(
-            f"gpu_memory is {text}, but a GPU needs {OUTSIDE >> 20} MiB for what torch does not count (assumed); write "
-            "more"
-        )
-    return size
 
 
 def parse_options(cls: type[T], argv: Sequence[str], prog: str) -> T:

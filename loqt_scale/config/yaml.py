@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -120,6 +121,18 @@ def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about:
         print(dump_run_config(config), end="")
         raise SystemExit(0)
     return config
+
+
+def override_run_config(settings: RunConfig, argv: Sequence[str], prog: str) -> RunConfig:
+    """Settings with those of a command line over them.
+
+    Raises:
+        ConfigError: As `parse_run_config`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        save_run_config(settings, file)
+        return parse_run_config([f"--config={file}", *argv], prog=prog)
 
 
 def dump_run_config(config: RunConfig) -> str:

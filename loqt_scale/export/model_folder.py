@@ -21,14 +21,13 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 
 from loqt_scale.checkpoint import CONFIG, Checkpoint
-from loqt_scale.config import RunConfig
-from loqt_scale.config.commands import ExportOptions
+from loqt_scale.config import Dtype, ExportFormat, RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.export.formats import Adapter, Dense, Format, Nf4, Tensors
 from loqt_scale.export.parts import Parts
 from loqt_scale.functional.schemes import SCHEMES, FourBit
-from loqt_scale.inference.saved_model import ADAPTER, RUN_SETTINGS, find_saved, open_saved, saved_settings
-from loqt_scale.model.hf_folder import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
+from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_saved, saved_settings
+from loqt_scale.model.hf_folder import ADAPTER, ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
 from loqt_scale.strategies import DTYPES, Strategy
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
@@ -49,53 +48,68 @@ class Exported:
     size: int
 
 
-def export_checkpoint(options: ExportOptions, progress: Callable[[str], None] = lambda line: None) -> Exported:
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: ExportFormat = "dense",
+    dtype: Dtype = "bfloat16",
+    max_shard_size: str = "2GB",
+    progress: Callable[[str], None] = lambda line: None,
+) -> Exported:
     """Writes a checkpoint as a model that `AutoModelForCausalLM.from_pretrained` loads. One process.
 
     Args:
-        options: What to write, and where.
+        checkpoint: A checkpoint's folder, or a run's for its latest.
+        out: Folder to write; must not exist yet.
+        format: dense = merged weights; nf4 = the 4-bit base, and the low-rank factors as a LoRA adapter.
+        dtype: Dtype of what is written dense.
+        max_shard_size: Greatest size of a file, e.g. 500MB or 2GB.
         progress: Called with a line for people after each file.
 
     Raises:
         ValueError: `out` exists, a size that is none, a model without a 4-bit base for format nf4.
         CheckpointError: The checkpoint is missing or damaged.
     """
-    out = Path(options.out)
+    out = Path(out)
     if out.exists():
         raise UserError(f"out: {out} exists; write a folder that does not")
-    if not _SIZE.fullmatch(options.max_shard_size.strip()):
-        raise UserError(f"max_shard_size is '{options.max_shard_size}'; write a size such as 500MB or 2GB")
-    path = find_saved(Path(options.checkpoint))
+    if not _SIZE.fullmatch(max_shard_size.strip()):
+        raise UserError(f"max_shard_size is '{max_shard_size}'; write a size such as 500MB or 2GB")
+    path = find_saved(Path(checkpoint))
     if path is None:
-        raise UserError(
-            f"checkpoint: {options.checkpoint} is a Hugging Face model already; write a checkpoint's folder"
-        )
-    checkpoint = Checkpoint(path)
-    config = saved_settings(checkpoint)
-    if options.format == "nf4":
+        raise UserError(f"checkpoint: {checkpoint} is a Hugging Face model already; write a checkpoint's folder")
+    opened = Checkpoint(path)
+    config = saved_settings(opened)
+    if format == "nf4":
         _check_four_bit(config)
-    saved = open_saved(checkpoint, config, Strategy(torch.device("cpu")))
-    parts, dtype = Parts(saved), DTYPES[options.dtype]
+    saved = open_saved(opened, config, Strategy(torch.device("cpu")))
+    parts, torch_dtype = Parts(saved), DTYPES[dtype]
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
-    hf_config.dtype = dtype
+    hf_config.dtype = torch_dtype
     vars(hf_config).pop("auto_map", None)
     with _published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
         _drop_code(folder)
-        shutil.copy(checkpoint.documents / CONFIG, folder / RUN_SETTINGS)
-        if options.format == "nf4":
-            hf_config.quantization_config = _quantization(saved.design.model, dtype)
+        shutil.copy(opened.documents / CONFIG, folder / RUN_SETTINGS)
+        if format == "nf4":
+            hf_config.quantization_config = _quantization(saved.design.model, torch_dtype)
             (folder / ADAPTER).mkdir()
             write_tensors(
-                folder / ADAPTER, ADAPTER_WEIGHTS.removesuffix(".safetensors"), parts, Adapter(dtype), None, progress
+                folder / ADAPTER,
+                ADAPTER_WEIGHTS.removesuffix(".safetensors"),
+                parts,
+                Adapter(torch_dtype),
+                None,
+                progress,
             )
             _write_adapter_config(folder / ADAPTER, parts, config)
         files, size = write_tensors(
             folder,
             "model",
             parts,
-            Nf4(dtype) if options.format == "nf4" else Dense(dtype),
-            options.max_shard_size,
+            Nf4(torch_dtype) if format == "nf4" else Dense(torch_dtype),
+            max_shard_size,
             progress,
         )
         _write_configs(folder, hf_config)

@@ -26,8 +26,7 @@ from loqt_scale.model.architectures import declared_layers
 from loqt_scale.model.build import ModelDesign, design_model, place_model
 from loqt_scale.strategies import Strategy
 
-# in a folder that `loqt-scale export` writes: the settings of the run, and the adapter of format nf4
-RUN_SETTINGS, ADAPTER = "loqt_scale.yaml", "adapter"
+RUN_SETTINGS = "loqt_scale.yaml"  # in a folder that `loqt-scale export` writes: the settings of the run
 _SPARE_LAYERS = 1000  # layers without tensors of their own that a model may have
 
 

@@ -13,12 +13,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from loqt_scale.errors import MissingFileError, UserError
+from loqt_scale.errors import MissingFileError, UserError, explained
 
 # what transformers is told wherever it could run code, ask for leave to, or look elsewhere
 CAREFULLY = {"trust_remote_code": False, "local_files_only": True}
+ADAPTER = "adapter"  # beside a model: the folder of its adapter
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PlainName = Annotated[str, StringConstraints(pattern=r"^\w[\w.\-]*\.safetensors\z", max_length=256)]
@@ -83,6 +84,38 @@ def check_folder(folder: Path, config: PreTrainedConfig) -> None:
     for kind in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(getattr(config, kind, None)):  # kernels of the hub, which are code
             raise UserError(f"{folder}: its config.json asks for code, {getattr(config, kind)!r}; remove that")
+
+
+def load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """A Hugging Face model in eval mode, with the adapter beside it if there is one.
+
+    Raises:
+        UserError: The folder is not a whole one, or needs packages that are not installed.
+    """
+    with explained(f"{path} cannot be read as a Hugging Face model"):
+        hf_config = AutoConfig.from_pretrained(path, **CAREFULLY)
+        check_folder(path, hf_config)
+        quantized = hasattr(hf_config, "quantization_config")
+        # a quantized model cannot be moved later; to place it at once takes one more package, accelerate
+        placement = {"device_map": {"": device}} if quantized else {}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, weights_only=True, output_loading_info=True, **CAREFULLY, **placement
+        )
+        _check_whole(path, info)
+        refuse_not_finite(path, model)
+        if (path / ADAPTER).is_dir():
+            load_adapter(model, path / ADAPTER)
+        return (model if quantized else model.to(device)).eval()
+
+
+def _check_whole(path: Path, info: dict[str, Any]) -> None:
+    """transformers fills in at random what the files lack, with no more than a warning."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise UserError(
+                f"{path} does not hold the whole model: {len(keys)} {kind.replace('_', ' ')}, e.g. {keys[0]}; write "
+                "another folder"
+            )
 
 
 def load_adapter(model: Any, folder: Path) -> None:

@@ -58,9 +58,9 @@ def run_refused(**settings: Any) -> str:
 
 def evaluate_checkpoint(path: str) -> float:
     """Held-out loss of a checkpoint, its model spread over the ranks."""
-    from loqt_scale.inference.generate import evaluate_saved
+    from loqt_scale.inference import evaluate_saved
 
-    return evaluate_saved(path, [])
+    return evaluate_saved(path)
 
 
 def refused_checkpoint(path: str) -> str:

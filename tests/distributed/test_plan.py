@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from loqt_scale.cli import main
-from loqt_scale.config.commands import PlanOptions, parse_size
+from loqt_scale.config.commands import PlanOptions
+from loqt_scale.config.sizes import parse_size
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.model.build import design_model
-from loqt_scale.plan import Plan, activations, plan_run, report
+from loqt_scale.plan import Plan, activations, describe_plan, plan_run
 from loqt_scale.plan.advice import changes
 from loqt_scale.plan.shapes import model_shapes
 from loqt_scale.strategies import DTYPES
@@ -205,5 +206,5 @@ def test_nothing_is_allocated() -> None:
     config = parse_run_config(["--config", str(root / "configs" / "llama_13b.yaml")])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        said = report(config, PlanOptions(gpus=8), vocab_size=32128)
+        said = describe_plan(config, ranks=8, vocab_size=32128)
     assert "a step, full-rank" in said and "peak of a merge step" in said

@@ -208,11 +208,11 @@ def test_eval_is_the_runs_own(
     name: str, run_dirs: dict[str, Path], exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the checkpoint to the last bit on the same ranks; of the export within rounding."""
-    from loqt_scale.inference.generate import evaluate_saved
+    from loqt_scale.inference import evaluate_saved
 
     lines = (run_dirs[name] / "metrics.jsonl").read_text().splitlines()
     expected = [row["eval/loss"] for row in map(json.loads, lines) if "eval/loss" in row][-1]
-    assert evaluate_saved(str(run_dirs[name]), []) == pytest.approx(expected, abs=1e-6 if name == "two" else 1e-12)
+    assert evaluate_saved(str(run_dirs[name])) == pytest.approx(expected, abs=1e-6 if name == "two" else 1e-12)
     assert main(["eval", "--checkpoint", str(exports[name]), "--train.micro_batch_size", "3"]) == 0
     printed = capsys.readouterr().out
     assert float(printed.rpartition("loss     ")[2].split()[0]) == pytest.approx(expected, abs=1e-5)

@@ -19,7 +19,6 @@ import torch
 
 from loqt_scale.checkpoint import CheckpointError, Start, identity
 from loqt_scale.config import RunConfig
-from loqt_scale.config.commands import ExportOptions
 from loqt_scale.config.paths import same_files
 from loqt_scale.export import export_checkpoint
 from loqt_scale.strategies import Strategy
@@ -742,7 +741,7 @@ def test_a_refused_change_names_a_way_that_works(runs: Runs) -> None:
         runs("other", checkpoint__resume=path, model__overrides={}, loqt__rank=4)
     assert content(runs.folder) == state and not (runs.folder / "other").exists()
     assert f"--checkpoint {path} " in str(refused.value)
-    export_checkpoint(ExportOptions(checkpoint=path, out=str(runs.folder / "DIR"), dtype="float32"))
+    export_checkpoint(path, runs.folder / "DIR", dtype="float32")
     weights = {"model__path": str(runs.folder / "DIR"), "model__weights": "pretrained", "model__overrides": {}}
     runs("other", optim__lr=0.1, loqt__quantization__weight="none", **weights)
     last = [row["eval/loss"] for row in runs.rows() if "eval/loss" in row][-1]

@@ -20,10 +20,10 @@ from loqt_scale.config.commands import (
     GenerateOptions,
     PlanOptions,
     parse_options,
-    parse_size,
     split_checkpoint,
 )
 from loqt_scale.config.keys import setting_types
+from loqt_scale.config.sizes import parse_size
 from loqt_scale.config.yaml import dump_run_config, load_run_config, parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.schedule import merge_steps
