@@ -221,9 +221,9 @@ class ParallelConfig:
             fsdp (FSDP2: everything sharded), zero (DeepSpeed).
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
-        kept_between_passes: fsdp: what stays whole on a rank between the micro-batches of a step. nothing = gradients
-            are summed over ranks after each (least memory); gradients = they stay whole until the last; trained =
-            and B, embeddings and head are gathered once a step, not in every pass (fewest bytes on the wire).
+        kept_between_passes: fsdp: what each rank keeps unsharded between the micro-batches of one step. nothing =
+            gradients are reduced after every micro-batch (least memory); gradients = they are kept and reduced after
+            the last one; trained = B, embeddings and head, too, are gathered once a step and kept (fewest bytes sent).
         offload: single: what waits in host memory while it is not used: none, base = packed W and P, optimizer = what
             trains with its states (the host then updates it), all.
         zero_stage: zero: 1 = optimizer states are sharded, 2 = gradients too, 3 = everything. Default: zero_config's,

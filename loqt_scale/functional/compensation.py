@@ -1,22 +1,27 @@
 """Fitting a quantized base and a factor to one weight: what happens inside a merge.
 
-Given the merged weight W (fp32), a new basis P and the scale s, find W_q = Q(...) and B with W ~ dequant(W_q) + s L(B),
-where L(B) = B P^T on side `input` and P B^T on side `output` (B is kept tall, features x r, on both sides).
-Alternating rounds (LoQT, algorithm 2; LoftQ uses the same idea):
+Given are the merged weight W (float32), a new basis P and the scale s. Wanted are W_q and B with
 
-    W_q <- Q(W - s L(B))                    B <- argmin_B || W - dequant(W_q) - s L(B) ||_F
+    W  ~  dequant(W_q) + s L(B)        L(B) = B P^T on side `input`, P B^T on side `output` (B is tall on both)
 
-Least squares has a closed form through P^+ = (P^T P)^-1 P^T of the P that the layer will really use (after its own
-quantization, so not exactly orthonormal). With R = W - dequant(W_q):
+Each of the c rounds fixes B and quantizes, then fixes W_q and fits B to the error that quantization has left:
+
+    round 0            B = 0                      W_q <- Q(W)
+    every round        R = W - dequant(W_q)       B   <- argmin_B || R - s L(B) ||_F
+    rounds 1, 2, ...                              W_q <- Q(W - s L(B)), with B of the round before
+
+(LoQT, algorithm 2; LoftQ uses the same idea.) Rounds need not improve, so the round with the smallest error is kept.
+Plain quantization, W_q of round 0 with B = 0, competes too: compensation never hurts.
+
+The fit has a closed form. It uses P^+ = (P^T P)^-1 P^T of the P that the layer will hold, which is quantized itself and
+so not exactly orthonormal:
 
     B = R P^+T / s (input)      B = R^T P^+T / s (output)      || R - s L(B) ||^2 = || R ||^2 - s^2 tr(B^T B P^T P)
 
-The round with the smallest error is kept, and round 0 (B = 0) competes too, so compensation can never hurt.
-
-Everything works on a *shard*, the rows of W that one rank holds, and streams over it in chunks of rows, so that scratch
-memory is a chunk and not a second and third copy of W. On side `input` B's rows are W's rows: B is local. On side
-`output` B is a sum over shards, so the caller passes `sum_over_shards`: besides scalars, the only thing that ever
-leaves a shard, and in one sum with them, one a round. With the identity the shard is the whole matrix.
+A rank calls this with its *shard*, the rows of W that it works on, and works through them in chunks of rows: scratch
+memory is one chunk, not a second W. On side `input` the rows of B are the rows of W, so a rank finds its part of B
+alone. On side `output` B is a sum over the ranks' rows. So each round has one sum over ranks: of three numbers (input),
+or of B and two numbers (output). The caller passes it as `sum_over_shards`; with the identity the shard is all of W.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""Packing a matrix into codes that can be sharded, cast-proof, by rows.
+"""A matrix as packed bytes, which may be cut along dim 0 and sharded like any parameter.
 
-A matrix (rows x cols) is stored as two byte tensors, `codes` (under `nf4` two values a byte) and `scales` (one float32
-per block of `block_size` values, *viewed as uint8*). Bytes are what every sharding engine leaves alone: a float tensor
-of scales would be rounded by a mixed-precision cast, a float view of the codes would have its NaNs rewritten.
+A matrix (rows x cols) becomes two tensors of bytes: `codes` (nf4: two values a byte) and `scales` (one float32 for each
+block of `block_size` values, viewed as bytes). They are bytes because sharding engines cast floats: mixed precision
+would round scales, and rewrite codes that happen to be NaNs.
 
-Blocks run along rows. When `cols` is not a multiple of the block, a block crosses a row end, so rows are bound into
-*groups*: the fewest rows whose values fill whole blocks (cols 512 -> 1 row; cols 1376, block 64 -> 2 rows). Dim 0 of
-`codes` and `scales` counts groups. Any cut along dim 0 therefore leaves each part quantizable by itself, bit for bit as
-the whole: this is what makes a merge local to a shard. The last group is padded with zero rows.
+Blocks run along rows, one row after the other. If `cols` is a multiple of the block, every row holds whole blocks. If
+not, some block begins in one row and ends in the next; a cut between these two rows would change both parts. So rows
+are bound into *row groups*: the fewest rows that hold whole blocks together. Dim 0 of `codes` and `scales` counts them.
 
-What the bytes mean is the scheme's affair (`schemes`). Under `none`, which has no blocks, a group is a row.
+    cols 512,  block 64     512 = 8 blocks          a group is 1 row
+    cols 1376, block 64    1376 = 21.5 blocks       a group is 2 rows, 43 blocks
+
+Any cut along dim 0 then leaves parts that are quantized as the whole matrix is, bit for bit. That is why a rank can
+merge its own rows alone. If the rows do not fill the last group, rows of zeros do.
+
+What the bytes mean is the scheme's affair (`schemes`). Scheme `none` has no blocks: a group is a row.
 """
 
 from __future__ import annotations

@@ -44,16 +44,17 @@ class FoundBasis:
 def find_bases(
     layers: Mapping[str, LoQTLinear], collected: Mapping[str, Tensor], config: SubspaceConfig, *, seed: int
 ) -> dict[str, FoundBasis]:
-    """P of several layers, those with sketches of one shape and rank in one batch. Local.
+    """The new P of several layers. Layers whose sketches have one shape and rank share a batched call. Local.
 
-    What is not finite counts as zero, so that LAPACK gets through: the step's norm tells the trainer that the step is
-    to be skipped, and this dropped. Should it not, an energy that is not a number shows it.
+    A gradient may hold NaN or infinity. The trainer will then skip the step and drop its P, but it learns that only
+    later, and LAPACK must not fail meanwhile: such values are replaced by zeros. If the step were merged all the same,
+    the layer's energy, NaN, would show it.
 
     Args:
         layers: All layers by name.
-        collected: What the probes of some of them have collected, float32; the buffers are consumed.
+        collected: Gradients or sketches of some of them, float32; they are overwritten.
         config: How P is found.
-        seed: Of the run and step: of what P is filled up with, and of `randomized`.
+        seed: Of the run and step, for the background (see `functional.projection`) and for `randomized`.
     """
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, gradient in collected.items():

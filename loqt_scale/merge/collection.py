@@ -1,17 +1,22 @@
-"""One merge's gradients (or their sketches), on their way from the backward passes to the ranks that factorise them.
+"""How the sketches of one merge get from the backward passes to the ranks that factorise them.
 
-With one rank what a probe has collected is complete after the last backward pass. With several, every rank sends every
-layer's part to the layer's owner after each pass, while the backward pass goes on, and forgets it: a rank keeps the
-sums of the layers it owns, 1/N of all, and what is in the air.
+Each layer has an *owner*, the rank that factorises its sketch. (Under the exact methods read "dense gradient".) With
+one rank, sketches are complete after the last backward pass. With several, every rank has a part of every layer's
+sketch, and the owner needs the sum. So, while a backward pass still runs, each rank begins to reduce a layer's part to
+the owner as soon as it is there, and frees it when the reduction is over. No rank holds all sketches: only the sums of
+the layers that it owns, 1/N of them, and the parts on their way, at most `budget` bytes.
 
-Ranks must send the same things in the same order, whatever their backward passes do. So the order is fixed, last layer
-first, and repeats once a pass; what arrives early waits for its turn, and what a pass has left out is sent as zeros at
-the end of the step. (A layer that is in no pass at all is an error.)
+*Order.* Reductions are collectives: all ranks must begin them in one order, though backward passes may finish layers in
+another. The order is fixed, last layer first, once per pass. A part that comes before its turn waits (`_early`). If a
+pass has left a layer out, zeros are sent in its place at the end of the step. (A layer that is in no pass is an error.)
 
-    arrive -> (its turn) -> send -> (at most `budget` bytes in the air) -> land -> sum of the owner -> complete
+*Waves.* The order is cut into waves, with equally many layers of each owner. When the last layer of a wave is sent, the
+reductions of the wave before it are awaited; in the last pass its owners then factorise their layers, all at the
+same time, while the newer wave is still on its way:
 
-The order is cut into *waves*, equally many layers of each owner. When a wave has been sent, the one before it lands,
-and in the last pass all owners factorise their layers of it, at the same time.
+    backward pass    layers of wave 1 | layers of wave 2      | layers of wave 3      | ...
+    on the wire      reduce wave 1    | reduce wave 2         | reduce wave 3         |
+    owners                            | await 1, factorise 1  | await 2, factorise 2  |
 """
 
 from __future__ import annotations

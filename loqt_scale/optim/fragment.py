@@ -1,10 +1,19 @@
-"""What a rank stores of a parameter, and the optimizer's moments of it in 8 bits or in 32.
+"""The part of a parameter that a rank stores, and the optimizer's moments of it in 8 bits or in 32.
 
     fsdp, ddp, single   whole rows, in a tensor of their own
-    ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (`zero.flat`)
+    ZeRO                any consecutive values, inside a flat tensor that holds many parameters' (see `zero.flat`)
 
-Both are `Fragment`s, so one update and one form of the moments serve all. The blocks of 8-bit codes are the
-parameter's, wherever a fragment begins and ends: only a block that is itself cut has a scale on each side of the cut.
+Both are a `Fragment`: one kind of update and one kind of moment serve all strategies.
+
+8-bit moments have one scale for each block of values, and blocks are counted from the beginning of the parameter's
+row, not of the fragment. A fragment of ZeRO may begin or end inside a block. That block's values then lie on two ranks,
+and each rank has a scale for its own part:
+
+    parameter   | block 0 | block 1 | block 2 | block 3 |
+    rank 0      |=========|====                               scales: 0, first part of 1
+    rank 1                     =====|=========|=========|     scales: second part of 1, 2, 3
+
+So all other blocks have the codes that they would have on one rank; at most two blocks of a fragment differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An update that is left out, on the device, where the gradient's norm is not finite."""
+"""An optimizer step that is skipped where the gradient's norm is NaN or infinite, without asking the host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Steps the optimizer unless the norm is NaN or infinite. Local.
 
-    Both of ours, torch's fused AdamW and `StreamedAdamW`, take the verdict as a tensor (as they would from a gradient
-    scaler) and leave moments, weights and step counts alone: the host does not wait for the device. For any other the
-    host reads it.
+    The norm is on the device, and the host should not wait for it. torch has a protocol for that, which its GradScaler
+    uses: an optimizer with `_step_supports_amp_scaling` reads `found_inf`, a tensor; if it is not zero, weights,
+    moments and step counts stay as they are. torch's fused AdamW and our `StreamedAdamW` follow it. For any other
+    optimizer the host reads the norm, and waits.
 
     Args:
         optimizer: Any.

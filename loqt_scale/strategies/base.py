@@ -135,7 +135,7 @@ class Strategy:
         return False
 
     def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
-        """Rows [start, stop) of `parameter` that this rank stores."""
+        """Rows [start, stop) of `parameter` that this rank keeps in memory (`rows` is about work)."""
         return 0, parameter.shape[0]
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Strategy:
         return nullcontext()
 
     def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
-        """Rows [start, stop) out of `total` that a rank (default: this one) works on."""
+        """Rows [start, stop) out of `total` that a rank (default: this one) works on, whoever stores them."""
         return shard_range(total, self.rank if rank is None else rank, self.world_size)
 
     def read(self, parameter: Tensor) -> Tensor:
@@ -200,7 +200,18 @@ class Strategy:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
-        """This rank's work share of a tensor of `shape`, as torch.distributed.checkpoint saves it."""
+        """The rows that this rank writes to a checkpoint, with their place in the whole tensor.
+
+        These are the rows that it works on (`rows`), not those that it stores (`stored_rows`): under ddp every rank
+        stores all rows and writes 1/N of them. Every rank, the first time.
+
+        Args:
+            piece: The rows, on the host.
+            shape: Of the whole tensor.
+
+        Returns:
+            What torch.distributed.checkpoint saves: `piece` itself if it is the whole.
+        """
         return piece
 
     def read_moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:

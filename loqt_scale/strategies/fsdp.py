@@ -1,13 +1,19 @@
-"""FSDP2: every parameter sharded on dim 0, gathered block by block around forward and backward.
+"""FSDP2: every parameter is sharded on dim 0, and gathered unit by unit around forward and backward.
 
-Packed bytes are ordinary frozen parameters here: `fully_shard` shards them, gathers them with the block's other
-parameters in one collective and never casts them (its mixed precision touches floating tensors only). Because dim 0 of
-packed tensors counts whole quantization groups, each shard can be merged by itself; the work share of a rank in a merge
-is simply what it stores.
+A *unit* is a module whose parameters FSDP2 gathers in one collective and frees together: each transformer block, and
+the root for the rest (embeddings, last norm, head). Packed bytes are ordinary frozen parameters of their unit: they are
+gathered with it and never cast (mixed precision touches floating tensors only). Dim 0 of packed tensors counts row
+groups, so each shard can be merged by itself. In a merge a rank works on the rows that it stores.
 
-A step of several micro-batches changes nothing that trains until its end. What it keeps whole in between is a choice of
-memory against bytes on the wire (`parallel.kept_between_passes`): gradients, and B and the root's parameters too. For
-the latter B is a unit of its own, layer by layer, beside its block's packed bytes, which come and go in every pass.
+Nothing that trains changes between the micro-batches of one step. What then stays unsharded is a choice between memory
+and bytes on the wire (`parallel.kept_between_passes`):
+
+    kept         between the passes of a step                     units
+    nothing      gradients are reduced after each pass            block, root
+    gradients    whole gradients stay until the last pass         block, root
+    trained      so do the gathered B, embeddings and head        block without B, B of each layer, root
+
+Under `trained` B is a unit of its own in each layer, because its block's packed bytes come and go in every pass.
 """
 
 from __future__ import annotations

@@ -110,10 +110,11 @@ class OffloadStrategy(FSDPModelStrategy):
         *,
         max_norm: float,
     ) -> Tensor:
-        """As with one process; the norm goes to the device, where the loss is, only when it has been acted on.
+        """As with one process, and the norm is returned on the device, where the loss is.
 
-        Inside, it stays where the gradients are. Sent to the device and back as a verdict, it would be sent without
-        waiting (so torch's fused AdamW does it), and the host would read it before it is there.
+        Gradients, and so the norm, are in host memory, and the host's optimizer reads from the norm whether to skip.
+        The norm must not make the detour over the device before that: torch's fused AdamW would copy the verdict back
+        without waiting, and read it before it has arrived. So it is moved only after the update.
         """
         return super().update(model, optimizer, parameters, max_norm=max_norm).to(self.device)
 

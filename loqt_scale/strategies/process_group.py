@@ -120,7 +120,7 @@ class DistributedStrategy(Strategy):
         return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
 
     def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
-        """A DTensor on the host, sharded on dim 0 as `rows` shares it out. Every rank, the first time."""
+        """See `Strategy.as_shard`: a DTensor on the host, whose dim 0 is cut as `rows` cuts it."""
         if self._host_mesh is None:
             self._host_mesh = init_device_mesh("cpu", (self.world_size,))
         whole = torch.empty(tuple(shape), device="meta")

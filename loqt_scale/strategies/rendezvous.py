@@ -1,16 +1,24 @@
-"""A job's ranks finding each other: the key-value store of the launcher, or rank 0's.
+"""How a job's ranks find each other: through a key-value store, the launcher's or rank 0's.
 
-`open_store` waits in steps of a second, between which Python hears a signal: torch's own waits do not.
+`torchrun --max-restarts` starts new ranks after a failure, but its agent keeps one store for all attempts, and torch
+does not keep the attempts' keys apart. A new rank may read the address of a dead one, and fail or wait for ever. The
+number of the restart is no remedy: on several nodes each agent counts only its own. So the ranks of an attempt agree on
+a fresh prefix for their keys. Each draws a random word; rank 0's is the key:
 
-One attempt's ranks must find each other in a store that still holds what killed attempts left in it. `torchrun
---max-restarts` starts new ranks, but its agent keeps one key-value store for all attempts, and torch does not tell
-their keys apart: a new rank may read the address of a dead one ("Connection refused", or a wait for ever). The restart
-count is no remedy, agents on several nodes count their own restarts only. So the ranks agree on a fresh prefix:
+    rank 0 (key K)                                store                       rank r (word W_r)
+                                                  hello/r = W_r        <----  writes its word
+    reads the words of all ranks            <---- hello/1 ... hello/N-1
+    writes the key and the words it read    ----> welcome = K, {r: W_r}
+                                                  welcome              ---->  finds W_r in it: this welcome is new
+                                                  answer/r = K         <----  answers with the key
+    sees K in every answer: all are there   <---- answer/1 ... answer/N-1
 
-    rank r > 0   writes a random word to hello/r; waits for a welcome with that word in it; answers with welcome's key
-    rank 0       writes a welcome (a random key, the word read from each rank) until all have answered with its key
+    from then on all use the keys attempt-K/...
 
-Nothing stale is ever taken: an old welcome lacks r's new word, an old answer rank 0's new key.
+Rank 0 repeats its welcome until all have answered. What an earlier attempt has left fools nobody: an old welcome lacks
+rank r's new word, an old answer lacks rank 0's new key.
+
+`open_store` waits in steps of at most a second, between which Python hears a signal: torch's own waits do not.
 """
 
 from __future__ import annotations

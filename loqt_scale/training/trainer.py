@@ -107,7 +107,8 @@ class Trainer:
         self.reader = ShareReader(
             corpus.train, config.data.seq_len, alone=strategy.world_size == 1 or self.per_layer is not None
         )
-        # what the backward pass has applied cannot be skipped any more: the first such step ends the run
+        # With per-layer updates a bad gradient is applied before the norm is known. It cannot be skipped, so the first
+        # bad step ends the run.
         self.health = Health(1 if config.optim.per_layer else config.optim.max_skipped_steps)
         self.saver = CheckpointSaver(
             Path(config.train.run_dir) / CHECKPOINTS,

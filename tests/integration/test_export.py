@@ -253,7 +253,7 @@ def test_generate(run_dirs: dict[str, Path], exports: dict[str, Path], capsys: p
         ),
         (["export", "--checkpoint", "RUN", "--output", "OUT"], "did you mean '--out'?"),
         (["export", "--checkpoint", "RUN"], "no --out; write --checkpoint CHECKPOINT --out OUT"),
-        (["export", "--checkpoint", "RUN", "--out", "OUT", "--dtype", "int8"], "write one of bfloat16, float32"),
+        (["export", "--checkpoint", "RUN", "--out", "OUT", "--dtype", "int8"], "write one of float32, bfloat16"),
         (["generate", "--checkpoint", "RUN", "--max_new_tokens", "many"], "is 'many'; write a whole number"),
         (["generate", "--max-new-tokens", "3"], "did you mean '--max_new_tokens'?"),
         (["generate", "--checkpoint", "RUN", "--temperature", "-1"], "write 0 (the likeliest token) or 0.0001 to"),
