@@ -22,7 +22,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def settle(settings: Any, group: str = "") -> None:
+def check_values(settings: Any, group: str = "") -> None:
     """Checks every value of a settings dataclass for what its type demands, and expands its paths in place.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from loqt_scale.config.check import PATH, require, settle
+from loqt_scale.config.check import PATH, check_values, require
 from loqt_scale.config.choices import Device, Dtype, ExportFormat
 from loqt_scale.config.keys import plain_message
 from loqt_scale.config.sizes import parse_size
@@ -40,7 +40,7 @@ class ExportOptions:
     max_shard_size: str = "2GB"
 
     def __post_init__(self) -> None:
-        settle(self)
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class GenerateOptions:
             temperature == 0.0 or low <= temperature <= high,
             f"temperature is {temperature}; write 0 (the likeliest token) or {low} to {high}",
         )
-        settle(self)
+        check_values(self)
         require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; write 1 or more")
         require(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; write a number in (0, 1]")
 
@@ -91,7 +91,7 @@ class PlanOptions:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        settle(self)
+        check_values(self)
         require(1 <= self.gpus <= 2**24, f"gpus is {self.gpus}; write 1 to {2**24}")
         rows = self.vocab_size
         require(rows is None or 1 <= rows <= 2**31, f"vocab_size is {rows}; write 1 to {2**31}")
@@ -152,7 +152,7 @@ class _Saved:
     checkpoint: str = field(default="", metadata=PATH)
 
     def __post_init__(self) -> None:
-        settle(self)
+        check_values(self)
 
 
 def split_checkpoint(argv: Sequence[str]) -> tuple[str, list[str]]:

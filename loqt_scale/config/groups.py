@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loqt_scale.config.check import PATH, require, settle
+from loqt_scale.config.check import PATH, check_values, require
 from loqt_scale.config.choices import (
     Device,
     Dtype,
@@ -53,7 +53,7 @@ class ModelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        settle(self, "model")
+        check_values(self, "model")
         require(
             not (self.weights == "pretrained" and self.path is None),
             "model.weights is 'pretrained' but model.path is not set; write model.path: FOLDER or a Hugging Face id",
@@ -99,7 +99,7 @@ class DataConfig:
     cache_dir: str | None = field(default=None, metadata=PATH)
 
     def __post_init__(self) -> None:
-        settle(self, "data")
+        check_values(self, "data")
         require(
             not (self.files and self.dataset),
             "data.files and data.dataset are both set; write one of them (the other as [] or null)",
@@ -161,7 +161,7 @@ class OptimConfig:
     max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
-        settle(self, "optim")
+        check_values(self, "optim")
         require(self.lr > 0.0, f"optim.lr is {self.lr}; write a positive number")
         require(
             self.full_precision_lr is None or self.full_precision_lr > 0.0,
@@ -247,7 +247,7 @@ class ParallelConfig:
     timeout_seconds: int = 600
 
     def __post_init__(self) -> None:
-        settle(self, "parallel")
+        check_values(self, "parallel")
         seconds = self.timeout_seconds
         require(1 <= seconds <= _YEAR, f"parallel.timeout_seconds is {seconds}; write 1 to {_YEAR} (a year)")
         if self.strategy != "auto":
@@ -294,7 +294,7 @@ class TrainConfig:
     wire_counter: Literal["once", "off"] = "off"
 
     def __post_init__(self) -> None:
-        settle(self, "train")
+        check_values(self, "train")
         most = {"steps": _STEPS, "global_batch_size": _MANY, "micro_batch_size": _MANY, "log_every": _STEPS}
         for key, limit in most.items():
             value = getattr(self, key)
@@ -325,7 +325,7 @@ class CheckpointConfig:
     resume: str = field(default="auto", metadata=PATH)
 
     def __post_init__(self) -> None:
-        settle(self, "checkpoint")
+        check_values(self, "checkpoint")
         for key in ("every", "keep_every"):
             value = getattr(self, key)
             require(value >= 0, f"checkpoint.{key} is {value}; write 0 (off) or more steps")

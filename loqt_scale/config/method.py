@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from loqt_scale.config.check import require, settle
+from loqt_scale.config.check import check_values, require
 from loqt_scale.config.choices import (
     GapSchedule,
     InitialFactors,
@@ -34,7 +34,7 @@ class SubspaceConfig:
     power_iterations: int = 2
 
     def __post_init__(self) -> None:
-        settle(self, "loqt.subspace")
+        check_values(self, "loqt.subspace")
         require(self.oversampling >= 0.0, f"loqt.subspace.oversampling is {self.oversampling}; write 0.0 or more")
         require(
             self.power_iterations >= 0, f"loqt.subspace.power_iterations is {self.power_iterations}; write 0 or more"
@@ -49,7 +49,7 @@ class MergeConfig:
         gap: T of the paper: the constant part of the number of steps between two merges.
         schedule: exponential = gap + floor(growth^i) (the paper); linear = gap + floor(growth · i); constant = gap.
         growth: ψ of the paper: how the gap grows with the number i of merges done.
-        last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
+        last_step_fraction: No merge after this fraction of the run, so that the last factors have time to check_values.
         compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; with 0, B stays
             at zero.
         optimizer_state: What happens to the optimizer's moments of B: transport = rotated into the new basis; reset =
@@ -64,7 +64,7 @@ class MergeConfig:
     optimizer_state: StatePolicy = "transport"
 
     def __post_init__(self) -> None:
-        settle(self, "loqt.merge")
+        check_values(self, "loqt.merge")
         require(self.gap >= 1, f"loqt.merge.gap is {self.gap}; write 1 or more steps")
         require(self.growth >= 0.0, f"loqt.merge.growth is {self.growth}; write 0 or more (the paper: 1.2)")
         require(
@@ -97,7 +97,7 @@ class QuantizationConfig:
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        settle(self, "loqt.quantization")
+        check_values(self, "loqt.quantization")
         sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
         require(
             self.block_size in sizes,
@@ -139,7 +139,7 @@ class LoQTConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
 
     def __post_init__(self) -> None:
-        settle(self, "loqt")
+        check_values(self, "loqt")
         require(self.rank >= 1, f"loqt.rank is {self.rank}; write 1 or more")
         for pattern, rank in self.rank_pattern.items():
             require(rank >= 1, f"loqt.rank_pattern has {pattern}: {rank}; write 1 or more")
