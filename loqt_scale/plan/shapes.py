@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.functional.shares import shard_range
 from loqt_scale.layers import loqt_layers
 from loqt_scale.model.build import ModelDesign
 from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.optim import low_rank_parameters
-from loqt_scale.strategies import shard_range
 
 # kind of memory, by how a parameter's name ends
 _KINDS = {

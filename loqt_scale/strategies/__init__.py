@@ -2,7 +2,7 @@
 
 from torch.distributed.distributed_c10d import Store
 
-from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy, shard_range
+from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.rendezvous import StoreLine, open_store
@@ -23,5 +23,4 @@ __all__ = [
     "open_store",
     "resolve_device",
     "resolve_strategy",
-    "shard_range",
 ]

@@ -27,16 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loqt_scale.functional.shares import shard_range
 from loqt_scale.optim import RowShards, ensure_state, open_moments, step_if_finite
 from loqt_scale.strategies.float32_sums import Float32Sums
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def shard_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Rows [start, stop) of shard `rank` when dim 0 is cut as `torch.chunk` (and FSDP2) cuts it."""
-    chunk = -(-rows // world_size)
-    return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
 
 class Channel:

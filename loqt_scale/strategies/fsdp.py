@@ -31,9 +31,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Kept
+from loqt_scale.functional.shares import shard_range
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import RowShards
-from loqt_scale.strategies.base import shard_range
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
 from loqt_scale.strategies.process_group import DistributedStrategy
