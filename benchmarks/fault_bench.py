@@ -15,9 +15,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from fault_layouts import Layout, Reference
 from ranks import Job, Words
 
 STEPS = 12
@@ -43,51 +43,6 @@ SETTINGS = {
 
 class Bad(Exception):
     """A run did not do what it should; the message says what happened, for people."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A strategy on so many ranks."""
-
-    strategy: str
-    ranks: int
-    settings: Mapping[str, str]
-
-    @property
-    def words(self) -> list[str]:
-        """Its settings on the command line."""
-        return [f"--parallel.strategy={self.strategy}", *(f"--{key}={value}" for key, value in self.settings.items())]
-
-
-def _zero(stage: int, ranks: int) -> Layout:
-    return Layout(strategy="zero", ranks=ranks, settings={"parallel.zero_stage": str(stage)})
-
-
-LAYOUTS = {
-    "single": Layout(strategy="single", ranks=1, settings={}),
-    "fsdp x1": Layout(strategy="fsdp", ranks=1, settings={}),
-    "zero 2 x1": _zero(2, 1),
-    "ddp x2": Layout(strategy="ddp", ranks=2, settings={}),
-    "fsdp x2": Layout(strategy="fsdp", ranks=2, settings={}),
-    "zero 1 x2": _zero(1, 2),
-    "zero 2 x2": _zero(2, 2),
-    "zero 3 x2": _zero(3, 2),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A run that nothing happened to.
-
-    Args:
-        losses: Loss by step, 1 to its last.
-        evaluations: Held-out loss by step.
-        seconds: How long it took.
-    """
-
-    losses: dict[int, float]
-    evaluations: dict[int, float]
-    seconds: float
 
 
 class Bench:
@@ -413,3 +368,11 @@ def unbroken_lines(rows: Sequence[Mapping[str, float]], key: str) -> dict[int, f
     steps = [int(row["step"]) for row in rows if key in row]
     require(len(steps) == len(set(steps)), f"{key} has a step twice: {steps}")
     return {int(row["step"]): row[key] for row in rows if key in row}
+
+
+def saved_run(bench: Bench) -> Path:
+    """A run that was killed after a few steps; its latest checkpoint."""
+    bench.train_until(bench.rng.randint(3, STEPS - 3))
+    latest = bench.latest()
+    assert latest is not None
+    return latest

@@ -1,8 +1,8 @@
 """Hundreds of runs that something happens to: is any step lost or done twice, and does each end in words?
 
-A case is a fault (a kind and a variant of it: `fault_kinds`, `fault_files`) on a strategy and a number of ranks, with
-all its choices drawn from the seed and the case's number, so that it can be done again alone. After the fault the same
-command is given until the run is over, and everything is compared with a run that nothing happened to (`fault_bench`).
+A case is a fault (a kind and a variant of it: `fault_table`) on a strategy and a number of ranks, with all its choices
+drawn from the seed and the case's number, so that it can be done again alone. After the fault the same command is given
+until the run is over, and everything is compared with a run that nothing happened to (`fault_bench`).
 
     python benchmarks/faults.py                     # 340 cases
     python benchmarks/faults.py --quick             # about a minute, one process
@@ -26,15 +26,20 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-import fault_files  # noqa: F401  (its faults join the table)
 from common import commit, publish, table
-from fault_bench import LAYOUTS, Bad, Bench, Reference, unbroken
-from fault_kinds import ALONE, ANY, FAULTS, SEVERAL, Variant
+from fault_bench import Bad, Bench, unbroken
+from fault_layouts import LAYOUTS, Reference
+from fault_table import ALONE, ANY, FAULTS, SEVERAL, Variant
 from golden import corpus
 from ranks import warm_up
+
+# In this order: a case's number chooses among them.
+for _name in ("fault_signals", "fault_disks", "fault_restarts", "fault_places", "fault_files", "fault_words"):
+    import_module(_name)  # puts its faults into the table
 
 SHARES = {"kill -9": 3, "told to stop": 2, "full disk": 2, "second job": 2, "going back": 2, "forged manifest": 2}
 KNOWN_FROM = 10_000  # numbers of the known faults
