@@ -18,7 +18,7 @@ from loqt_scale.training.runlock import RunLock
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.runs import AT, SavedRuns
 from tests.distributed.test_equivalence import ODD
-from tests.unit.checkpoint.test_foreign import edit_tensors
+from tests.unit.checkpoint.forging import edit_tensors
 
 MERGE = 13  # right after a merge
 

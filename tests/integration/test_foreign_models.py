@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loqt_scale.cli import main
 from tests.distributed.tasks import SMALL_RUN, _word
-from tests.unit.checkpoint.test_foreign import SHARD, edit_tensors, forge
+from tests.unit.checkpoint.forging import SHARD, edit_tensors, forge
 
 
 @pytest.fixture(scope="module")

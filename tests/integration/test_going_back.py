@@ -14,7 +14,7 @@ import torch
 
 from loqt_scale.checkpoint import CheckpointError, Start, identity
 from tests.integration.lines import FINISHED, LONG, STEPS, Runs, content
-from tests.unit.checkpoint.test_foreign import SHARD, edit_tensors
+from tests.unit.checkpoint.forging import SHARD, edit_tensors
 from tests.unit.metrics.test_metrics import same_curves
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loqt_scale.checkpoint import CheckpointError
 from tests.integration.lines import FINISHED, STEPS, Runs, content
-from tests.unit.checkpoint.test_foreign import SHARD
+from tests.unit.checkpoint.forging import SHARD
 
 
 def test_restarts_of_a_run_that_began_from_a_path(runs: Runs, killed: Callable[..., None]) -> None:

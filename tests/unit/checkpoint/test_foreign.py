@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,8 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loqt_scale.checkpoint import (
@@ -36,8 +34,8 @@ from loqt_scale.config.yaml import save_run_config
 from loqt_scale.functional.schemes import SCHEMES
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.strategies import Channel, Strategy
+from tests.unit.checkpoint.forging import SHARD, edit_tensors, forge
 
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
 DATA = '{"epoch": 0, "texts": 1, "tokens": 2, "rest": [3], "windows": 0}'
 ONE = Strategy(torch.device("cpu"))
 
@@ -105,28 +103,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "step-00000005"))
-
-
-def forge(path: Path, edit: Callable[[dict[str, Any]], object] = lambda tree: None) -> None:
-    """Edits a manifest and makes all its checksums right."""
-    tree = json.loads((path / "manifest.json").read_text())
-    tree.pop("sha256", None)
-    for name in tree["files"]:
-        tree["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        tree["sizes"][name] = (path / name).stat().st_size
-    edit(tree)
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(tree | {"sha256": digest}))
-
-
-def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], object], shard: str = SHARD) -> None:
-    """Edits the tensors of a shard, checksums right."""
-    with safe_open(path / shard, "pt") as file:
-        metadata = file.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(path / shard).items()}
-    edit(tensors)
-    save_file(tensors, path / shard, metadata=metadata)
-    forge(path)
 
 
 def assert_loads_equal_or_refuses(path: Path, numbers: dict[str, Tensor]) -> None:
