@@ -12,14 +12,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from loqt_scale.checkpoint import Start, check_numbers, check_tensors, identity, open_checkpoint, seek_text
+from loqt_scale.checkpoint import (
+    Checkpoint,
+    Start,
+    check_numbers,
+    check_tensors,
+    identity,
+    open_checkpoint,
+    seek_text,
+)
 from loqt_scale.config import RunConfig
 from loqt_scale.config.yaml import dump_run_config
-from loqt_scale.data import build_corpus
+from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.metrics import Console, MetricsWriter, Progress
-from loqt_scale.model.build import design_model
+from loqt_scale.model.build import ModelDesign, design_model
 from loqt_scale.optim import momentum_only
 from loqt_scale.process.environment import launched_world_size
 from loqt_scale.process.error_log import keep_errors_in
@@ -95,28 +103,45 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     check_same(strategy, corpus.fingerprint)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
-        single = momentum_only(design.model, config.optim, design.dense_layers)
-        check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
-        seek_text(checkpoint, corpus.train)
-        check_numbers(checkpoint, design.model, strategy)
+        _check_checkpoint(checkpoint, design, corpus, config, strategy)
     with stop.patience():  # what has been moved is said, whatever signal comes
         run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
     stop.check()
     if checkpoint is not None and run.place is not None:
         checkpoint.follow(run.place)
     keep_errors_in(config.train.run_dir)
-    done = None if checkpoint is None else checkpoint.manifest.step
-    resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == config.train.steps}
+    before, after = _train_design(design, corpus, checkpoint, config, strategy, stop)
+    run.finish(before, after)
+    return before, after
+
+
+def _check_checkpoint(
+    checkpoint: Checkpoint, design: ModelDesign, corpus: Corpus, config: RunConfig, strategy: Strategy
+) -> None:
+    """Whether a run can go on from a checkpoint, before its folder is changed; goes to its place in the text."""
+    single = momentum_only(design.model, config.optim, design.dense_layers)
+    check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
+    seek_text(checkpoint, corpus.train)
+    check_numbers(checkpoint, design.model, strategy)
+
+
+def _train_design(
+    design: ModelDesign,
+    corpus: Corpus,
+    checkpoint: Checkpoint | None,
+    config: RunConfig,
+    strategy: Strategy,
+    stop: StopRequest,
+) -> tuple[float, float]:
+    """Builds and trains a model; returns held-out loss before and after, in nats. Every rank."""
+    train, done = config.train, None if checkpoint is None else checkpoint.manifest.step
+    resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == train.steps}
     with (
-        Progress(
-            config.train.steps, enabled=strategy.is_main, mode=config.train.progress, initial_step=done or 0
-        ) as progress,
-        MetricsWriter(config.train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
+        Progress(train.steps, enabled=strategy.is_main, mode=train.progress, initial_step=done or 0) as progress,
+        MetricsWriter(train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
     ):
         trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
-        if strategy.is_main and strategy.engine_settings is not None:
-            settings = json.dumps(strategy.engine_settings, indent=2)
-            (Path(config.train.run_dir) / "deepspeed.json").write_text(settings + "\n")
+        _keep_engine_settings(strategy, Path(train.run_dir))
         began = None if checkpoint is None else checkpoint.manifest.warmup_steps
         progress.line(banner(trainer.built, trainer.corpus, config, strategy, warmup_steps=began))
         if checkpoint is not None:
@@ -124,8 +149,13 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         before, after = trainer.run()
         progress.close()
         progress.line(summary(config, before, after))
-    run.finish(before, after)
     return before, after
+
+
+def _keep_engine_settings(strategy: Strategy, run_dir: Path) -> None:
+    if strategy.is_main and strategy.engine_settings is not None:
+        settings = json.dumps(strategy.engine_settings, indent=2)
+        (run_dir / "deepspeed.json").write_text(settings + "\n")
 
 
 def _say(line: str) -> None:
