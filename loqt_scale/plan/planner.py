@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loqt_scale.config import RunConfig
+from loqt_scale.config.combinations import strategy_of
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.model.build import design_model
@@ -56,16 +57,13 @@ def planned_traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple
 
 def planned_strategy(config: RunConfig, ranks: int) -> str:
     """The strategy that a run of so many ranks takes; raises ConfigError if that is not planned."""
-    name = config.parallel.strategy
+    name = strategy_of(config.parallel, ranks)
     if name == "zero":
         raise ConfigError(
             "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
             "holds what stage 3 shards"
         )
-    if name == "auto":
-        name = "fsdp" if ranks > 1 else "single"
-        config.parallel.check_offload(name)
-        return name
+    config.parallel.check_offload(name)
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
     return name

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.config.combinations import strategy_of
 from loqt_scale.errors import UserError
 from loqt_scale.process.environment import is_bound_to_one_gpu, is_launched, launched_world_size, local_rank
 from loqt_scale.strategies.base import DTYPES, Strategy
@@ -28,7 +29,7 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
     world_size = launched_world_size(environment)
     launched = is_launched(environment)
     if config.strategy == "auto":
-        return "fsdp" if world_size > 1 else "single"
+        return strategy_of(config, world_size)
     if config.strategy == "single" and world_size > 1:
         raise UserError(
             f"parallel.strategy is 'single', but the launcher started {world_size} ranks; "

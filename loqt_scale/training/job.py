@@ -22,9 +22,9 @@ from loqt_scale.checkpoint import (
     seek_text,
 )
 from loqt_scale.config import RunConfig
+from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.data import Corpus, build_corpus
-from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.metrics import Console, MetricsWriter, Progress
 from loqt_scale.model.build import ModelDesign, design_model
@@ -82,7 +82,7 @@ def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict
     strategy = create_strategy(config, device=device, store=store)
     try:
         check_same(strategy, dump_run_config(config).splitlines())
-        _check_per_layer(config, strategy)
+        check_ranks(config, ranks=strategy.world_size, passes=_passes(config, strategy))
         with OpenRun(config, strategy, tell=_say) as run:
             check_same(strategy, [f"goes on from: {_place(run.start)}"])
             before, after = _train_in(run, config, strategy, stop)
@@ -162,15 +162,9 @@ def _say(line: str) -> None:
     Console().line(line)
 
 
-def _check_per_layer(config: RunConfig, strategy: Strategy) -> None:
+def _passes(config: RunConfig, strategy: Strategy) -> int:
     train = config.train
-    steps = micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
-    if config.optim.per_layer and steps > 1:
-        share = -(-train.global_batch_size // strategy.world_size)
-        raise UserError(
-            f"optim.per_layer is true, but a step is {steps} micro-batches, whose gradients would have to pile up; "
-            f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false"
-        )
+    return micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
 
 
 def _place(start: Start) -> str:

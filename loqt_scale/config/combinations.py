@@ -1,0 +1,76 @@
+"""Settings of several groups that cannot work together. What one group can judge alone it judges itself (`groups`).
+
+    check_combinations    whatever the number of ranks    when a `RunConfig` is made
+    check_ranks           for so many ranks               before anything of a run is touched
+    strategy_of           what `auto` means for so many   where a run starts, and where it is planned
+
+What depends on the model's shapes, on files or on the machine is judged where they are known.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loqt_scale.config.check import require
+
+if TYPE_CHECKING:
+    from loqt_scale.config.groups import ParallelConfig
+    from loqt_scale.config.run import RunConfig
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Raises ConfigError if two settings contradict each other."""
+    uneven = next((rank for rank in config.loqt.ranks if rank % 32), 0)
+    ours_alone = {
+        "optim.per_layer: true": config.optim.per_layer,
+        "model.trained_dtype: bfloat16": config.model.trained_dtype == "bfloat16",
+    }
+    asked = [name for name, wanted in ours_alone.items() if wanted]
+    require(
+        config.parallel.strategy != "zero" or not asked,
+        f"{', '.join(asked)}: DeepSpeed's ZeRO keeps float32 masters of what trains and updates them at the end of "
+        "a step; write parallel.strategy: fsdp (or single), or leave it out",
+    )
+    require(
+        not (config.optim.per_layer and config.parallel.strategy == "ddp"),
+        "optim.per_layer is true, but ddp sums gradients in buckets that hold all of them; write "
+        "parallel.strategy: fsdp, or optim.per_layer: false",
+    )
+    require(
+        not (config.optim.per_layer and config.parallel.offload in ("optimizer", "all")),
+        "optim.per_layer is true, but gradients are on their way to host memory then; write parallel.offload: "
+        "base, or optim.per_layer: false",
+    )
+    require(
+        not (config.method == "full" and config.parallel.offload == "base"),
+        "parallel.offload is base, but full-rank training has no frozen base; write parallel.offload: optimizer",
+    )
+    require(
+        not (config.optim.states == "int8" and config.method == "loqt" and uneven),
+        "optim.states is int8, whose blocks are parts of a row, but loqt.rank "
+        f"{'' if config.loqt.rank % 32 else '(by loqt.rank_pattern) '}is {uneven}; write a "
+        "multiple of 32, or optim.states: float32",
+    )
+
+
+def check_ranks(config: RunConfig, *, ranks: int, passes: int) -> None:
+    """Raises ConfigError if settings cannot work on so many ranks.
+
+    Args:
+        config: The run.
+        ranks: N.
+        passes: Micro-batches of a step on each of them.
+    """
+    share = -(-config.train.global_batch_size // ranks)
+    require(
+        not (config.optim.per_layer and passes > 1),
+        f"optim.per_layer is true, but a step is {passes} micro-batches, whose gradients would have to pile up; "
+        f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false",
+    )
+
+
+def strategy_of(parallel: ParallelConfig, ranks: int) -> str:
+    """The strategy of a run on so many ranks: `auto` is fsdp on several, single on one."""
+    if parallel.strategy != "auto":
+        return parallel.strategy
+    return "fsdp" if ranks > 1 else "single"
