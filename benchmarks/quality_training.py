@@ -140,7 +140,7 @@ def device_name(device: torch.device) -> str:
 
 def free() -> None:
     """Gives back what the last run held."""
-    torch.compiler.reset()  # another model's blocks would count as recompilations of this one's, of which there may be 8
+    torch.compiler.reset()  # or another model's blocks count as recompilations of this one's, of which there may be 8
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -43,6 +43,11 @@ def warm_up(*, deepspeed: bool = True) -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
+    import loqt_scale.export
+    import loqt_scale.inference
+    import loqt_scale.plan
+    import loqt_scale.training.job  # noqa: F401
+
     if deepspeed:
         from loqt_scale.strategies.zero.engine import import_deepspeed
 
