@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from loqt_scale.errors import ConfigError, reason_of
 from loqt_scale.strategies.zero_json import nested, shown
@@ -35,7 +35,7 @@ def check_by_deepspeed(ours: Mapping[str, Any], file: Mapping[str, Any]) -> None
         if alone is not None:
             raise ConfigError(_message(key, value, alone)) from alone
     if error is not None:
-        raise ConfigError(f"DeepSpeed refuses it: {reason_of(error)}") from error
+        raise ConfigError(f"DeepSpeed refuses these settings: {reason_of(error)}") from error
 
 
 class _Notes(dict[str, Any]):
@@ -82,7 +82,7 @@ class _Notes(dict[str, Any]):
 
 
 def _refusal(settings: dict[str, Any]) -> Exception | None:
-    """What DeepSpeed says on reading, and on what it takes up later: dtypes, the scheduler, when to print."""
+    """What DeepSpeed says on reading, and on what it takes up later: dtypes, an even number, the scheduler."""
     import torch
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
@@ -91,6 +91,8 @@ def _refusal(settings: dict[str, Any]) -> Exception | None:
         theirs = DeepSpeedConfig(settings)
         for dtype in (theirs.grad_accum_dtype, theirs.param_dtype, theirs.buffer_dtype):
             DtypeEnum(dtype or "fp32")
+        if theirs.zero_config.allgather_bucket_size % 2:
+            raise ValueError("Input should be an even number")
         _ = 1 % (1 if theirs.steps_per_print is None else theirs.steps_per_print)
         if theirs.scheduler_name is not None:
             groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
@@ -103,20 +105,32 @@ def _refusal(settings: dict[str, Any]) -> Exception | None:
 def _message(key: str, value: Any, error: Exception) -> str:
     from pydantic import ValidationError
 
-    first = error.errors()[0] if isinstance(error, ValidationError) else None
-    if first and first["type"] == "extra_forbidden":
-        parts = key.split(".")
-        return _unknown(".".join(parts[: parts.index(str(first["loc"][-1])) + 1]))
-    return f"{key} is {shown(value)}, which DeepSpeed refuses: {first['msg'] if first else reason_of(error)}"
+    if not isinstance(error, ValidationError):
+        return f"{key} is {shown(value)}, which DeepSpeed refuses: {reason_of(error)}"
+    first = error.errors()[0]
+    if first["type"] != "extra_forbidden":
+        return f"{key} is {shown(value)}, which DeepSpeed refuses: {first['msg']}"
+    *blocks, name = map(str, first["loc"])
+    above = f"{key}.".partition(f"{name}.")[0]
+    return _unknown(above + name, [above + field for field in _fields(error.title, blocks)])
 
 
-def _unknown(key: str, known: Iterable[str] = ()) -> str:
+def _fields(model_name: str, blocks: list[str]) -> list[str]:
+    """Names that one of DeepSpeed's pydantic models knows, or a block within it."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    model = next(model for model in DeepSpeedConfigModel.__subclasses__() if model.__name__ == model_name)
+    for block in blocks:
+        kind = model.model_fields[block].annotation
+        model = next(each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields"))
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
     """Message with the key of this name that stands elsewhere, or one beside it that is spelt alike."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    zero = [f"zero_optimization.{field.alias or name}" for name, field in DeepSpeedZeroConfig.model_fields.items()]
     block, _, name = key.rpartition(".")
-    beside = {leaf: other for other in (*known, *zero) for above, _, leaf in [other.rpartition(".")] if above == block}
-    alike = [beside[leaf] for leaf in difflib.get_close_matches(name, beside, n=1)]
-    nearest = [other for other in zero if other == f"zero_optimization.{key}"] or alike
+    beside = {leaf: other for other in known for above, _, leaf in [other.rpartition(".")] if above == block}
+    nearest = [beside[leaf] for leaf in difflib.get_close_matches(name, beside, n=1)]
+    if key in _fields("DeepSpeedZeroConfig", []):
+        nearest = [f"zero_optimization.{key}"]
     return f"DeepSpeed has no key '{key}'; " + (f"did you mean '{nearest[0]}'?" if nearest else "leave it out")

@@ -15,7 +15,7 @@ from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import ConfigError
 from loqt_scale.strategies.zero_check import check_by_deepspeed
 from loqt_scale.strategies.zero_json import naming, nested, read_zero_json, shown
-from loqt_scale.strategies.zero_keys import RULES, Rule, check_rules
+from loqt_scale.strategies.zero_keys import DTYPES, RULES, Rule, check_rules
 
 LARGEST_BUCKET = 20_000_000  # values, of which DeepSpeed allocates a buffer; its default of 5e8 is 2 GB in float32
 PREFETCH_BUCKET = 50_000_000
@@ -69,12 +69,14 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """
     file = read_zero_json(config.parallel.zero_config)
     with naming(config.parallel.zero_config):
-        check_rules(file, RULES)
+        batch = _setting("train_batch_size", "train.global_batch_size", config.train.global_batch_size)
+        check_rules(file, (*RULES, batch))
+        _check_optimizer(file)
         filled = tuple(_filled_rules(config, file, world_size))
         check_rules(file, (*filled, *_compared_rules(config, file)))
-        _check_optimizer(file)
         file = {key: value for key, value in file.items() if key.partition(".")[0] not in _CHECKED_ONLY}
         ours = {rule.key: rule.allowed[0] for rule in filled if rule.allowed != ("none",)} | _constants(config, file)
+        # a block in the place of one of our values is the file's, for DeepSpeed to refuse
         ours = {key: value for key, value in ours.items() if not any(other.startswith(f"{key}.") for other in file)}
         check_by_deepspeed(ours, file)
         return nested({**ours, **file})
@@ -147,16 +149,16 @@ def _scheduler_rules(config: RunConfig, file: File) -> Iterator[Rule]:
 
 def _compared_rules(config: RunConfig, file: File) -> Iterator[Rule]:
     """Values that are compared with ours where there are any."""
-    train, optim, dtype, stage = config.train, config.optim, config.model.dtype, _stage(config, file)
-    yield _setting("train_batch_size", "train.global_batch_size", train.global_batch_size)
+    optim, dtype, stage = config.optim, config.model.dtype, _stage(config, file)
     for name in ("lr", "eps", "weight_decay"):
         yield _setting(f"optimizer.params.{name}", f"optim.{name}", getattr(optim, name))
     yield _setting("optimizer.params.betas", "optim.betas", list(optim.betas))
-    theirs = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    yield Rule("data_types.param_dtype", (theirs,), f"model.dtype is '{dtype}', \"{theirs}\" in DeepSpeed", _AUTO)
+    spellings = DTYPES[dtype]
+    said = f"model.dtype is '{dtype}'"
+    yield Rule("data_types.param_dtype", spellings, said, _AUTO)
     if _sums_in_16_bits(config, file):
-        why = "and the stage is 1: DeepSpeed would take another optimizer, which merges do not know"
-        yield Rule("data_types.grad_accum_dtype", ("bf16",), f"model.dtype is '{dtype}' {why}", f"{_AUTO}, or stage 2")
+        why = f"{said} and the stage is 1: DeepSpeed would take another optimizer, which merges do not know"
+        yield Rule("data_types.grad_accum_dtype", spellings, why, f"{_AUTO}, or stage 2")
     if stage < 3:
         why = f"stage {stage} keeps every parameter whole on every rank"
         yield Rule(f"{_ZERO}offload_param.device", ("none",), why, 'write "none", or stage 3')
@@ -180,7 +182,7 @@ def _check_optimizer(file: File) -> None:
     known = {"type", *(f"params.{name}" for name in ("lr", "betas", "eps", "weight_decay", "torch_adam"))}
     known |= {rule.key.removeprefix("optimizer.") for rule in RULES}
     for key, value in file.items():
-        if key.startswith("optimizer") and key.removeprefix("optimizer.") not in known:
+        if key.partition(".")[0] == "optimizer" and key.removeprefix("optimizer.") not in known:
             raise ConfigError(f"{key} is {shown(value)}, but AdamW has no such setting here; leave it out")
     name = file.get("optimizer.type", "AdamW")
     if str(name).lower() not in ("adam", "adamw"):

@@ -29,6 +29,8 @@ class Rule(NamedTuple):
     remedy: str
 
 
+_FP32, _BF16 = ("fp32", "float32", "torch.float32"), ("bf16", "bfloat16", "torch.bfloat16")
+DTYPES = {"float32": _FP32, "bfloat16": _BF16}  # model.dtype: DeepSpeed's spellings
 _NO = "leave it out"
 _OFFLOAD = ("none", "cpu"), "NVMe is not supported", "write one of none, cpu"
 _CHECKPOINTS = "checkpoints are this package's own (checkpoint.*)"
@@ -55,7 +57,7 @@ _FALSE = {
     "batches come from this package's own data pipeline": "data_efficiency.enabled",
     "it is an engine for inference between steps": "hybrid_engine.enabled",
     "it ends the run to measure other settings": "autotuning.enabled",
-    "activations are recomputed by this package, as model.gradient_checkpointing says": """
+    "activations are recomputed by this package, as model.activation_checkpointing says": """
         activation_checkpointing.partition_activations activation_checkpointing.cpu_checkpointing""",
     "it replaces the hooks that merges rely on; for torch.compile write model.compile": "compile.deepcompile",
     "this package writes its own metrics and TensorBoard events (train.run_dir)": """tensorboard.enabled wandb.enabled
@@ -81,7 +83,9 @@ RULES = (
     Rule("zero_optimization.stage", (1, 2, 3), _STAGES, "write one of 1, 2, 3"),
     Rule("zero_optimization.offload_optimizer.device", *_OFFLOAD),
     Rule("zero_optimization.offload_param.device", *_OFFLOAD),
-    Rule("data_types.grad_accum_dtype", ("fp32", "bf16"), "gradients are added up in one of two", "write fp32 or bf16"),
+    Rule(
+        "data_types.grad_accum_dtype", (*_FP32, *_BF16), "gradients add up in one of two dtypes", "write fp32 or bf16"
+    ),
     Rule("scheduler.params.warmup_type", ("linear", "log"), "DeepSpeed would silently take log", "write linear or log"),
     Rule("pipeline", (), "the model is not cut into pipeline stages here", _NO),
     Rule("weight_quantization", (), "it would quantize matrices that LoQT has already quantized", _NO),
