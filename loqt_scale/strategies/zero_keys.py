@@ -52,6 +52,8 @@ _FALSE = {
     "codes and scales are bytes, which must reach every rank as they are": """
         zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_nontrainable_weights""",
     "a sketch of a rounded gradient is no sketch of the gradient": "zero_optimization.zero_quantized_gradients",
+    "bytes and floats of a layer would be gathered in one buffer, which DeepSpeed cannot do": """
+        zero_optimization.stage3_use_all_reduce_for_fetch_params zero_optimization.use_all_reduce_for_fetch_params""",
     "a merge carries over two moments of Adam, and this would be a third": "optimizer.params.amsgrad",
     "there are no experts": "expert_parallel.enabled",
     "batches come from this package's own data pipeline": "data_efficiency.enabled",
