@@ -89,8 +89,8 @@ def _refusal(settings: dict[str, Any]) -> Exception | None:
 
     try:
         theirs = DeepSpeedConfig(settings)
-        for dtype in (theirs.grad_accum_dtype, theirs.param_dtype, theirs.buffer_dtype):
-            DtypeEnum(dtype or "fp32")
+        for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+            DtypeEnum(getattr(theirs, name, None) or "fp32")
         if theirs.zero_config.allgather_bucket_size % 2:
             raise ValueError("Input should be an even number")
         _ = 1 % (1 if theirs.steps_per_print is None else theirs.steps_per_print)

@@ -179,17 +179,17 @@ def _compared_rules(config: RunConfig, file: File) -> Iterator[Rule]:
 
 def _check_optimizer(file: File) -> None:
     """DeepSpeed never sees the block, so it says nothing against it."""
-    known = {"type", *(f"params.{name}" for name in ("lr", "betas", "eps", "weight_decay", "torch_adam"))}
-    known |= {rule.key.removeprefix("optimizer.") for rule in RULES}
-    for key, value in file.items():
-        if key.partition(".")[0] == "optimizer" and key.removeprefix("optimizer.") not in known:
-            raise ConfigError(f"{key} is {shown(value)}, but AdamW has no such setting here; leave it out")
     name = file.get("optimizer.type", "AdamW")
     if str(name).lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"optimizer.type is {shown(name)}, but only AdamW is supported: DeepSpeed would build any other over every "
             'parameter, the frozen codes included; write "AdamW", or leave the block out'
         )
+    known = {"type", *(f"params.{name}" for name in ("lr", "betas", "eps", "weight_decay", "torch_adam"))}
+    known |= {rule.key.removeprefix("optimizer.") for rule in RULES}
+    for key, value in file.items():
+        if key.partition(".")[0] == "optimizer" and key.removeprefix("optimizer.") not in known:
+            raise ConfigError(f"{key} is {shown(value)}, but AdamW has no such setting here; leave it out")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
