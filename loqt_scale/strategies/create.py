@@ -16,7 +16,7 @@ from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.ddp import DDPStrategy
 from loqt_scale.strategies.fsdp import FSDPStrategy
 from loqt_scale.strategies.offload import OffloadStrategy
-from loqt_scale.strategies.zero.config import check_zero_config
+from loqt_scale.strategies.zero.config import check_zero_unused
 from loqt_scale.strategies.zero.engine import ZeroStrategy
 
 
@@ -81,16 +81,16 @@ def create_strategy(config: RunConfig, *, device: torch.device, store: Store | N
     """
     parallel, compute_dtype = config.parallel, DTYPES[config.model.dtype]
     name = resolve_strategy(parallel)
-    check_zero_config(config, world_size=launched_world_size())
     parallel.check_offload(name)
+    if name == "zero":
+        return ZeroStrategy(device, config, store=store)
+    check_zero_unused(parallel)
     if parallel.offload != "none":
         return OffloadStrategy(device, compute_dtype, parallel.offload)
     if name == "single":
         return Strategy(device, compute_dtype)
     if name == "ddp":
         return DDPStrategy(device, compute_dtype, parallel.timeout_seconds, store=store)
-    if name == "zero":
-        return ZeroStrategy(device, config, store=store)
     return FSDPStrategy(
         device,
         compute_dtype,

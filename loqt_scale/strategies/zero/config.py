@@ -1,119 +1,47 @@
 """DeepSpeed's configuration: our settings, plus an optional DeepSpeed JSON (`parallel.zero_config`).
 
 What the JSON leaves out, or writes as "auto", is filled from our settings. What both sides name must be the same, or is
-refused with both values. The rest is passed on as it stands, unless it would break the frozen bytes or the loop
-(`keys` lists what would, with the reasons). All of this happens before a process group exists or anything is
-allocated: settings in, dict out, without torch or DeepSpeed.
+refused with both values. What would break a run unnoticed is refused with the reason (`keys`). The rest is passed
+on as it stands, and checked by DeepSpeed itself (`check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import ConfigError
-from loqt_scale.strategies.zero.json import AUTO, Tree, lookup, naming, read_zero_json, shown
-from loqt_scale.strategies.zero.keys import DTYPES, SCHEDULERS
+from loqt_scale.functional.shares import micro_steps
+from loqt_scale.strategies.zero.check import check_by_deepspeed
+from loqt_scale.strategies.zero.json import naming, nested, read_zero_json, shown
+from loqt_scale.strategies.zero.keys import DTYPES, RULES, Rule, check_rules
 
 LARGEST_BUCKET = 20_000_000  # values, of which DeepSpeed allocates a buffer; its default of 5e8 is 2 GB in float32
 PREFETCH_BUCKET = 50_000_000
 
-_STAGE = "zero_optimization.stage"
-_OFFLOAD_OPTIMIZER = "zero_optimization.offload_optimizer.device"
-_OFFLOAD_PARAM = "zero_optimization.offload_param.device"
-
-
-@dataclass(frozen=True)
-class _Ours:
-    """A value that both sides may name.
-
-    Args:
-        key: The JSON's key.
-        value: What our settings amount to, in the JSON's terms; a list of one value per group may be one number there.
-        setting: Ours in words, as "optim.clip_norm is 1.0".
-        remedy: What to write on our side instead, with the JSON's value as {}; empty if no single setting will do.
-    """
-
-    key: str
-    value: Any
-    setting: str
-    remedy: str = ""
-
-
-def resolve_zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage of a run: `parallel.zero_stage`, else the JSON's, else 3.
-
-    Raises:
-        ConfigError: The JSON cannot be used.
-    """
-    return _stage(config, read_zero_json(config.parallel.zero_config))
+File = Mapping[str, Any]  # dotted keys and values
+_ZERO = "zero_optimization."
+_AUTO = 'write "auto" in the file'
+_CHECKED_ONLY = ("optimizer", "train_batch_size", "sequence_parallel_size")  # DeepSpeed works the batch out
 
 
 def names_scheduler(config: RunConfig) -> bool:
     """Whether a run's DeepSpeed JSON has a scheduler, which then moves the learning rates instead of `optim.schedule`.
 
     Raises:
-        ConfigError: The JSON cannot be used.
+        ConfigError: The JSON cannot be read.
     """
-    return config.parallel.strategy == "zero" and "scheduler" in read_zero_json(config.parallel.zero_config)
+    return config.parallel.strategy == "zero" and _has_scheduler(read_zero_json(config.parallel.zero_config))
 
 
-def check_zero_config(config: RunConfig, *, world_size: int) -> None:
-    """Checks what a run says about ZeRO; reads a file, changes nothing.
-
-    Args:
-        config: The run. With another strategy than zero, settings of zero may not be given.
-        world_size: Ranks of the run.
+def check_zero_unused(parallel: ParallelConfig) -> None:
+    """Refuses settings of ZeRO under another strategy: somebody would count on a sharding that does not take place.
 
     Raises:
-        ConfigError: The JSON cannot be used, or contradicts our settings.
+        ConfigError: The setting, its value and the strategy.
     """
-    if config.parallel.strategy == "zero":
-        _checked(config, world_size)
-    else:
-        _check_unused(config.parallel)
-
-
-def deepspeed_config(config: RunConfig, *, world_size: int, trained_values: int) -> Tree:
-    """The configuration that `deepspeed.initialize` gets; nothing in it is left as "auto".
-
-    Args:
-        config: The run.
-        world_size: Ranks of the run.
-        trained_values: Number of values that train: no bucket need be larger.
-
-    Returns:
-        A fresh nested dict. It has no `optimizer`: the trainer passes its AdamW. If it has a `scheduler`, DeepSpeed
-        sets the learning rates, else the trainer does.
-
-    Raises:
-        ConfigError: As `check_zero_config`.
-    """
-    tree = _checked(config, world_size)
-    tree.pop("optimizer", None)
-    return _merge(_merge(_defaults(config, tree, trained_values), tree), _batch_sizes(config, world_size))
-
-
-# ---- contradictions --------------------------------------------------------------------------------------------------
-
-
-def _checked(config: RunConfig, world_size: int) -> Tree:
-    """The JSON, free of contradictions."""
-    path = config.parallel.zero_config
-    tree = read_zero_json(path)
-    with naming(path):
-        for ours in _shared_values(config, tree, world_size):
-            _check_same(tree, ours)
-        _check_offload(config, tree)
-        _check_dtypes(config, tree)
-        _check_one_schedule(config, tree)
-    return tree
-
-
-def _check_unused(parallel: ParallelConfig) -> None:
-    """Under another strategy, somebody would count on a sharding that does not take place."""
     offload = None if parallel.zero_offload == "none" else parallel.zero_offload  # which is true of every strategy
     given = {"zero_config": parallel.zero_config, "zero_stage": parallel.zero_stage, "zero_offload": offload}
     for name, value in given.items():
@@ -124,219 +52,191 @@ def _check_unused(parallel: ParallelConfig) -> None:
             )
 
 
-def _check_same(tree: Tree, ours: _Ours) -> None:
-    value = lookup(tree, ours.key)
-    if value is None:
-        return
-    per_group = isinstance(ours.value, list) and not isinstance(value, list)
-    if ([value] * len(ours.value) if per_group else value) != ours.value:
-        remedy = f", or {ours.remedy.format(shown(value))}" if ours.remedy else ""
-        raise ConfigError(f'{ours.key} is {shown(value)}, but {ours.setting}; write "{AUTO}" in the file{remedy}')
+def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """The configuration that `deepspeed.initialize` gets, checked; nothing in it is left as "auto".
+
+    It reads the file, and lets DeepSpeed (which must have been imported: `zero.import_deepspeed`) read the result.
+
+    Args:
+        config: The run, whose strategy is zero.
+        world_size: Ranks of the run.
+
+    Returns:
+        A fresh nested dict. It has no `optimizer`: the trainer passes its AdamW. If it has a `scheduler`, DeepSpeed
+        sets the learning rates, else the trainer does. Sizes of buckets wait for the model (`size_buckets`).
+
+    Raises:
+        ConfigError: The JSON cannot be read, contradicts our settings or would break them, or DeepSpeed refuses it.
+    """
+    file = read_zero_json(config.parallel.zero_config)
+    with naming(config.parallel.zero_config):
+        batch = _setting("train_batch_size", "train.global_batch_size", config.train.global_batch_size)
+        check_rules(file, (*RULES, batch))
+        _check_optimizer(file)
+        filled = tuple(_filled_rules(config, file, world_size))
+        check_rules(file, (*filled, *_compared_rules(config, file)))
+        file = {key: value for key, value in file.items() if key.partition(".")[0] not in _CHECKED_ONLY}
+        ours = {rule.key: rule.allowed[0] for rule in filled if rule.allowed != ("none",)} | _constants(config, file)
+        # a block in the place of one of our values is the file's, for DeepSpeed to refuse
+        ours = {key: value for key, value in ours.items() if not any(other.startswith(f"{key}.") for other in file)}
+        check_by_deepspeed(ours, file)
+        return nested({**ours, **file})
 
 
-def _shared_values(config: RunConfig, tree: Tree, world_size: int) -> Iterator[_Ours]:
-    train, optim, parallel = config.train, config.optim, config.parallel
-    yield _same("train_batch_size", "train.global_batch_size", train.global_batch_size)
-    yield _same("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size)
-    yield _accumulation_steps(config, world_size)
-    yield _same("gradient_clipping", "optim.clip_norm", optim.clip_norm)
-    yield _same("log_level", "parallel.zero_log_level", parallel.zero_log_level)
-    yield _bf16(config)
-    for name in ("lr", "eps", "weight_decay"):
-        yield _same(f"optimizer.params.{name}", f"optim.{name}", getattr(optim, name))
-    yield _same("optimizer.params.betas", "optim.betas", list(optim.betas))
-    if optim.states == "int8":
-        setting = "optim.states is 'int8', whose optimizer is not one of those that DeepSpeed knows"
-        yield _Ours("zero_allow_untested_optimizer", True, setting, "optim.states: float32")
-    if optim.name == "muon":
-        if lookup(tree, "optimizer.type") is not None:
-            raise ConfigError(
-                f"optimizer.type is {shown(lookup(tree, 'optimizer.type'))}, but optim.name is 'muon', which is this "
-                "package's own; leave the file's optimizer block out, or write optim.name: adamw"
-            )
-        setting = "optim.name is 'muon', which is this package's own"
-        yield _Ours("zero_allow_untested_optimizer", True, setting, "optim.name: adamw")
-    if parallel.zero_stage is not None:
-        yield _same(_STAGE, "parallel.zero_stage", parallel.zero_stage)
-    if parallel.zero_offload is not None:
-        yield from _offload_devices(parallel.zero_offload)
-    yield from _scheduler_values(config, tree)
+def size_buckets(settings: dict[str, Any], trained_values: int) -> None:
+    """Fills in the sizes of buckets that the JSON does not give: none need be larger than all the values that train."""
+    bucket = max(1, min(LARGEST_BUCKET, trained_values))
+    settings["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+    even = bucket + bucket % 2  # DeepSpeed wants an even number
+    settings["zero_optimization"].setdefault("allgather_bucket_size", even)
 
 
-def _same(key: str, setting: str, value: Any) -> _Ours:
-    """One value of the JSON that is one setting of ours."""
-    return _Ours(key, value, f"{setting} is {shown(value)}", f"{setting}: {{}}")
+# ---- what both sides name --------------------------------------------------------------------------------------------
 
 
-def _accumulation_steps(config: RunConfig, world_size: int) -> _Ours:
-    train, steps = config.train, _micro_steps(config, world_size)
-    setting = (
+def _setting(key: str, setting: str, value: Any) -> Rule:
+    """The rule that one value of the JSON is one setting of ours."""
+    return Rule(key, (value,), f"{setting} is {shown(value)}", f"{_AUTO}, or {setting}: {{}}")
+
+
+def _filled_rules(config: RunConfig, file: File, world_size: int) -> Iterator[Rule]:
+    """Values that are compared with ours, and filled in where there are none."""
+    train, dtype, parallel = config.train, config.model.dtype, config.parallel
+    yield _setting("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size)
+    steps = micro_steps(train.global_batch_size, world_size, train.micro_batch_size)
+    why = (
         f"train.global_batch_size {train.global_batch_size} on {world_size} rank(s) in micro-batches of "
         f"{train.micro_batch_size} (train.micro_batch_size) makes {steps}"
     )
-    return _Ours("gradient_accumulation_steps", steps, setting)
-
-
-def _bf16(config: RunConfig) -> _Ours:
-    dtype = config.model.dtype
+    yield Rule("gradient_accumulation_steps", (steps,), why, _AUTO)
+    yield _setting("gradient_clipping", "optim.clip_norm", config.optim.clip_norm)
+    yield _setting("log_level", "parallel.zero_log_level", parallel.zero_log_level)
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
-    return _Ours("bf16.enabled", dtype == "bfloat16", f"model.dtype is '{dtype}'", f"model.dtype: {other}")
+    yield Rule("bf16.enabled", (dtype == "bfloat16",), f"model.dtype is '{dtype}'", f"{_AUTO}, or model.dtype: {other}")
+    yield _setting(f"{_ZERO}stage", "parallel.zero_stage", _stage(config, file))
+    remedy = f"{_AUTO}, or leave parallel.zero_offload out"
+    for name, offloaded in zip(("offload_optimizer", "offload_param"), _offloaded(config, file), strict=True):
+        allowed = "cpu" if offloaded else "none"
+        yield Rule(f"{_ZERO}{name}.device", (allowed,), f"parallel.zero_offload is '{parallel.zero_offload}'", remedy)
+    if _has_scheduler(file):
+        yield from _scheduler_rules(config, file)
 
 
-def _offload_devices(offload: str) -> Iterator[_Ours]:
-    for key, offloaded in ((_OFFLOAD_OPTIMIZER, offload != "none"), (_OFFLOAD_PARAM, offload == "parameters")):
-        setting = f"parallel.zero_offload is '{offload}'"
-        yield _Ours(key, "cpu" if offloaded else "none", setting, "leave parallel.zero_offload out")
+def _scheduler_rules(config: RunConfig, file: File) -> Iterator[Rule]:
+    """Those parameters of the JSON's scheduler that are settings of ours."""
+    from deepspeed.runtime import lr_schedules
 
-
-def _scheduler_values(config: RunConfig, tree: Tree) -> list[_Ours]:
-    """Those parameters of the JSON's scheduler, if it has one, that are settings of ours."""
-    train, optim = config.train, config.optim
+    steps, optim, block = config.train.steps, config.optim, "scheduler.params."
+    name: Any = file.get("scheduler.type")
+    names = lr_schedules.VALID_LR_SCHEDULES
+    if name not in names:
+        said = "scheduler has no type" if name is None else f"scheduler.type is {shown(name)}"
+        raise ConfigError(f"{said}; write one of {', '.join(names)}, or leave the block out")
     rates = [optim.lr, optim.lr if optim.full_precision_lr is None else optim.full_precision_lr]  # low_rank first
-    warmup = max(1, optim.warmup_of(train.steps))  # DeepSpeed wants 1 at least
+    per_group = (rates,) if rates[0] != rates[1] else (rates[0], rates)
+    warmup = max(1, optim.warmup_of(steps))  # DeepSpeed wants 1 at least
     asked = f"optim.warmup_steps is {optim.warmup_steps or 0}"
     if optim.warmup_fraction is not None:
-        asked = f"optim.warmup_fraction is {optim.warmup_fraction} of {train.steps} steps"
-    known = {
-        "total_num_steps": _same("", "train.steps", train.steps),
-        "warmup_num_steps": _Ours("", warmup, asked, "optim.warmup_steps: {}"),
-        "warmup_max_lr": _Ours("", rates, f"optim.lr and optim.full_precision_lr are {shown(rates)}"),
-        "cos_min_ratio": _same("", "optim.final_lr_fraction", optim.final_lr_fraction),
-    }
-    taken = SCHEDULERS.get(lookup(tree, "scheduler.type"), frozenset())
-    return [replace(ours, key=f"scheduler.params.{name}") for name, ours in known.items() if name in taken]
+        asked = f"optim.warmup_fraction is {optim.warmup_fraction} of {steps} steps"
+    known = (
+        _setting(f"{block}total_num_steps", "train.steps", steps),
+        Rule(f"{block}warmup_num_steps", (warmup,), asked, f"{_AUTO}, or optim.warmup_steps: {{}}"),
+        Rule(f"{block}warmup_max_lr", per_group, f"optim.lr and optim.full_precision_lr are {shown(rates)}", _AUTO),
+        _setting(f"{block}cos_min_ratio", "optim.final_lr_fraction", optim.final_lr_fraction),
+    )
+    taken = inspect.signature(getattr(lr_schedules, name)).parameters
+    yield from (rule for rule in known if rule.key.removeprefix(block) in taken)
 
 
-def _check_offload(config: RunConfig, tree: Tree) -> None:
-    """Parameters can be offloaded only where they are sharded."""
-    stage = _stage(config, tree)
-    if stage == 3 or not _offloaded(config, tree)[1]:
-        return
-    why = f"but stage {stage} keeps every parameter whole on every rank"
-    if config.parallel.zero_offload == "parameters":
+def _compared_rules(config: RunConfig, file: File) -> Iterator[Rule]:
+    """Values that are compared with ours where there are any."""
+    optim, dtype, stage = config.optim, config.model.dtype, _stage(config, file)
+    for name in ("lr", "eps", "weight_decay"):
+        yield _setting(f"optimizer.params.{name}", f"optim.{name}", getattr(optim, name))
+    yield _setting("optimizer.params.betas", "optim.betas", list(optim.betas))
+    spellings = DTYPES[dtype]
+    said = f"model.dtype is '{dtype}'"
+    yield Rule("data_types.param_dtype", spellings, said, _AUTO)
+    if _sums_in_16_bits(config, file):
+        why = f"{said} and the stage is 1: DeepSpeed would take another optimizer, which merges do not know"
+        yield Rule("data_types.grad_accum_dtype", spellings, why, f"{_AUTO}, or stage 2")
+    if stage < 3:
+        why = f"stage {stage} keeps every parameter whole on every rank"
+        yield Rule(f"{_ZERO}offload_param.device", ("none",), why, 'write "none", or stage 3')
+        if config.parallel.zero_offload == "parameters":
+            raise ConfigError(
+                f"parallel.zero_offload is 'parameters', but {why}; write parallel.zero_offload: optimizer, or stage 3"
+            )
+    if optim.schedule != "cosine":  # it is not the default: somebody asked for it
+        yield Rule("scheduler.type", (), f"optim.schedule is '{optim.schedule}'", "leave one of the two out")
+    if optim.states == "int8":
+        why = "optim.states is 'int8', whose optimizer is not one of those that DeepSpeed knows"
+        yield Rule("zero_allow_untested_optimizer", (True,), why, f"{_AUTO}, or optim.states: float32")
+    if optim.name == "muon":
+        why = "optim.name is 'muon', which is this package's own"
+        yield Rule("zero_allow_untested_optimizer", (True,), why, f"{_AUTO}, or optim.name: adamw")
+        yield Rule("optimizer.type", (), why, "leave the file's optimizer block out, or write optim.name: adamw")
+
+
+def _check_optimizer(file: File) -> None:
+    """DeepSpeed never sees the block, so it says nothing against it."""
+    name = file.get("optimizer.type", "AdamW")
+    if str(name).lower() not in ("adam", "adamw"):
         raise ConfigError(
-            f"parallel.zero_offload is 'parameters', {why}; write parallel.zero_offload: optimizer, or stage 3"
+            f"optimizer.type is {shown(name)}, but only AdamW is supported: DeepSpeed would build any other over every "
+            'parameter, the frozen codes included; write "AdamW", or leave the block out'
         )
-    raise ConfigError(f'{_OFFLOAD_PARAM} is "cpu", {why}; write "none", or stage 3')
-
-
-def _check_dtypes(config: RunConfig, tree: Tree) -> None:
-    dtype = config.model.dtype
-    stored, summed = lookup(tree, "data_types.param_dtype"), lookup(tree, "data_types.grad_accum_dtype")
-    if stored is not None and DTYPES[stored] != dtype:
-        raise ConfigError(
-            f"data_types.param_dtype is \"{stored}\", but model.dtype is '{dtype}'; "
-            f'write "{AUTO}" in the file, or model.dtype: {DTYPES[stored]}'
-        )
-    if summed is not None and DTYPES[summed] == "float32" and _sums_in_16_bits(config, tree):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype is \"{summed}\", but model.dtype is '{dtype}' and the stage is 1: DeepSpeed "
-            f'would take another optimizer, which merges do not know; write "{AUTO}" in the file, or stage 2'
-        )
-
-
-def _check_one_schedule(config: RunConfig, tree: Tree) -> None:
-    """A scheduler in the file takes the place of `optim.schedule`, unless that asks for another than the default."""
-    asked = config.optim.schedule
-    if "scheduler" in tree and asked != "cosine":
-        raise ConfigError(
-            f"scheduler.type is {shown(lookup(tree, 'scheduler.type'))}, but optim.schedule is '{asked}'; leave one of "
-            "the two out"
-        )
+    known = {"type", *(f"params.{name}" for name in ("lr", "betas", "eps", "weight_decay", "torch_adam"))}
+    known |= {rule.key.removeprefix("optimizer.") for rule in RULES}
+    for key, value in file.items():
+        if key.partition(".")[0] == "optimizer" and key.removeprefix("optimizer.") not in known:
+            raise ConfigError(f"{key} is {shown(value)}, but AdamW has no such setting here; leave it out")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(config: RunConfig, tree: Tree) -> int:
-    return config.parallel.zero_stage or lookup(tree, _STAGE) or 3
+def _has_scheduler(file: File) -> bool:
+    return any(key.partition(".")[0] == "scheduler" for key in file)
 
 
-def _offloaded(config: RunConfig, tree: Tree) -> tuple[bool, bool]:
+def _stage(config: RunConfig, file: File) -> int:
+    return config.parallel.zero_stage or int(file.get(f"{_ZERO}stage", 3))
+
+
+def _offloaded(config: RunConfig, file: File) -> tuple[bool, bool]:
     """Whether optimizer states, and whether parameters, are kept in host memory."""
     offload = config.parallel.zero_offload
     if offload is not None:
         return offload != "none", offload == "parameters"
-    return lookup(tree, _OFFLOAD_OPTIMIZER) == "cpu", lookup(tree, _OFFLOAD_PARAM) == "cpu"
+    return file.get(f"{_ZERO}offload_optimizer.device") == "cpu", file.get(f"{_ZERO}offload_param.device") == "cpu"
 
 
-def _sums_in_16_bits(config: RunConfig, tree: Tree) -> bool:
+def _sums_in_16_bits(config: RunConfig, file: File) -> bool:
     """Whether gradients of micro-batches are added up in bfloat16.
 
     At stage 1, and unless the states are offloaded, float32 sums would make DeepSpeed choose its BF16_Optimizer.
     """
-    return _stage(config, tree) == 1 and config.model.dtype == "bfloat16" and not _offloaded(config, tree)[0]
+    return _stage(config, file) == 1 and config.model.dtype == "bfloat16" and not _offloaded(config, file)[0]
 
 
-def _micro_steps(config: RunConfig, world_size: int) -> int:
-    """As `data.batching.micro_steps`, which stands above the strategies: they cannot import it."""
-    largest_share = -(-config.train.global_batch_size // world_size)
-    return -(-largest_share // config.train.micro_batch_size)
-
-
-def _batch_sizes(config: RunConfig, world_size: int) -> Tree:
-    """What DeepSpeed's consistency check wants; where ranks have unequal shares, its batch is larger than ours."""
-    micro_batch, steps = config.train.micro_batch_size, _micro_steps(config, world_size)
-    return {
-        "train_batch_size": micro_batch * steps * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": steps,
-    }
-
-
-def _defaults(config: RunConfig, tree: Tree, trained_values: int) -> Tree:
-    """All that is ours to say where the JSON does not."""
-    values: Tree = {
-        "gradient_clipping": config.optim.clip_norm,
-        "log_level": config.parallel.zero_log_level,
-        "bf16": {"enabled": config.model.dtype == "bfloat16", "check_grad_overflow": True},
-        "fp16": {"enabled": False},
+def _constants(config: RunConfig, file: File) -> dict[str, Any]:
+    """What is ours to say where the JSON does not, and no setting."""
+    values = {
+        "bf16.check_grad_overflow": True,
+        "fp16.enabled": False,
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_defaults(config, tree, trained_values),
+        f"{_ZERO}round_robin_gradients": False,
+        f"{_ZERO}memory_efficient_linear": False,  # else zero.Init replaces torch.nn.functional.linear, for good
     }
-    if not _sums_in_16_bits(config, tree):
-        values["data_types"] = {"grad_accum_dtype": "fp32"}
-    if "scheduler" in tree:
-        values["scheduler"] = {"params": _scheduler_defaults(config, tree)}
+    if not _sums_in_16_bits(config, file):
+        values["data_types.grad_accum_dtype"] = "fp32"
+    persistent = {"prefetch_bucket_size": PREFETCH_BUCKET, "param_persistence_threshold": 0}  # small ones sharded too
+    for name, value in persistent.items() if _stage(config, file) == 3 else ():
+        if f"{_ZERO}{name}" not in file:  # DeepSpeed also knows it by this name, and takes the other if it has both
+            values[f"{_ZERO}stage3_{name}"] = value
+    if file.get("scheduler.type") == "OneCycle":
+        values["scheduler.params.cycle_momentum"] = False  # it would replace both of optim.betas
     return values
-
-
-def _zero_defaults(config: RunConfig, tree: Tree, trained_values: int) -> Tree:
-    stage, (optimizer, parameters) = _stage(config, tree), _offloaded(config, tree)
-    bucket = max(1, min(LARGEST_BUCKET, trained_values))
-    values: Tree = {
-        "stage": stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket + bucket % 2,  # DeepSpeed wants an even number
-        "round_robin_gradients": False,
-        "memory_efficient_linear": False,  # else zero.Init replaces torch.nn.functional.linear, for good
-    }
-    if stage == 3:
-        values["stage3_prefetch_bucket_size"] = PREFETCH_BUCKET
-        values["stage3_param_persistence_threshold"] = 0  # small parameters are sharded too
-    if optimizer:
-        values["offload_optimizer"] = {"device": "cpu"}
-    if parameters:
-        values["offload_param"] = {"device": "cpu"}
-    return values
-
-
-def _scheduler_defaults(config: RunConfig, tree: Tree) -> Tree:
-    values = {ours.key.rpartition(".")[2]: ours.value for ours in _scheduler_values(config, tree)}
-    rates = values.get("warmup_max_lr", [])
-    if len(set(rates)) == 1:
-        values["warmup_max_lr"] = rates[0]
-    if lookup(tree, "scheduler.type") == "OneCycle":
-        values["cycle_momentum"] = False  # it would replace both of optim.betas
-    return values
-
-
-def _merge(base: Tree, over: Tree) -> Tree:
-    """`base` with the values of `over`, block by block."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = base.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import RunConfig
-from loqt_scale.errors import UserError
+from loqt_scale.errors import ConfigError, UserError, explained
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.optim import Fragment, RowShards, StreamedAdamW, ensure_state, moment_names
+from loqt_scale.process.environment import launched_world_size
 from loqt_scale.strategies.base import DTYPES
 from loqt_scale.strategies.process_group import DistributedStrategy
-from loqt_scale.strategies.zero.config import deepspeed_config, resolve_zero_stage
+from loqt_scale.strategies.zero.config import deepspeed_config, size_buckets
 from loqt_scale.strategies.zero.flat import link_states, master_fragments, masters
 
 
@@ -85,19 +86,19 @@ class ZeroStrategy(DistributedStrategy):
         store: What only this job's ranks see; default: the launcher's.
 
     Raises:
-        ValueError: DeepSpeed is not installed.
+        ValueError: DeepSpeed is not installed, or the settings cannot work; nothing has been joined yet.
     """
 
     name = "zero"
 
     def __init__(self, device: torch.device, config: RunConfig, *, store: Store | None = None) -> None:
         self._deepspeed: Any = import_deepspeed(device, config.parallel.zero_log_level)
+        self.settings = deepspeed_config(config, world_size=launched_world_size())
+        self.stage = int(self.settings["zero_optimization"]["stage"])
         super().__init__(device, DTYPES[config.model.dtype], config.parallel.timeout_seconds, store=store)
         # DeepSpeed's own view of the group that has just been joined
         self._deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        self._config = config
-        self.stage = resolve_zero_stage(config)
-        self.settings: dict[str, Any] = {}
+        self._config_file = config.parallel.zero_config
         self._engine: Any = None
         self._scheduler: Any = None
         self._linked = False
@@ -110,15 +111,15 @@ class ZeroStrategy(DistributedStrategy):
 
     @property
     def engine_settings(self) -> dict[str, object]:
-        """DeepSpeed's configuration, every value settled."""
+        """DeepSpeed's configuration; sizes of buckets once there is a model."""
         return self.settings
 
     # ---- placement ---------------------------------------------------------------------------------------------
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Settles DeepSpeed's configuration; under stage 3 allocates and shards the model, module by module."""
+        """Sizes DeepSpeed's buckets; under stage 3 allocates and shards the model, module by module."""
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        self.settings = deepspeed_config(self._config, world_size=self.world_size, trained_values=trained)
+        size_buckets(self.settings, trained)
         if self.stage == 3:
             # the layer reads the parameters of its two FrozenMatrix children: they are gathered as one unit with it
             self._deepspeed.utils.set_z3_leaf_modules(model, [LoQTLinear], raise_if_not_found=False)
@@ -141,15 +142,23 @@ class ZeroStrategy(DistributedStrategy):
 
     def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Makes the engine, which takes over the optimizer's parameters and keeps its groups' settings. Every rank."""
-        self._engine, _, _, self._scheduler = self._deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
-        )
+        with self._naming_file():
+            self._engine, _, _, self._scheduler = self._deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
+            )
         if isinstance(optimizer, StreamedAdamW):
             for flat, fragments in master_fragments(self._engine, self.stage, self.rank):
                 optimizer.adopt(flat, fragments)
                 self._fragments |= {id(fragment.parameter): fragment for fragment in fragments if fragment.values}
         engine: nn.Module = self._engine
         return engine
+
+    def _naming_file(self) -> AbstractContextManager[object]:
+        """DeepSpeed checks some values (the parity of a bucket's size) only where it uses them."""
+        if self._config_file is None:
+            return nullcontext()
+        what = f"{self._config_file}: DeepSpeed cannot train with it"
+        return explained(what, of=(AssertionError, ValueError), kind=ConfigError)
 
     @property
     def schedules_learning_rate(self) -> bool:

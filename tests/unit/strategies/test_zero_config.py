@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 from pathlib import Path
@@ -16,9 +15,11 @@ from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfi
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.shares import micro_steps
-from loqt_scale.strategies.zero.config import check_zero_config, deepspeed_config, resolve_zero_stage
-from loqt_scale.strategies.zero.json import lookup
-from loqt_scale.strategies.zero.keys import CHOICES, FIXED, KEYS, REFUSED, SCHEDULERS
+from loqt_scale.strategies.zero.config import check_zero_unused, deepspeed_config, names_scheduler, size_buckets
+from loqt_scale.strategies.zero.json import nested
+from loqt_scale.strategies.zero.keys import RULES
+
+deepspeed = pytest.importorskip("deepspeed")
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("zero_*.json"))
@@ -35,21 +36,9 @@ def run(*, dtype="float32", optim=None, train=None, strategy="zero", **parallel)
     )
 
 
-def nested(**values) -> dict:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
-    tree: dict = {}
-    for key, value in values.items():
-        *blocks, name = key.split(".")
-        block = tree
-        for part in blocks:
-            block = block.setdefault(part, {})
-        block[name] = value
-    return tree
-
-
 @pytest.fixture(scope="module")
 def json_file(tmp_path_factory):
-    """Writes an object, or a text, and returns its path."""
+    """Writes a nested dict, or a text, and returns its path."""
     folder = tmp_path_factory.mktemp("zero")
     names = itertools.count()
 
@@ -61,21 +50,16 @@ def json_file(tmp_path_factory):
     return write
 
 
-def resolved(config: RunConfig, trained_values: int = 1000) -> dict:
-    check_zero_config(config, world_size=WORLD_SIZE)
-    return deepspeed_config(config, world_size=WORLD_SIZE, trained_values=trained_values)
+def resolved(config: RunConfig, world_size: int = WORLD_SIZE) -> dict:
+    return deepspeed_config(config, world_size=world_size)
 
 
 def refusal(config: RunConfig) -> str:
-    """The message of a refused run: one line, and the same from both functions."""
+    """The message of a refused run: one line."""
     with pytest.raises(ConfigError) as caught:
-        check_zero_config(config, world_size=WORLD_SIZE)
-    with pytest.raises(ConfigError) as again:
-        deepspeed_config(config, world_size=WORLD_SIZE, trained_values=1)
-    message = str(caught.value)
-    assert message == str(again.value)
-    assert "\n" not in message
-    return message
+        resolved(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
@@ -85,13 +69,11 @@ def refusal(config: RunConfig) -> str:
     ("argv", "expected"),
     [
         (["--parallel.zero_stage", "4"], "parallel.zero_stage is 4; write one of 1, 2, 3 or null"),
-        (["--parallel.zero_stage", "x"], "parallel.zero_stage is 'x'; write one of 1, 2, 3 or null"),
         (["--parallel.zero_stage", "true"], "parallel.zero_stage is 'true'; write one of 1, 2, 3 or null"),
         (
             ["--parallel.zero_offload", "disk"],
             "parallel.zero_offload is 'disk'; write one of none, optimizer, parameters or null",
         ),
-        (["--optim.full_precision_lr", "x"], "optim.full_precision_lr is 'x'; write a number or null"),
     ],
 )
 def test_messages_for_settings_with_alternatives(argv, expected):
@@ -100,29 +82,35 @@ def test_messages_for_settings_with_alternatives(argv, expected):
     assert str(caught.value) == expected
 
 
-def test_settings_with_alternatives_are_read():
-    parallel = parse_run_config(["--parallel.zero_stage", "2", "--parallel.zero_offload", "null"]).parallel
-    assert (parallel.zero_stage, parallel.zero_offload) == (2, None)
+@pytest.mark.parametrize("strategy", ["auto", "single", "ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("zero_config", "absent.json"), ("zero_stage", 2), ("zero_offload", "optimizer")]
+)
+def test_settings_of_zero_belong_to_zero(strategy, name, value):
+    with pytest.raises(ConfigError) as caught:
+        check_zero_unused(ParallelConfig(strategy=strategy, **{name: value}))
+    assert str(caught.value) == (
+        f"parallel.{name} is {value!r}, but parallel.strategy is '{strategy}'; "
+        f"write parallel.strategy: zero, or leave parallel.{name} out"
+    )
+    check_zero_unused(ParallelConfig(strategy=strategy, zero_offload="none"))
 
 
 # ---- what is filled ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "expected"),
-    [(None, None, 3), (1, None, 1), (None, 2, 2), (2, 2, 2), (None, "auto", 3), (1, "auto", 1), (None, 1.0, 1)],
+    ("ours", "theirs", "expected"), [(None, "auto", 3), (1, "auto", 1), (None, 2, 2), (2, 2, 2), (None, 1.0, 1)]
 )
 def test_stage(json_file, ours, theirs, expected):
-    tree = {} if theirs is None else nested(**{"zero_optimization.stage": theirs})
-    config = run(zero_stage=ours, zero_config=json_file(tree))
-    assert resolve_zero_stage(config) == expected
-    assert resolved(config)["zero_optimization"]["stage"] == expected
+    path = json_file({} if theirs is None else nested({"zero_optimization.stage": theirs}))
+    assert resolved(run(zero_stage=ours, zero_config=path))["zero_optimization"]["stage"] == expected
 
 
 def test_without_a_file_everything_is_ours():
-    config = run(dtype="bfloat16", optim={"clip_norm": 0.0}, zero_log_level="info")
-    assert resolved(config) == {
-        "train_batch_size": 32,
+    values = resolved(run(dtype="bfloat16", optim={"clip_norm": 0.0}, zero_log_level="info"))
+    size_buckets(values, 1001)
+    assert values == {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.0,
@@ -135,8 +123,8 @@ def test_without_a_file_everything_is_ours():
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": 3,
-            "reduce_bucket_size": 1000,
-            "allgather_bucket_size": 1000,
+            "reduce_bucket_size": 1001,
+            "allgather_bucket_size": 1002,
             "round_robin_gradients": False,
             "memory_efficient_linear": False,
             "stage3_prefetch_bucket_size": 50_000_000,
@@ -145,25 +133,21 @@ def test_without_a_file_everything_is_ours():
     }
 
 
-@given(
-    world_size=st.integers(1, 9), sequences=st.integers(1, 40), micro_batch=st.integers(1, 9), stage=st.integers(1, 3)
-)
-def test_batches_are_those_of_the_training_loop(world_size, sequences, micro_batch, stage):
+@given(world_size=st.integers(1, 9), sequences=st.integers(1, 40), micro_batch=st.integers(1, 9))
+def test_batches_are_those_of_the_training_loop(world_size, sequences, micro_batch):
     train = {"global_batch_size": sequences, "micro_batch_size": micro_batch}
-    values = deepspeed_config(run(train=train, zero_stage=stage), world_size=world_size, trained_values=1)
-    steps = micro_steps(sequences, world_size, micro_batch)
-    assert values["gradient_accumulation_steps"] == steps
+    values = resolved(run(train=train), world_size)
+    assert values["gradient_accumulation_steps"] == micro_steps(sequences, world_size, micro_batch)
     assert values["train_micro_batch_size_per_gpu"] == micro_batch
-    assert values["train_batch_size"] == steps * micro_batch * world_size >= sequences
 
 
 @pytest.mark.parametrize(
-    ("trained", "reduce", "gather"),
-    [(0, 1, 2), (1, 1, 2), (1001, 1001, 1002), (1000, 1000, 1000), (10**10, 20_000_000, 20_000_000)],
+    ("trained", "reduce", "gather"), [(0, 1, 2), (1001, 1001, 1002), (10**10, 20_000_000, 20_000_000)]
 )
 def test_buckets_are_no_larger_than_the_model(trained, reduce, gather):
-    zero = resolved(run(zero_stage=2), trained)["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (reduce, gather)
+    settings = {"zero_optimization": {}}
+    size_buckets(settings, trained)
+    assert settings["zero_optimization"] == {"reduce_bucket_size": reduce, "allgather_bucket_size": gather}
 
 
 @pytest.mark.parametrize("offload", ["none", "optimizer"])
@@ -178,31 +162,22 @@ def test_gradients_add_up_in_float32_where_deepspeed_can(stage, dtype, offload):
 @pytest.mark.parametrize(
     ("stage", "ours", "theirs", "optimizer", "param"),
     [
-        (3, None, {}, None, None),
         (3, "none", {}, None, None),
         (1, "optimizer", {}, "cpu", None),
-        (3, "parameters", {}, "cpu", "cpu"),
         (3, "parameters", {"offload_param": "cpu", "offload_optimizer": "auto"}, "cpu", "cpu"),
-        (2, None, {"offload_optimizer": "cpu"}, "cpu", None),
         (3, None, {"offload_optimizer": "cpu", "offload_param": "cpu"}, "cpu", "cpu"),
         (2, "optimizer", {"offload_optimizer": "cpu", "offload_param": "none"}, "cpu", "none"),
-        (2, None, {"offload_param": "none"}, None, "none"),
     ],
 )
 def test_offload(json_file, stage, ours, theirs, optimizer, param):
-    tree = nested(**{f"zero_optimization.{block}.device": device for block, device in theirs.items()})
-    values = resolved(run(zero_stage=stage, zero_offload=ours, zero_config=json_file(tree)))
-    assert lookup(values, "zero_optimization.offload_optimizer.device") == optimizer
-    assert lookup(values, "zero_optimization.offload_param.device") == param
-
-
-def test_settings_of_an_offload_block_are_kept(json_file):
-    tree = nested(**{"zero_optimization.offload_optimizer.pin_memory": False})
-    values = resolved(run(zero_offload="optimizer", zero_config=json_file(tree)))
-    assert values["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    tree = nested({f"zero_optimization.{block}.device": device for block, device in theirs.items()})
+    zero = resolved(run(zero_stage=stage, zero_offload=ours, zero_config=json_file(tree)))["zero_optimization"]
+    assert zero.get("offload_optimizer", {}).get("device") == optimizer
+    assert zero.get("offload_param", {}).get("device") == param
 
 
 def test_what_is_not_ours_is_passed_on(json_file):
+    """Blocks that DeepSpeed reads key by key, blocks that pydantic reads, and "auto" and null that are left out."""
     tree = {
         "steps_per_print": 10,
         "wall_clock_breakdown": True,
@@ -210,32 +185,59 @@ def test_what_is_not_ours_is_passed_on(json_file):
         "flops_profiler": {"enabled": True, "module_depth": -1, "output_file": None},
         "data_types": {"grad_accum_dtype": "bf16"},
         "aio": {"block_size": "auto", "queue_depth": 8},
+        "activation_checkpointing": {"partition_activations": False, "profile": True},
+        "tensorboard": {"enabled": False, "output_path": "events"},
+        "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+        "timers": {"throughput": {"enabled": False}},
+        "compile": {"deepcompile": False},
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "fp16": {"enabled": False, "loss_scale": 0},
         "zero_optimization": {
-            "stage": 2,
+            "stage": 3,
             "overlap_comm": True,
             "reduce_bucket_size": 2e5,
             "allgather_bucket_size": 4,
+            "param_persistence_threshold": 7,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False},
             "leaf_module": {"classes": ["Some.Class"]},
         },
     }
     values = resolved(run(zero_config=json_file(tree)))
-    assert {key: values[key] for key in tree} == {
-        **tree,
-        "flops_profiler": {"enabled": True, "module_depth": -1},
-        "aio": {"queue_depth": 8},
+    size_buckets(values, 1000)
+    for key in ("round_robin_gradients", "memory_efficient_linear", "stage3_prefetch_bucket_size"):
+        values["zero_optimization"].pop(key)
+    tree["flops_profiler"].pop("output_file")
+    tree["aio"].pop("block_size")
+    assert {key: values[key] for key in tree} == tree
+    config = deepspeed.DeepSpeedConfig(resolved(run(zero_config=json_file(tree)), 1))
+    assert config.zero_config.param_persistence_threshold == 7
+
+
+def test_a_file_of_hugging_faces_trainer(json_file):
+    auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    warmup = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")
+    buckets = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    tree = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "Adam", "params": auto},
+        "scheduler": {"type": "WarmupDecayLR", "params": warmup},
         "zero_optimization": {
-            **tree["zero_optimization"],
-            "round_robin_gradients": False,
-            "memory_efficient_linear": False,
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "sub_group_size": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            **dict.fromkeys(buckets, "auto"),
         },
+        **dict.fromkeys((*batches, "gradient_clipping"), "auto"),
+        "steps_per_print": 1e5,
     }
-    assert isinstance(values["zero_optimization"]["reduce_bucket_size"], int)
-
-
-def test_an_accepted_optimizer_is_left_to_the_trainer(json_file):
-    params = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto", "adam_w_mode": True}
-    for name in ("AdamW", "Adam", "adamw", "auto"):
-        assert "optimizer" not in resolved(run(zero_config=json_file({"optimizer": {"type": name, "params": params}})))
+    config = run(optim={"warmup_steps": 5}, train={"steps": 70}, zero_config=json_file(tree))
+    values = resolved(config)
+    assert values["scheduler"]["params"] == {"total_num_steps": 70, "warmup_num_steps": 5, "warmup_max_lr": 0.01}
+    assert '"auto"' not in json.dumps(values) and "optimizer" not in values
+    assert names_scheduler(config)
 
 
 LINEAR = {"warmup_num_steps": 5, "warmup_max_lr": 0.25}
@@ -245,27 +247,26 @@ LINEAR = {"warmup_num_steps": 5, "warmup_max_lr": 0.25}
     ("name", "given_params", "optim", "expected"),
     [
         ("WarmupLR", {}, {}, LINEAR),
-        ("WarmupDecayLR", {}, {}, {**LINEAR, "total_num_steps": 70}),
-        ("WarmupDecayLR", {"total_num_steps": "auto", "warmup_type": "linear", "warmup_max_lr": 0.25}, {}, None),
+        ("WarmupDecayLR", {"total_num_steps": "auto", "warmup_type": "linear"}, {}, {**LINEAR, "total_num_steps": 70}),
         ("WarmupLR", {"warmup_max_lr": "auto"}, {"full_precision_lr": 0.5}, {"warmup_max_lr": [0.25, 0.5]}),
-        ("WarmupLR", {"warmup_max_lr": [0.25, 0.5]}, {"full_precision_lr": 0.5}, None),
-        ("WarmupLR", {"warmup_min_lr": 0.1, "warmup_num_steps": 5.0}, {}, {"warmup_min_lr": 0.1, **LINEAR}),
-        ("WarmupLR", {}, {"warmup_steps": 0}, {"warmup_num_steps": 1}),
+        ("WarmupLR", {"warmup_max_lr": [0.25, 0.5]}, {"full_precision_lr": 0.5}, {"warmup_num_steps": 5}),
+        ("WarmupLR", {"warmup_max_lr": [0.25, 0.25]}, {}, {"warmup_num_steps": 5}),
+        ("WarmupLR", {}, {"warmup_steps": 0}, {"warmup_num_steps": 1, "warmup_max_lr": 0.25}),
         ("WarmupLR", {}, {"warmup_steps": None, "warmup_fraction": 0.5}, {"warmup_num_steps": 35}),
         ("WarmupCosineLR", {}, {}, {"total_num_steps": 70, "warmup_num_steps": 5, "cos_min_ratio": 0.125}),
         ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2}, {}, {"cycle_momentum": False}),
-        ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_momentum": True}, {}, {"cycle_momentum": True}),
+        ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_momentum": True}, {}, {}),
         ("LRRangeTest", {"lr_range_test_min_lr": 0.1}, {}, {}),
     ],
 )
 def test_scheduler(json_file, name, given_params, optim, expected):
+    """What is given stays, and what is ours is filled in: no more than the scheduler can be given."""
     ours = {"lr": 0.25, "warmup_steps": 5, "final_lr_fraction": 0.125, **optim}
-    tree = {"scheduler": {"type": name, "params": given_params}}
-    block = resolved(run(optim=ours, train={"steps": 70}, zero_config=json_file(tree)))["scheduler"]
+    path = json_file({"scheduler": {"type": name, "params": given_params}})
+    block = resolved(run(optim=ours, train={"steps": 70}, zero_config=path))["scheduler"]
     given_here = {key: value for key, value in given_params.items() if value != "auto"}
     assert block["type"] == name
-    assert block["params"].items() >= {**given_here, **(expected or {})}.items()
-    assert set(block["params"]) <= SCHEDULERS[name]
+    assert block["params"].items() >= {**expected, **given_here}.items()
     assert "auto" not in block["params"].values()
 
 
@@ -281,7 +282,7 @@ SHARED = {
     "gradient_clipping": (0.5, "optim.clip_norm", NUMBERS),
     "log_level": ("warning", "parallel.zero_log_level", st.sampled_from(["debug", "info", "critical"])),
     "bf16.enabled": (True, "model.dtype", st.just(False)),
-    "data_types.param_dtype": ("bf16", "model.dtype", st.sampled_from(["fp32", "float16", "torch.float32"])),
+    "data_types.param_dtype": ("bf16", "model.dtype", st.sampled_from(["fp32", "float16"])),
     "optimizer.params.lr": (0.25, "optim.lr", NUMBERS),
     "optimizer.params.betas": ([0.5, 0.75], "optim.betas", st.lists(st.floats(0.0, 1.0), max_size=3)),
     "optimizer.params.eps": (1e-6, "optim.eps", NUMBERS),
@@ -296,28 +297,15 @@ SHARED = {
 
 
 def shared_run(path: str) -> RunConfig:
-    optim = {
-        "lr": 0.25,
-        "full_precision_lr": 0.375,
-        "betas": (0.5, 0.75),
-        "eps": 1e-6,
-        "weight_decay": 0.125,
-        "warmup_steps": 5,
-        "clip_norm": 0.5,
-    }
-    return run(
-        dtype="bfloat16",
-        optim=optim,
-        train={"global_batch_size": 24, "micro_batch_size": 3, "steps": 70},
-        zero_stage=2,
-        zero_offload="optimizer",
-        zero_log_level="warning",
-        zero_config=path,
-    )
+    rates = {"lr": 0.25, "full_precision_lr": 0.375, "warmup_steps": 5, "clip_norm": 0.5}
+    optim = {**rates, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.125}
+    train = {"global_batch_size": 24, "micro_batch_size": 3, "steps": 70}
+    ours = {"zero_stage": 2, "zero_offload": "optimizer", "zero_log_level": "warning"}
+    return run(dtype="bfloat16", optim=optim, train=train, zero_config=path, **ours)
 
 
 def shared_tree(**values) -> dict:
-    return nested(**{"scheduler.type": "WarmupDecayLR", **values})
+    return nested({"scheduler.type": "WarmupDecayLR", **values})
 
 
 @given(forms=st.fixed_dictionaries({key: st.sampled_from(["missing", "auto", "null", "ours"]) for key in SHARED}))
@@ -326,18 +314,16 @@ def test_auto_is_missing_is_ours(json_file, forms):
     given_here = {key: written.get(form, SHARED[key][0]) for key, form in forms.items() if form != "missing"}
     expected = resolved(shared_run(json_file(shared_tree())))
     values = resolved(shared_run(json_file(shared_tree(**given_here))))
-    for key in ("zero_optimization.offload_param", "data_types.param_dtype"):  # may be there, saying what is so
-        *blocks, name = key.split(".")
-        lookup(values, ".".join(blocks)).pop(name, None)
+    for block, name in (("zero_optimization", "offload_param"), ("data_types", "param_dtype")):
+        values[block].pop(name, None)  # may be there, saying what is so
     assert values == expected
 
 
 @pytest.mark.parametrize("key", SHARED)
 def test_any_other_value_is_refused_with_both(json_file, key):
     ours, setting, others = SHARED[key]
-    differing = others.filter(lambda value: value != ours)
 
-    @given(value=differing)
+    @given(value=others.filter(lambda value: value != ours))
     def refused(value):
         path = json_file(shared_tree(**{key: value}))
         message = refusal(shared_run(path))
@@ -351,159 +337,144 @@ def test_any_other_value_is_refused_with_both(json_file, key):
     refused()
 
 
+# what the file says, what our settings say: how the message begins
+CONTRADICTIONS = [
+    (
+        {"zero_allow_untested_optimizer": False},
+        {"optim": {"states": "int8"}},
+        "zero_allow_untested_optimizer is false, but optim.states is 'int8', whose optimizer is not one of those",
+    ),
+    (
+        {"optimizer.type": "AdamW"},
+        {"optim": {"name": "muon"}},
+        "optimizer.type is \"AdamW\", but optim.name is 'muon', which is this package's own; leave the file's",
+    ),
+    (
+        {"gradient_accumulation_steps": 4},
+        {},
+        "gradient_accumulation_steps is 4, but train.global_batch_size 32 on 2 rank(s) in micro-batches of 8 "
+        '(train.micro_batch_size) makes 2; write "auto" in the file',
+    ),
+    (
+        {"zero_optimization.stage": 2, "zero_optimization.offload_param.device": "cpu"},
+        {},
+        'zero_optimization.offload_param.device is "cpu", but stage 2 keeps every parameter whole on every rank; ',
+    ),
+    (
+        {"zero_optimization.stage": 1},
+        {"zero_offload": "parameters"},
+        "parallel.zero_offload is 'parameters', but stage 1 keeps every parameter whole on every rank; write parallel",
+    ),
+    (
+        {"fp16.enabled": True, "bf16.enabled": True},
+        {"dtype": "bfloat16"},
+        "fp16.enabled is true, but float16 is not supported: for 16 bits write model.dtype: bfloat16; write false",
+    ),
+    (
+        {"data_types.grad_accum_dtype": "fp32"},
+        {"dtype": "bfloat16", "zero_stage": 1},
+        "data_types.grad_accum_dtype is \"fp32\", but model.dtype is 'bfloat16' and the stage is 1: DeepSpeed would",
+    ),
+    ({"optimizer.type": "OneBitAdam"}, {}, 'optimizer.type is "OneBitAdam", but only AdamW is supported: DeepSpeed'),
+    ({"optimizer.params.momentum": 0.9}, {}, "optimizer.params.momentum is 0.9, but AdamW has no such setting here"),
+    ({"scheduler.params.warmup_num_steps": 3}, {}, "scheduler has no type; write one of LRRangeTest, OneCycle,"),
+    ({"scheduler.type": "StepLR"}, {}, 'scheduler.type is "StepLR"; write one of LRRangeTest, OneCycle, WarmupLR,'),
+    (
+        {"scheduler.type": "WarmupLR", "scheduler.params.warmup_max_lr": 0.01},
+        {"optim": {"full_precision_lr": 0.001}},
+        "scheduler.params.warmup_max_lr is 0.01, but optim.lr and optim.full_precision_lr are [0.01, 0.001]; write",
+    ),
+    (
+        {"scheduler.type": "WarmupCosineLR", "scheduler.params.cos_min_ratio": 0.5},
+        {},
+        "scheduler.params.cos_min_ratio is 0.5, but optim.final_lr_fraction is 0.1; write",
+    ),
+    (
+        {"scheduler.type": "WarmupLR", "scheduler.params.warmup_num_steps": 9},
+        {"optim": {"warmup_fraction": 0.25}, "train": {"steps": 100}},
+        "scheduler.params.warmup_num_steps is 9, but optim.warmup_fraction is 0.25 of 100 steps; write",
+    ),
+    (
+        {"scheduler.type": "WarmupLR"},
+        {"optim": {"schedule": "wsd"}},
+        "scheduler.type is \"WarmupLR\", but optim.schedule is 'wsd'; leave one of the two out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "settings", "expected"), CONTRADICTIONS)
+def test_contradictions(json_file, values, settings, expected):
+    path = json_file(nested(values))
+    assert refusal(run(zero_config=path, **settings)).startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
+def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
+    wrong = not rule.allowed[0] if rule.allowed and isinstance(rule.allowed[0], bool) else 7
+    message = refusal(run(zero_config=json_file(nested({rule.key: wrong}))))
+    assert message.endswith(f"{rule.key} is {json.dumps(wrong)}, but {rule.why}; {rule.remedy}")
+    for harmless in (*rule.allowed[:1], "auto", None):
+        values = {"scheduler.type": "WarmupLR"} if rule.key.startswith("scheduler") else {}
+        resolved(run(zero_config=json_file(nested({**values, rule.key: harmless}))))
+
+
+# ---- what DeepSpeed refuses --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("tree", "settings", "expected"),
+    ("values", "expected"),
     [
-        (
-            {"gradient_clipping": 0.5},
-            {},
-            'gradient_clipping is 0.5, but optim.clip_norm is 1.0; write "auto" in the file, or optim.clip_norm: 0.5',
-        ),
-        (
-            {"zero_allow_untested_optimizer": False},
-            {"optim": {"states": "int8"}},
-            "zero_allow_untested_optimizer is false, but optim.states is 'int8', whose optimizer is not one of those "
-            'that DeepSpeed knows; write "auto" in the file, or optim.states: float32',
-        ),
-        (
-            {"gradient_accumulation_steps": 4},
-            {},
-            "gradient_accumulation_steps is 4, but train.global_batch_size 32 on 2 rank(s) in micro-batches of 8 "
-            '(train.micro_batch_size) makes 2; write "auto" in the file',
-        ),
-        (
-            {"bf16": {"enabled": True}},
-            {},
-            "bf16.enabled is true, but model.dtype is 'float32'; write \"auto\" in the file, or model.dtype: bfloat16",
-        ),
-        (
-            {"zero_optimization": {"stage": 2}},
-            {"zero_stage": 3},
-            'zero_optimization.stage is 2, but parallel.zero_stage is 3; write "auto" in the file, or '
-            "parallel.zero_stage: 2",
-        ),
-        (
-            {"zero_optimization": {"stage": 0}},
-            {},
-            "zero_optimization.stage is 0; stage 1 shards optimizer states, 2 gradients too, 3 everything (nothing "
-            "sharded is parallel.strategy: ddp); write one of 1, 2, 3",
-        ),
-        ({"zero_optimization": {"stage": 4}}, {"zero_stage": 3}, "zero_optimization.stage is 4; stage 1 shards"),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}},
-            {},
-            'zero_optimization.offload_optimizer.device is "nvme"; NVMe is not supported; write one of none, cpu',
-        ),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            {"zero_offload": "none"},
-            "zero_optimization.offload_optimizer.device is \"cpu\", but parallel.zero_offload is 'none'; "
-            'write "auto" in the file, or leave parallel.zero_offload out',
-        ),
-        (
-            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            {},
-            'zero_optimization.offload_param.device is "cpu", but stage 2 keeps every parameter whole on every rank; '
-            'write "none", or stage 3',
-        ),
-        (
-            {"zero_optimization": {"stage": 1}},
-            {"zero_offload": "parameters"},
-            "parallel.zero_offload is 'parameters', but stage 1 keeps every parameter whole on every rank; "
-            "write parallel.zero_offload: optimizer, or stage 3",
-        ),
-        (
-            {"fp16": {"enabled": True}},
-            {"dtype": "bfloat16"},
-            "fp16.enabled is true, but float16 is not supported: for 16 bits write model.dtype: bfloat16; write false",
-        ),
-        (
-            {"data_types": {"grad_accum_dtype": "fp32"}},
-            {"dtype": "bfloat16", "zero_stage": 1},
-            "data_types.grad_accum_dtype is \"fp32\", but model.dtype is 'bfloat16' and the stage is 1: DeepSpeed",
-        ),
-        ({"optimizer": {"type": "Muon"}}, {}, 'optimizer.type is "Muon", but only AdamW is supported: DeepSpeed would'),
-        ({"optimizer": {"type": "OneBitAdam"}}, {}, 'the frozen codes included; write "AdamW", or leave the block'),
-        (
-            {"optimizer": {"params": {"momentum": 0.9}}},
-            {},
-            "unknown key 'optimizer.params.momentum'; leave it out",
-        ),
-        ({"scheduler": {"params": {}}}, {}, "scheduler has no type; write one of WarmupLR, WarmupDecayLR"),
-        ({"scheduler": {"type": "StepLR"}}, {}, 'scheduler.type is "StepLR"; write one of WarmupLR, WarmupDecayLR'),
-        (
-            {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
-            {},
-            "scheduler.params.total_num_steps is no parameter of WarmupLR; it takes last_batch_iteration, warmup",
-        ),
-        (
-            {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01}}},
-            {"optim": {"full_precision_lr": 0.001}},
-            "scheduler.params.warmup_max_lr is 0.01, but optim.lr and optim.full_precision_lr are [0.01, 0.001]; "
-            'write "auto" in the file',
-        ),
-        (
-            {"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.5}}},
-            {},
-            "scheduler.params.cos_min_ratio is 0.5, but optim.final_lr_fraction is 0.1",
-        ),
-        (
-            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}},
-            {"optim": {"warmup_fraction": 0.25}, "train": {"steps": 100}},
-            "scheduler.params.warmup_num_steps is 9, but optim.warmup_fraction is 0.25 of 100 steps; write",
-        ),
-        (
-            {"scheduler": {"type": "WarmupLR"}},
-            {"optim": {"schedule": "wsd"}},
-            "scheduler.type is \"WarmupLR\", but optim.schedule is 'wsd'; leave one of the two out",
-        ),
-        (
-            {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": "auto"}}},
-            {},
-            "scheduler.params.cycle_max_lr has no value, and no setting of ours is like it; write one",
-        ),
-        (
-            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
-            {},
-            "scheduler.params.warmup_num_steps is 0; write 1 or more",
-        ),
-        (
-            {"zero_optimization": {"allgather_bucket_size": 7}},
-            {},
-            "allgather_bucket_size is 7; DeepSpeed wants an even",
-        ),
-        (
-            {"zero_optimization": {"cpu_offload": True}},
-            {},
-            "zero_optimization.cpu_offload is true, but it is DeepSpeed's old spelling; write parallel.zero_offload, "
-            'or "offload_optimizer": {"device": "cpu"}',
-        ),
-        ({"amp": {"enabled": False}}, {}, 'amp is {"enabled": false}, but DeepSpeed has removed it; leave it out'),
+        ({"zero_optimization.overlap_comm": "perhaps"}, 'is "perhaps", which DeepSpeed refuses: Input should be a'),
+        ({"zero_optimization.reduce_bucket_size": 0}, "is 0, which DeepSpeed refuses: Input should be greater than 0"),
+        ({"communication_data_type": "fp8"}, 'is "fp8", which DeepSpeed refuses: Invalid communication_data_type'),
+        ({"communication_data_type": {"a": 1}}, "is 1, which DeepSpeed refuses: "),
+        ({"flops_profiler": True}, "is true, which DeepSpeed refuses: "),
+        ({"data_types.buffer_dtype": "fp9"}, 'is "fp9", which DeepSpeed refuses: '),
+        ({"steps_per_print": 0}, "is 0, which DeepSpeed refuses: ZeroDivisionError"),
+        ({"zero_optimization.allgather_bucket_size": 7}, "is 7, which DeepSpeed refuses: Input should be an even"),
+        ({"amp.enabled": True}, "is true, which DeepSpeed refuses: NVIDIA Apex AMP integration has been removed"),
     ],
 )
-def test_contradictions(json_file, tree, settings, expected):
-    path = json_file(tree)
-    assert expected in refusal(run(zero_config=path, **settings)).removeprefix(f"{path}: ")
+def test_a_refused_value_is_named_with_deepspeeds_reason(json_file, values, expected):
+    path = json_file(nested({"steps_per_print": 10, "aio.queue_depth": 8, **values}))
+    (key,) = values
+    key += ".a" if isinstance(values[key], dict) else ""
+    assert refusal(run(zero_config=path)).startswith(f"{path}: {key} {expected}")
 
 
-OTHER_VALUES = {bool: lambda allowed: not allowed, int: lambda allowed: allowed + 2, float: lambda allowed: allowed / 2}
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"total_num_steps": 9}, "unexpected keyword argument 'total_num_steps'"),
+        ({"warmup_min_lr": [0.1]}, "expected 2 value for min_lr, got 1"),
+    ],
+)
+def test_a_refused_scheduler_is_said_in_deepspeeds_words(json_file, params, expected):
+    path = json_file({"scheduler": {"type": "WarmupLR", "params": params}})
+    message = refusal(run(zero_config=path))
+    assert message.startswith(f"{path}: DeepSpeed refuses these settings: ") and expected in message
 
 
-@pytest.mark.parametrize("key", FIXED)
-def test_what_would_break_a_run_is_refused_with_the_reason(json_file, key):
-    allowed, reason = FIXED[key]
-    wrong = "sum" if key == "gradient_allreduce_op" else OTHER_VALUES[type(allowed)](allowed)
-    message = refusal(run(zero_config=json_file(nested(**{key: wrong}))))
-    assert f"{key} is {json.dumps(wrong)}, but {reason}; write {json.dumps(allowed)}, or leave it out" in message
-    for harmless in (allowed, "auto", None):
-        resolved(run(zero_config=json_file(nested(**{key: harmless}))))
-
-
-@pytest.mark.parametrize("key", REFUSED)
-def test_what_cannot_be_there_is_refused_with_the_reason(json_file, key):
-    for value in (False, {"enabled": False}):
-        assert f"{key} is {json.dumps(value)}, but " in refusal(run(zero_config=json_file(nested(**{key: value}))))
-    resolved(run(zero_config=json_file(nested(**{key: None}))))
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("stage", "zero_optimization.stage"),
+        ("bfloat16", "bf16"),
+        ("zero_optimization.overlap_com", "zero_optimization.overlap_comm"),
+        ("zero_optimization.prefetch_bucket_siz", "zero_optimization.stage3_prefetch_bucket_size"),
+        ("zero_optimization.offload_optimizer.pin_memry", "zero_optimization.offload_optimizer.pin_memory"),
+        ("bf16.enable", "bf16.enabled"),
+        ("data_types.grad_acc_dtype", "data_types.grad_accum_dtype"),
+        ("flops_profiler.enable", "flops_profiler.enabled"),
+    ],
+)
+def test_an_unknown_key_is_said_with_the_nearest(json_file, key, nearest):
+    for value in (1, {"enabled": 1}):
+        path = json_file(nested({"flops_profiler.module_depth": -1, key: value}))
+        assert refusal(run(zero_config=path)) == f"{path}: DeepSpeed has no key '{key}'; did you mean '{nearest}'?"
+    path = json_file(nested({key.replace(key.rpartition(".")[2], "zzz"): 1}))
+    assert refusal(run(zero_config=path)).endswith("zzz'; leave it out")
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -512,49 +483,19 @@ def test_what_cannot_be_there_is_refused_with_the_reason(json_file, key):
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [
-        ({"gradient_clipping": "1.0"}, 'gradient_clipping is "1.0"; write a number'),
-        ({"gradient_clipping": True}, "gradient_clipping is true; write a number"),
-        ({"train_batch_size": 32.5}, "train_batch_size is 32.5; write a whole number"),
-        ({"steps_per_print": True}, "steps_per_print is true; write a whole number"),
-        ({"steps_per_print": 0}, "steps_per_print is 0; write 1 or more"),
-        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown is 1; write true or false"),
-        ({"communication_data_type": 32}, "communication_data_type is 32; write text"),
-        ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of fp32, bf16, fp16'),
-        ({"zero_optimization": True}, "zero_optimization is true; write an object such as {...}"),
-        ({"bf16": "bf16"}, 'bf16 is "bf16"; write an object such as {...}'),
-        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage is "3"; write a whole number'),
-        (
-            {"zero_optimization": {"overlap_comm": "yes"}},
-            'zero_optimization.overlap_comm is "yes"; write true or false',
-        ),
-        ({"zero_optimization": {"sub_group_size": -1}}, "zero_optimization.sub_group_size is -1; write 0 or more"),
-        (
-            {"zero_optimization": {"reduce_bucket_size": 0}},
-            "zero_optimization.reduce_bucket_size is 0; write 1 or more",
-        ),
-        ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas is 0.9; write a list"),
-        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
-        ({"stage": 3}, "unknown key 'stage'; did you mean 'zero_optimization.stage'?"),
-        (
-            {"zero_optimization": {"param_persistence_threshold": 0}},
-            "unknown key 'zero_optimization.param_persistence_threshold'; "
-            "did you mean 'zero_optimization.stage3_param_persistence_threshold'?",
-        ),
-        ({"zzz": "auto"}, "unknown key 'zzz'; leave it out"),
+        ({"zero_optimization": True}, 'zero_optimization is true; write an object such as {"stage": ...}'),
+        ({"bf16": "bf16"}, 'bf16 is "bf16"; write an object such as {"enabled": ...}'),
         ([1], "it holds [1]; write an object such as {...}"),
         ("{\n  'a': 1}", "it is not JSON: line 2, column 3: Expecting property name enclosed in double quotes"),
+        ("{\n  // why\n}", "it is not JSON: line 2, column 3: a comment, which JSON does not have; leave it out"),
+        ('{"a": 1 # why\n}', "it is not JSON: line 1, column 9: a comment, which JSON does not have; leave it out"),
         ('{"bf16": {"enabled": true, "enabled": false}}', "key 'enabled' is written twice; keep one of them"),
-        ('{"gradient_clipping": NaN}', "it holds NaN, which is no number of JSON; write a number or null"),
-        ('{"steps_per_print": 1e999}', "steps_per_print is Infinity; write a whole number"),
         ("", "it is not JSON: line 1, column 1: Expecting value"),
     ],
 )
 def test_messages_about_the_file(json_file, tree, expected):
     path = json_file(tree)
-    message = refusal(run(zero_config=path))
-    assert message == f"{path}: {expected}"
-    with pytest.raises(ConfigError):
-        resolve_zero_stage(run(zero_config=path))
+    assert refusal(run(zero_config=path)) == f"{path}: {expected}"
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -573,25 +514,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     assert resolved(run(zero_config=str(path))) == resolved(run())
 
 
-@pytest.mark.parametrize("strategy", ["auto", "single", "ddp", "fsdp"])
-@pytest.mark.parametrize(
-    ("name", "value"), [("zero_config", "absent.json"), ("zero_stage", 2), ("zero_offload", "optimizer")]
-)
-def test_settings_of_zero_belong_to_zero(strategy, name, value):
-    with pytest.raises(ConfigError) as caught:
-        check_zero_config(run(strategy=strategy, **{name: value}), world_size=1)
-    assert str(caught.value) == (
-        f"parallel.{name} is {value!r}, but parallel.strategy is '{strategy}'; "
-        f"write parallel.strategy: zero, or leave parallel.{name} out"
-    )
-    check_zero_config(run(strategy=strategy, zero_offload="none"), world_size=1)
-
-
-# ---- the files we ship -------------------------------------------------------------------------------------------
-
-
-def test_there_is_a_file_for_every_stage():
-    assert [path.stem for path in SHIPPED] == ["zero_1", "zero_2", "zero_3"]
+# ---- the files we ship, and DeepSpeed's view ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -601,143 +524,43 @@ def test_shipped_files_fit_any_run(path, dtype):
     settings = {"dtype": dtype, "optim": {"clip_norm": 0.25}, "train": {"global_batch_size": 7, "micro_batch_size": 2}}
     ours = resolved(run(zero_stage=stage, **settings))
     values = resolved(run(zero_config=str(path), **settings))
-    assert {key: values[key] for key in ours if key != "zero_optimization"} == {
-        key: ours[key] for key in ours if key != "zero_optimization"
-    }
-    assert values["zero_optimization"].items() >= ours["zero_optimization"].items()
+    assert values.pop("zero_optimization").items() >= ours.pop("zero_optimization").items()
+    assert values == ours
     assert '"auto"' in path.read_text()
-    assert '"auto"' not in json.dumps(values)
     for offload in ("none", "optimizer") if stage < 3 else ("none", "optimizer", "parameters"):
         resolved(run(zero_config=str(path), zero_offload=offload, **settings))
 
 
-# ---- DeepSpeed's view --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def deepspeed():
-    return pytest.importorskip("deepspeed")
-
-
-def one_rank(config: RunConfig) -> dict:
-    """What a run of one rank gives: without a process group, DeepSpeed counts one."""
-    return deepspeed_config(config, world_size=1, trained_values=1001)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("stage", "offload"),
-    [(1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")],
-)
 @pytest.mark.parametrize("shipped", [False, True])
-def test_deepspeed_accepts_and_understands(deepspeed, stage, offload, dtype, shipped):
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
+)
+def test_deepspeed_understands(stage, offload, dtype, shipped):
     path = str(CONFIGS / f"zero_{stage}.json") if shipped else None
     config = run(zero_stage=stage, zero_offload=offload, dtype=dtype, zero_config=path, optim={"clip_norm": 0.0})
-    theirs = deepspeed.DeepSpeedConfig(one_rank(config))
+    theirs = deepspeed.DeepSpeedConfig(resolved(config, 1))
     zero = theirs.zero_config
     assert (zero.stage, theirs.gradient_clipping, theirs.steps_per_print) == (stage, 0.0, None)
     assert theirs.bfloat16_config.enabled == (dtype == "bfloat16")
-    assert theirs.bfloat16_config.check_grad_overflow
-    assert not theirs.float16_config.enabled
+    assert theirs.bfloat16_config.check_grad_overflow and not theirs.float16_config.enabled
     assert theirs.communication_data_type == torch.float32
-    assert theirs.gradient_accumulation_steps == 4
-    assert zero.reduce_bucket_size == 1001
+    assert (theirs.gradient_accumulation_steps, theirs.train_batch_size) == (4, 32)
+    assert theirs.zero_allow_untested_optimizer and not theirs.zero_force_ds_cpu_optimizer
     assert not zero.memory_efficient_linear
-    assert theirs.zero_allow_untested_optimizer
-    assert not theirs.zero_force_ds_cpu_optimizer
     if stage == 3:
         assert (zero.param_persistence_threshold, zero.prefetch_bucket_size) == (0, 50_000_000)
     places = [getattr(block, "device", "none") for block in (zero.offload_optimizer, zero.offload_param)]
-    assert places == [
-        "none" if offload == "none" else "cpu",
-        "cpu" if offload == "parameters" else "none",
-    ]
-
-
-def test_we_know_the_keys_that_deepspeed_knows(deepspeed):
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
-
-    models = {
-        "zero_optimization.": DeepSpeedZeroConfig,
-        "zero_optimization.offload_optimizer.": DeepSpeedZeroOffloadOptimizerConfig,
-        "zero_optimization.offload_param.": DeepSpeedZeroOffloadParamConfig,
-        "bf16.": DeepSpeedBF16Config,
-        "fp16.": DeepSpeedFP16Config,
-    }
-    removed = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
-    for prefix, model in models.items():
-        theirs = {field.alias or name for name, field in model.model_fields.items()}
-        ours = {key.removeprefix(prefix) for key in (*KEYS, *REFUSED) if key.startswith(prefix)}
-        assert {key for key in ours if "." not in key} - removed == theirs, prefix
-
-
-class Recorder(dict):
-    """A configuration that notes which keys are asked for."""
-
-    def __init__(self, values, asked):
-        super().__init__(values)
-        self.asked = asked
-
-    def get(self, key, default=None):
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def __contains__(self, key):
-        self.asked.add(key)
-        return super().__contains__(key)
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def keys(self):
-        return self
-
-    def __copy__(self):
-        return Recorder(dict(self.items()), self.asked)
-
-
-def test_we_know_the_top_level_keys_that_deepspeed_reads(deepspeed):
-    asked: set[str] = set()
-    deepspeed.DeepSpeedConfig(Recorder(one_rank(run()), asked))
-    ours = {key for key in (*KEYS, *REFUSED) if "." not in key}
-    assert len(asked) > 40
-    assert asked <= ours
-    # read where there are several ranks, or in place of another key
-    assert ours - asked <= {"data_parallel_size", "sequence_parallel_size", "bfloat16"}
-
-
-def test_we_refuse_what_deepspeed_has_removed(deepspeed):
-    from deepspeed.runtime import config
-
-    removed = {
-        *config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
-        *(f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS),
-    }
-    assert removed == {key for key, reason in REFUSED.items() if "removed" in reason}
-
-
-def test_we_know_the_schedulers_of_deepspeed(deepspeed):
-    from deepspeed.runtime import lr_schedules
-
-    assert set(SCHEDULERS) == set(lr_schedules.VALID_LR_SCHEDULES)
-    assert CHOICES["scheduler.type"][0] == tuple(SCHEDULERS)
-    for name, parameters in SCHEDULERS.items():
-        assert parameters == set(inspect.signature(getattr(lr_schedules, name)).parameters) - {"optimizer"}
+    assert places == ["none" if offload == "none" else "cpu", "cpu" if offload == "parameters" else "none"]
 
 
 @pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
-def test_schedulers_keep_the_rates_of_both_groups(deepspeed, json_file, name):
+def test_schedulers_keep_the_rates_of_both_groups(json_file, name):
     from deepspeed.runtime import lr_schedules
 
     path = json_file({"scheduler": {"type": name, "params": {"warmup_type": "linear"}}})
     optim = {"lr": 0.25, "full_precision_lr": 0.5, "warmup_steps": 4}
-    block = one_rank(run(optim=optim, train={"steps": 9}, zero_config=path))["scheduler"]
+    block = resolved(run(optim=optim, train={"steps": 9}, zero_config=path))["scheduler"]
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.25, 0.5)]
     optimizer = torch.optim.AdamW(groups)
     scheduler = getattr(lr_schedules, name)(optimizer, **block["params"])
