@@ -249,6 +249,13 @@ def test_every_shipped_config_parses(path):
     assert config.train.run_dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_lean_overlay_fits_every_shipped_config(path):
+    config = parse_run_config([f"--config={path}", f"--config={ROOT}/configs/overlays/lean.yaml"])
+    assert (config.optim.name, config.optim.states, config.model.trained_dtype) == ("muon", "int8", "bfloat16")
+    assert config.train.run_dir == f"runs/{path.stem}"
+
+
 def test_there_are_shipped_configs():
     names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert names >= {"quickstart", *(f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b", "13b"))}
