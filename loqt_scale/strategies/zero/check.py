@@ -3,7 +3,7 @@
 DeepSpeed validates its configuration when it reads it, inside `deepspeed.initialize`: too late for us. At the top level
 and in several blocks it passes over keys that it does not know. So it reads the configuration here first, from a dict
 that notes which keys it asks for: names, types and ranges are those of the DeepSpeed that is installed.
-(`zero.import_deepspeed` must have imported it: hence the imports inside functions.)
+(`engine.import_deepspeed` must have imported it: hence the imports inside functions.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from loqt_scale.training.diagnosis import (
     subspace_is_frozen,
     update_is_lost,
 )
-from tests.unit.merge.test_merge import RANK, Small, batch, config, make
+from tests.unit.merge.small import RANK, Small, batch, config, make
 
 
 def merged(settings: LoQTConfig, *, lr: float, same_batch: bool = False, steps: int = 21) -> list[MergeReport]:
