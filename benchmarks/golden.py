@@ -2,6 +2,7 @@
 
     python benchmarks/golden.py --record golden.json      # before a change
     python benchmarks/golden.py --check golden.json       # after it; exit status 1 if any number differs
+    python benchmarks/golden.py --check                   # against tests/golden.json (also a long test)
 
 Every scalar that a run writes is compared (losses, gradient norms, learning rates, what merges report), except times,
 rates and memory. Another processor or another torch rounds otherwise: the file names both, and a check elsewhere says
@@ -186,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--record", type=Path, metavar="FILE")
-    action.add_argument("--check", type=Path, metavar="FILE")
+    action.add_argument("--check", type=Path, metavar="FILE", nargs="?", const=ROOT / "tests" / "golden.json")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     warm_up()
