@@ -69,7 +69,7 @@ def trainer_of(method: str, folder: Path, arguments: list[str]) -> Trainer:
 def saver_of(trainer: Trainer, *, background: bool) -> CheckpointSaver:
     config = replace(trainer.config.checkpoint, background=background, keep_last=1)
     root = Path(trainer.config.train.run_dir) / "checkpoints"
-    return CheckpointSaver(root, config, trainer.strategy, warn=lambda line: sys.exit(line))
+    return CheckpointSaver(root, config, trainer.strategy.editing, tell=lambda line: sys.exit(line))
 
 
 def turn(trainer: Trainer) -> dict[str, float]:
@@ -85,7 +85,7 @@ def turn(trainer: Trainer) -> dict[str, float]:
     trainer.saver.wait()
     (path,) = (Path(trainer.config.train.run_dir) / "checkpoints").glob("step-*")
     began = time.perf_counter()
-    restore(trainer, open_checkpoint(path, trainer.strategy))
+    restore(trainer, open_checkpoint(path, trainer.strategy.comm))
     seconds["restore"] = time.perf_counter() - began
     return seconds
 

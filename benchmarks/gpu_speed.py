@@ -128,7 +128,7 @@ def galore_update(trainer: Trainer) -> Callable[[], object]:
         optimizer.state[parameter] |= {"step": 1, "projector": projector}
 
     def update() -> None:
-        trainer.strategy.clip(trainer.parameters, trainer.config.optim.clip_norm)
+        trainer.strategy.step.clip(trainer.parameters, trainer.config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -26,8 +26,7 @@ from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.layers import loqt_layers
 from loqt_scale.metrics import MetricsWriter, Progress
 from loqt_scale.model.build import design_model
-from loqt_scale.strategies import create_strategy
-from loqt_scale.strategies.create import resolve_device
+from loqt_scale.strategies import create_strategy, resolve_device
 from loqt_scale.training.health import NonFiniteLossError
 from loqt_scale.training.trainer import Trainer
 
@@ -76,7 +75,7 @@ def train(run: Run, place: Place, tell: Tell) -> dict[str, Any]:
         line |= scores(trainer.corpus, math.nan if diverged else curve[config.train.steps])
         line |= {"skipped_steps": trainer.health.skipped, "parameters": dense_parameters(trainer), **held(trainer)}
         line |= {"tokens_per_second": round(trainer.tokens / seconds) if seconds else None}
-        device = device_name(trainer.strategy.device)
+        device = device_name(trainer.strategy.comm.device)
         trainer.strategy.close()
     line |= {"seconds": round(time.perf_counter() - began, 1), "device": device, "jobs": place.jobs}
     return line | {"commit": place.commit, "date": str(date.today())}
@@ -170,7 +169,7 @@ def most_gradients(trainer: Trainer) -> int:
 
     def arrives(gradient: Tensor) -> None:
         nonlocal most
-        there = storages([[p.grad for p in trainer.parameters], vars(trainer.strategy).get("_sums"), gradient])
+        there = storages([[p.grad for p in trainer.parameters], vars(trainer.strategy.step).get("sums"), gradient])
         own = storages([p.detach() for p in trainer.parameters])
         most = max(most, sum(size for place, size in there.items() if place not in own))
 

@@ -56,7 +56,7 @@ def measure(words: list[str], repeats: int) -> dict[str, Any]:
         alive = live_tensor_bytes()
         trainer.accumulate(2)
         kinds["gradients"] = live_tensor_bytes() - alive
-        trainer.strategy.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=1.0)
+        trainer.strategy.step.update(trainer.model, trainer.optimizer, trainer.parameters, max_norm=1.0)
         held[strategy] = kinds
     seconds: dict[str, dict[str, list[float]]] = {s: {"step": [], "merge": []} for s in STRATEGIES}
     for turn in range(repeats):
@@ -65,11 +65,11 @@ def measure(words: list[str], repeats: int) -> dict[str, Any]:
             assert trainer.merges is not None
             step = trainer.merges.steps[1 + turn]
             for name, number in (("step", step - 1), ("merge", step)):
-                trainer.strategy.barrier()
+                trainer.strategy.comm.barrier()
                 gc.collect()
                 started = time.perf_counter()
                 trainer.step(number)
-                trainer.strategy.barrier()
+                trainer.strategy.comm.barrier()
                 seconds[strategy][name].append(time.perf_counter() - started)
     return {"held": held, "seconds": seconds}
 

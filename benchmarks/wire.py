@@ -41,7 +41,7 @@ def measure(words: list[str]) -> dict[str, int]:
 
     fixed = ["--data.tokenizer=bytes", "--data.max_eval_sequences=2", "--train.progress=off", "--train.steps=20"]
     trainer = make_trainer(parse_run_config([*fixed, "--loqt.merge.gap=2", *words]))
-    world_size = trainer.strategy.world_size
+    world_size = trainer.strategy.comm.world_size
     with WireCounter(world_size) as merge_step:
         trainer.step(0)
     with WireCounter(world_size) as step:

@@ -27,12 +27,13 @@ from loqt_scale.checkpoint.shards import read_rows
 from loqt_scale.checkpoint.state import expected_state, write_state
 from loqt_scale.data import AnotherTextError, TrainStream
 from loqt_scale.functional.schemes import Scheme
+from loqt_scale.functional.shares import shard_range
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import moment_names
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm, Editing
 
 
-def open_checkpoint(path: Path, strategy: Strategy) -> Checkpoint:
+def open_checkpoint(path: Path, comm: Comm) -> Checkpoint:
     """Opens and verifies a checkpoint. Every rank.
 
     Raises:
@@ -43,13 +44,13 @@ def open_checkpoint(path: Path, strategy: Strategy) -> Checkpoint:
         checkpoint = Checkpoint(path)
     except CheckpointError as error:
         text = str(error)
-    _refuse_together(strategy, text)
+    _refuse_together(comm, text)
     assert checkpoint is not None
-    verify_checkpoint(checkpoint, strategy)
+    verify_checkpoint(checkpoint, comm)
     return checkpoint
 
 
-def verify_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, comm: Comm) -> None:
     """Reads all of a checkpoint's files against its manifest; ranks of one host share them out. Every rank.
 
     Raises:
@@ -60,14 +61,14 @@ def verify_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> None:
         checkpoint.pieces  # noqa: B018 (headers first: they are short, and bound what is read)
     except CheckpointError as error:
         text = str(error)
-    _refuse_together(strategy, text)
-    hosts = strategy.gather_objects(_host())
-    peers = [rank for rank, host in enumerate(hosts) if host == hosts[strategy.rank]]
-    mine = list(checkpoint.files)[peers.index(strategy.rank) :: len(peers)]
-    bad = sorted({text for part in strategy.gather_objects(checkpoint.files.damaged(mine)) for text in part})
+    _refuse_together(comm, text)
+    hosts = comm.gather_objects(_host())
+    peers = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]
+    mine = list(checkpoint.files)[peers.index(comm.rank) :: len(peers)]
+    bad = sorted({text for part in comm.gather_objects(checkpoint.files.damaged(mine)) for text in part})
     if bad:
         raise checkpoint.files.error(*bad)
-    if strategy.is_main and (strays := checkpoint.unlisted()):
+    if comm.is_main and (strays := checkpoint.unlisted()):
         names = ", ".join(map(ascii, strays[:5]))
         print(f"WARNING: {checkpoint.path} holds files that are not of it, and are ignored: {names}", file=sys.stderr)
 
@@ -92,7 +93,7 @@ def seek_text(checkpoint: Checkpoint, text: TrainStream) -> None:
 def check_tensors(
     checkpoint: Checkpoint,
     model: nn.Module,
-    strategy: Strategy,
+    editing: Editing | None = None,
     *,
     moments: bool = False,
     momentum_only: Collection[str] = (),
@@ -102,7 +103,7 @@ def check_tensors(
     Args:
         checkpoint: The checkpoint.
         model: The model, without its strategy's wrapper.
-        strategy: How it is spread.
+        editing: How it is spread; default: it is not yet, on the meta device.
         moments: Whether the optimizer's moments are wanted too, if there are any.
         momentum_only: Parameters that have one moment instead of two (see `optim.momentum_only`).
 
@@ -111,7 +112,7 @@ def check_tensors(
     """
     theirs = {k: v for k, v in checkpoint.manifest.tensors.items() if moments or k.startswith("model.")}
     has_moments = any(name.startswith("moments.") for name in theirs)
-    ours = expected_state(model, strategy, moments=has_moments, momentum_only=momentum_only)
+    ours = expected_state(model, editing, moments=has_moments, momentum_only=momentum_only)
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         name = different[0]
@@ -123,13 +124,13 @@ def check_tensors(
     return list(theirs)
 
 
-def check_numbers(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy) -> None:
+def check_numbers(checkpoint: Checkpoint, model: nn.Module, comm: Comm) -> None:
     """Looks at all numbers of a verified checkpoint, one tensor at a time; ranks share its rows out. Every rank.
 
     Args:
         checkpoint: The checkpoint; its tensors have been found to be the model's.
         model: The model, perhaps on the meta device.
-        strategy: Says which ranks there are.
+        comm: Its ranks.
 
     Raises:
         CheckpointError: One is NaN or infinite, or the checkpoint has changed since it was verified; on all ranks.
@@ -137,22 +138,22 @@ def check_numbers(checkpoint: Checkpoint, model: nn.Module, strategy: Strategy) 
     text = ""
     try:
         for name, (shape, _) in checkpoint.manifest.tensors.items():
-            wanted = {name: strategy.rows(shape[0])}
+            wanted = {name: shard_range(shape[0], comm.rank, comm.world_size)}
             rows = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
             refuse_not_finite(checkpoint, rows, model)
     except CheckpointError as error:
         text = str(error)
-    _refuse_together(strategy, text)
+    _refuse_together(comm, text)
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, strategy: Strategy) -> None:
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, editing: Editing) -> None:
     """Reads a verified checkpoint into a built model and its optimizer. Every rank.
 
     Args:
         checkpoint: The checkpoint.
         model: The model, without its strategy's wrapper; it may be spread otherwise than when it was saved.
         optimizer: Its optimizer; a fresh one will do. None reads the model only.
-        strategy: How both are spread.
+        editing: How both are spread.
 
     Raises:
         CheckpointError: The checkpoint is of another model, holds a number that is not finite, or has changed since it
@@ -162,16 +163,16 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
     if optimizer is not None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         single = [name for name, parameter in trained if len(moment_names(optimizer, parameter)) == 1]
-    names = check_tensors(checkpoint, model, strategy, moments=optimizer is not None, momentum_only=single)
+    names = check_tensors(checkpoint, model, editing, moments=optimizer is not None, momentum_only=single)
     shares, text = {}, ""
     try:
-        wanted = {name: strategy.rows(checkpoint.manifest.tensors[name][0][0]) for name in names}
+        wanted = {name: editing.rows(checkpoint.manifest.tensors[name][0][0]) for name in names}
         shares = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
         refuse_not_finite(checkpoint, shares, model)
     except CheckpointError as error:
         text = str(error)
-    _refuse_together(strategy, text)
-    write_state(shares, model, optimizer, strategy)
+    _refuse_together(editing.comm, text)
+    write_state(shares, model, optimizer, editing)
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
@@ -210,9 +211,9 @@ def _packed_numbers(model: nn.Module) -> dict[str, Scheme]:
     return schemes
 
 
-def _refuse_together(strategy: Strategy, text: str) -> None:
+def _refuse_together(comm: Comm, text: str) -> None:
     """Raises CheckpointError on every rank if one of them has something to say. Every rank."""
-    if texts := dict.fromkeys(text for text in strategy.gather_objects(text) if text):
+    if texts := dict.fromkeys(text for text in comm.gather_objects(text) if text):
         raise CheckpointError("; ".join(texts))
 
 

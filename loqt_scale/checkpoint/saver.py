@@ -28,7 +28,7 @@ from loqt_scale.checkpoint.state import Shares, read_state
 from loqt_scale.checkpoint.write import save_checkpoint
 from loqt_scale.config import CheckpointConfig
 from loqt_scale.metrics import Reminder
-from loqt_scale.strategies import Channel, Strategy
+from loqt_scale.strategies import Channel, Editing
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds from a save that failed until it is tried again
 
@@ -39,7 +39,7 @@ class CheckpointSaver:
     Args:
         root: Folder of the run's checkpoints; need not exist.
         config: What is kept, and whether files are written in the background.
-        strategy: How the model is spread.
+        editing: How the model is spread.
         tell: Takes a line for people.
         kept: A step whose checkpoint is kept for good, too.
     """
@@ -48,13 +48,13 @@ class CheckpointSaver:
         self,
         root: Path,
         config: CheckpointConfig,
-        strategy: Strategy,
+        editing: Editing,
         *,
         tell: Callable[[str], None],
         kept: int | None = None,
     ) -> None:
         self.kept = kept
-        self._folder, self._config, self._strategy, self._tell = CheckpointFolder(root), config, strategy, tell
+        self._folder, self._config, self._editing, self._tell = CheckpointFolder(root), config, editing, tell
         self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
         self.failure: CheckpointError | None = None  # of the last save
         self._reminder = Reminder(tell)
@@ -81,8 +81,8 @@ class CheckpointSaver:
             keep_all: Remove no older checkpoint for it.
         """
         self.wait()
-        shares = read_state(model, optimizer, self._strategy)
-        arguments = (manifest, write_documents, shares, self._strategy.side_channel(), keep_all)
+        shares = read_state(model, optimizer, self._editing)
+        arguments = (manifest, write_documents, shares, self._editing.comm.side_channel(), keep_all)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.background:
@@ -162,7 +162,7 @@ class CheckpointSaver:
         try:
             save_checkpoint(self._folder, manifest, write_documents, shares, channel)
             self.saved = manifest.step
-            if self._strategy.is_main and not keep_all:
+            if self._editing.comm.is_main and not keep_all:
                 self._prune()
         except BaseException as error:  # told, or raised, where it is waited for
             self._error = error

@@ -4,20 +4,21 @@
     moments.NAME.first|second   the moments of what trains (Muon has no second), float32: exact for 8-bit states too,
                                 see `blockwise`
 
-A rank's share are the rows that it would work on in a merge (`Strategy.rows`), on the host. FSDP2 stores just those;
+A rank's share are the rows that it would work on in a merge (`Editing.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor
 at a time. What is saved is a DTensor sharded on dim 0, whose place in the whole torch.distributed.checkpoint writes
-down, so that any rows can be read by any number of ranks, under any strategy.
+down, so that any rows can be read by any number of ranks, under any editing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Editing
 
 Shares = dict[str, Tensor]
 Outlines = Mapping[str, tuple[tuple[int, ...], str]]
@@ -25,35 +26,35 @@ MOMENTS = ("first", "second")
 
 
 @torch.no_grad()
-def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, strategy: Strategy) -> Shares:
+def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, editing: Editing) -> Shares:
     """Copies this rank's shares to the host. Every rank."""
     shares: Shares = {}
     for name, parameter in model.named_parameters():
-        with strategy.editing([parameter]):
+        with editing.open([parameter]):
             shape = parameter.shape
-            mine = strategy.read(parameter)
-            shares[f"model.{name}"] = _share(mine.float() if parameter.requires_grad else mine, shape, strategy)
+            mine = editing.read(parameter)
+            shares[f"model.{name}"] = _share(mine.float() if parameter.requires_grad else mine, shape, editing)
         if parameter.requires_grad:
-            moments = strategy.read_moments(optimizer, parameter)
+            moments = editing.read_moments(optimizer, parameter)
             for key, moment in zip(MOMENTS, moments or (), strict=False):
-                shares[f"moments.{name}.{key}"] = _share(moment, shape, strategy)
+                shares[f"moments.{name}.{key}"] = _share(moment, shape, editing)
     return shares
 
 
 def expected_state(
-    model: nn.Module, strategy: Strategy, *, moments: bool, momentum_only: Collection[str] = ()
+    model: nn.Module, editing: Editing | None, *, moments: bool, momentum_only: Collection[str] = ()
 ) -> Outlines:
     """What a checkpoint of a model holds. Every rank; the model may be on the meta device.
 
     Args:
         model: The model.
-        strategy: How it is spread.
+        editing: How it is spread; None: it is not yet, on the meta device.
         moments: Whether the checkpoint holds moments.
         momentum_only: Parameters that have no second one (see `optim.momentum_only`).
     """
     outlines: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, parameter in model.named_parameters():
-        with strategy.editing([parameter]):
+        with nullcontext() if editing is None else editing.open([parameter]):
             shape = tuple(parameter.shape)
         trains = parameter.requires_grad
         outlines[f"model.{name}"] = (shape, "float32" if trains else _dtype_name(parameter))
@@ -64,15 +65,15 @@ def expected_state(
 
 
 @torch.no_grad()
-def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimizer | None, strategy: Strategy) -> None:
+def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimizer | None, editing: Editing) -> None:
     """Puts this rank's rows, on the host, where they belong; without an optimizer, parameters only. Every rank."""
-    local: Callable[[str], Tensor] = lambda name: shares[name].to(strategy.device)  # noqa: E731
+    local: Callable[[str], Tensor] = lambda name: shares[name].to(editing.device)  # noqa: E731
     for name, parameter in model.named_parameters():
-        with strategy.editing([parameter]):
-            strategy.write(parameter, local(f"model.{name}"))
+        with editing.open([parameter]):
+            editing.write(parameter, local(f"model.{name}"))
         if optimizer is not None and f"moments.{name}.{MOMENTS[0]}" in shares:
             keys = [f"moments.{name}.{key}" for key in MOMENTS]
-            strategy.write_moments(optimizer, parameter, [local(key) for key in keys if key in shares])
+            editing.write_moments(optimizer, parameter, [local(key) for key in keys if key in shares])
 
 
 def describe(shares: Shares) -> Outlines:
@@ -84,5 +85,5 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _share(piece: Tensor, shape: torch.Size, strategy: Strategy) -> Tensor:
-    return strategy.as_shard(strategy.local(piece.detach()).to("cpu", copy=True).contiguous(), shape)
+def _share(piece: Tensor, shape: torch.Size, editing: Editing) -> Tensor:
+    return editing.as_shard(piece.detach().to("cpu", copy=True).contiguous(), shape)

@@ -16,7 +16,6 @@ from loqt_scale.config.choices import (
     OptimizerStates,
     ProgressMode,
     RateSchedule,
-    StrategyName,
     ZeroOffload,
     ZeroStage,
 )
@@ -218,7 +217,8 @@ class ParallelConfig:
 
     Args:
         strategy: auto = fsdp under a launcher with several ranks, else single; single, ddp (everything replicated),
-            fsdp (FSDP2: everything sharded), zero (DeepSpeed).
+            fsdp (FSDP2: everything sharded), zero (DeepSpeed); or another package's (docs/strategies.md).
+        options: Settings of another package's strategy, by their names.
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
         kept_between_passes: fsdp: what each rank keeps unsharded between the micro-batches of one step. nothing =
@@ -236,7 +236,8 @@ class ParallelConfig:
         timeout_seconds: A collective that waits longer than this ends the run.
     """
 
-    strategy: StrategyName = "auto"
+    strategy: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
     reshard_after_forward: bool = True
     kept_between_passes: Kept = "gradients"
     offload: Offload = "none"

@@ -35,6 +35,7 @@ from loqt_scale.config.keys import (
     takes_bool,
     unknown_key_message,
 )
+from loqt_scale.config.names import check_strategy_name
 from loqt_scale.config.paths import expand_path
 from loqt_scale.errors import ConfigError, explained, named, reason_of
 
@@ -106,6 +107,16 @@ def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about:
         ConfigError: A key, type, file or combination cannot work; the message says what to write instead.
         SystemExit: With status 0, after `--help` or `--print_config` has printed.
     """
+    wants_config, config = _parse(argv, prog, about)
+    check_strategy_name(config.parallel.strategy)
+    if wants_config:
+        print(dump_run_config(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _parse(argv: Sequence[str], prog: str = "", about: str = "") -> tuple[bool, RunConfig]:
+    """Whether `--print_config` was there, and the settings."""
     wants_config, arguments = normalize_argv(argv)
     parser = _build_parser(prog, about)
     files = [_settings_of(word) if word.startswith("--config=") else word for word in arguments]
@@ -116,11 +127,7 @@ def parse_run_config(argv: Sequence[str], prog: str = "loqt-scale train", about:
             raise ConfigError(plain_message(str(error), setting_types())) from None
     values.pop("config", None)
     values.pop("print_config", None)
-    config = _build(RunConfig, values)
-    if wants_config:
-        print(dump_run_config(config), end="")
-        raise SystemExit(0)
-    return config
+    return wants_config, _build(RunConfig, values)
 
 
 def override_run_config(settings: RunConfig, argv: Sequence[str], prog: str) -> RunConfig:
@@ -147,12 +154,12 @@ def save_run_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
 
 
 def load_run_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read settings written by `save_run_config` (or by hand).
+    """Read settings written by `save_run_config` (or by hand), whether or not their strategy is installed here.
 
     Raises:
         ConfigError: As `parse_run_config`.
     """
-    parse_run_config([f"--config={os.fspath(path)}"])  # types and keys; jsonargparse re-reads text inside overrides,
+    _parse([f"--config={os.fspath(path)}"])  # types and keys; jsonargparse re-reads text inside overrides,
     return _build(RunConfig, _read_yaml(path))  # so the values themselves are taken from the file as they stand
 
 

@@ -28,7 +28,7 @@ from loqt_scale.export.parts import Parts
 from loqt_scale.functional.schemes import SCHEMES, FourBit
 from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_saved, saved_settings
 from loqt_scale.model.hf_folder import ADAPTER, ADAPTER_SETTINGS, ADAPTER_WEIGHTS, CAREFULLY, AdapterSettings
-from loqt_scale.strategies import DTYPES, Strategy
+from loqt_scale.strategies import DTYPES, SingleComm
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*(KB|MB|GB|TB)", re.IGNORECASE)
 
@@ -83,7 +83,7 @@ def export_checkpoint(
     config = saved_settings(opened)
     if format == "nf4":
         _check_four_bit(config)
-    saved = open_saved(opened, config, Strategy(torch.device("cpu")))
+    saved = open_saved(opened, config, SingleComm(torch.device("cpu")))
     parts, torch_dtype = Parts(saved), DTYPES[dtype]
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = torch_dtype

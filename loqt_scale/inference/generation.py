@@ -14,7 +14,7 @@ from loqt_scale.errors import ConfigError, UserError, explained
 from loqt_scale.inference.saved_model import find_saved, open_saved, saved_settings
 from loqt_scale.model.hf_folder import CAREFULLY, load_folder
 from loqt_scale.process.environment import launched_world_size
-from loqt_scale.strategies import Strategy, create_strategy, resolve_device
+from loqt_scale.strategies import create_strategy, resolve_device, single_process
 
 
 def generate(
@@ -47,13 +47,13 @@ def generate(
     location, torch_device = Path(checkpoint), resolve_device(device)
     path = find_saved(location)
     if path is None:
-        strategy, files = Strategy(torch_device), location
+        strategy, files = single_process(torch_device), location
         model: Any = load_folder(location, torch_device, "auto")
     else:
         opened = Checkpoint(path)
         config = saved_settings(opened)
         strategy = create_strategy(config, device=torch_device)
-        saved = open_saved(opened, config, strategy)
+        saved = open_saved(opened, config, strategy.comm)
         model, files = saved.load(strategy), saved.files
     with explained(f"the tokenizer in {files} cannot be read"):
         tokenizer: Any = AutoTokenizer.from_pretrained(files, **CAREFULLY)
@@ -63,7 +63,7 @@ def generate(
     _check_tokens(ids, text_config, files, max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    with torch.no_grad(), strategy.autocast():
+    with torch.no_grad(), strategy.step.autocast():
         result = model.generate(
             torch.tensor([ids], device=torch_device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=torch_device),

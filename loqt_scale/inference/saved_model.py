@@ -24,7 +24,7 @@ from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.model.architectures import declared_layers
 from loqt_scale.model.build import ModelDesign, design_model, place_model
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm, Strategy
 
 RUN_SETTINGS = "loqt_scale.yaml"  # in a folder that `loqt-scale export` writes: the settings of the run
 _SPARE_LAYERS = 1000  # layers without tensors of their own that a model may have
@@ -51,8 +51,8 @@ class SavedModel:
 
     def load(self, strategy: Strategy) -> nn.Module:
         """The model with its values, spread as the strategy will have it, in eval mode. Every rank, once."""
-        model = place_model(self.design, self.config.model, strategy)
-        load_checkpoint(self.checkpoint, model, None, strategy)
+        model = place_model(self.design, self.config.model, strategy.placement)
+        load_checkpoint(self.checkpoint, model, None, strategy.editing)
         return model.eval()
 
 
@@ -92,20 +92,20 @@ def self_contained(config: RunConfig, files: Path) -> RunConfig:
     )
 
 
-def open_saved(checkpoint: Checkpoint, config: RunConfig, strategy: Strategy) -> SavedModel:
+def open_saved(checkpoint: Checkpoint, config: RunConfig, comm: Comm) -> SavedModel:
     """Designs a checkpoint's model, and verifies the checkpoint. Every rank.
 
     Args:
         checkpoint: The checkpoint.
         config: As `saved_settings` returned it, perhaps with other data.
-        strategy: Of the ranks that verify it.
+        comm: The ranks that verify it.
 
     Raises:
         CheckpointError: It is damaged, or not what its manifest and settings say.
     """
     design = _design(checkpoint, config)
-    check_tensors(checkpoint, design.model, Strategy(strategy.device))
-    verify_checkpoint(checkpoint, strategy)
+    check_tensors(checkpoint, design.model)
+    verify_checkpoint(checkpoint, comm)
     return SavedModel(checkpoint, config, design)
 
 

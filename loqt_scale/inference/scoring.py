@@ -25,7 +25,7 @@ from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_save
 from loqt_scale.metrics import format_count, perplexity
 from loqt_scale.model.hf_folder import load_folder
 from loqt_scale.process.environment import launched_world_size
-from loqt_scale.strategies import create_strategy, resolve_device
+from loqt_scale.strategies import create_strategy, find_strategy, resolve_device
 from loqt_scale.training.evaluation import evaluate
 
 # what may be changed; the rest is the model's own
@@ -48,8 +48,9 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
     settings = _folder_settings(Path(location)) if saved is None else saved_settings(saved)
     config = override(settings)
     _check_changes(settings, config)
-    if config.parallel.strategy == "zero":
-        raise ConfigError("parallel.strategy is 'zero', which only trains; write fsdp, ddp or auto")
+    name = config.parallel.strategy
+    if name != "auto" and find_strategy(name).only_trains:
+        raise ConfigError(f"parallel.strategy is '{name}', which only trains; write fsdp, ddp or auto")
     device = resolve_device(config.train.device)
     if saved is None and (ranks := launched_world_size()) > 1:
         raise ConfigError(f"{location} is a Hugging Face model, which one process scores, not {ranks}; start one")
@@ -59,12 +60,12 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         if saved is None:
             model: nn.Module = load_folder(Path(location), device, torch.float32)
         else:
-            model = open_saved(saved, config, strategy).load(strategy)
+            model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)
-        loss = evaluate(model, corpus.eval, strategy=strategy, micro_batch_size=config.train.micro_batch_size)
+        loss = evaluate(model, corpus.eval, step=strategy.step, micro_batch_size=config.train.micro_batch_size)
         if not math.isfinite(loss):
             raise UserError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
-        if strategy.is_main:
+        if strategy.comm.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
             print(

@@ -40,7 +40,7 @@ from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Editing, single_process
 
 
 class MergeCoordinator:
@@ -51,7 +51,7 @@ class MergeCoordinator:
         optimizer: Its optimizer; its moments of the factors follow `config.merge.optimizer_state`.
         config: The method's settings.
         total_steps: Steps of the run; no merge falls after `last_step_fraction` of it.
-        strategy: How the model is spread over ranks. Default: one process.
+        editing: How the model is spread over ranks (a strategy's `editing`). Default: one process.
         seed: Seed of the sketches.
         initial_weights: Source of the weights before quantization, under the names of the unconverted model.
     """
@@ -63,20 +63,20 @@ class MergeCoordinator:
         config: LoQTConfig,
         *,
         total_steps: int,
-        strategy: Strategy | None = None,
+        editing: Editing | None = None,
         seed: int = 0,
         initial_weights: InitialWeights | None = None,
     ) -> None:
         self._layers = dict(loqt_layers(model))
         self._optimizer, self._config = optimizer, config
         device = next(iter(self._layers.values())).factor.device
-        self._strategy = strategy or Strategy(device)
+        self._editing = editing or single_process(device).editing
         self._initial_weights = initial_weights
         merge = config.merge
         last = merge.last_step(total_steps)
         steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
         self._schedule, self._steps = steps, set(steps)
-        self._search = SubspaceSearch(self._layers, config.subspace, self._strategy, seed)
+        self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
         self._seed = seed
         self._first_is_due = False  # told otherwise by P of zeros
@@ -98,7 +98,7 @@ class MergeCoordinator:
             raise ValueError("loqt.init is 'loftq', which needs the weights before quantization; give initial_weights")
         self.expect_first_merge()
         owners, source = self._search.owners, self._initial_weights
-        return start_compensated(self._layers, owners, source, self._config, self._strategy, seed=self._seed)
+        return start_compensated(self._layers, owners, source, self._config, self._editing, seed=self._seed)
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
@@ -144,7 +144,7 @@ class MergeCoordinator:
         sketch_bytes = self._search.sent_bytes - self._sent_before
         self._search.finish()
         for name, owner in self._search.owners.items():
-            with self._strategy.editing(self._layers[name].merged_parameters()):
+            with self._editing.open(self._layers[name].merged_parameters()):
                 diagnostics[name] = self._merge_layer(name, owner, self._search.take(name))
         self._first_is_due = False
         values = self._read(diagnostics)
@@ -162,8 +162,8 @@ class MergeCoordinator:
 
         In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
         """
-        layer, strategy = self._layers[name], self._strategy
-        spec, placed = layer.spec, PlacedLayer(layer, strategy)
+        layer, editing = self._layers[name], self._editing
+        spec, placed = layer.spec, PlacedLayer(layer, editing)
         old_basis = placed.basis()
         had_basis = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
         first = self._first_is_due or not had_basis
@@ -180,7 +180,7 @@ class MergeCoordinator:
             side=spec.side,
             scale=spec.scale,
             rounds=self._config.merge.compensation_rounds,
-            sum_over_shards=strategy.sum,
+            sum_over_shards=editing.sum,
         )
         sums = update_survival(
             weight,
@@ -201,20 +201,20 @@ class MergeCoordinator:
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
         table = torch.stack(list(diagnostics.values()))
-        change, square = self._strategy.sum(table[:, -2:].contiguous()).unbind(1)
+        change, square = self._editing.sum(table[:, -2:].contiguous()).unbind(1)
         survival = torch.where(square > 0, 1.0 + change / square, float("nan"))
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
 
     def _share_basis(self, placed: PlacedLayer, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
         """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
-        layout, strategy = placed.layer.spec.projection, self._strategy
-        if strategy.rank == owner:
+        layout, comm = placed.layer.spec.projection, self._editing.comm
+        if comm.rank == owner:
             assert mine is not None
             row = mine.to_bytes()
         else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=strategy.device)
-        strategy.broadcast(row, owner)
+            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
+        comm.broadcast(row, owner)
         found = FoundBasis.from_bytes(row, layout)
         placed.store_basis(found.codes, found.scales)
         return unpack(found.codes, found.scales, layout, torch.float32), found.energy
@@ -227,7 +227,7 @@ class MergeCoordinator:
         """
         spec = placed.layer.spec
         if first and self._initial_weights is not None:
-            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._strategy.device)
+            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
             if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
                 return weight
             residual = Residual(placed.shard(), weight, placed.packed_base())
@@ -240,7 +240,7 @@ class MergeCoordinator:
     def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
         """Applies the state policy to B's moments. Every rank."""
         policy = self._config.merge.optimizer_state
-        self._strategy.edit_moments(
+        self._editing.edit_moments(
             self._optimizer,
             layer.factor,
             lambda first, second=None: apply_state_policy(first, second, rotation, policy),

@@ -1,6 +1,6 @@
 """One layer's W_q, P and B as a strategy keeps them: read for the rows that this rank works on, and written back.
 
-All of it happens inside `strategy.editing(layer.merged_parameters())`. Nobody reads a whole W. `B` is exchanged only
+All of it happens inside `editing.open(layer.merged_parameters())`. Nobody reads a whole W. `B` is exchanged only
 where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards).
 """
 
@@ -15,7 +15,7 @@ from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.loftq import Packed, Shard
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.layers import LoQTLinear
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Editing
 
 
 class InitialWeights(Protocol):
@@ -31,15 +31,15 @@ class PlacedLayer:
 
     Args:
         layer: The layer.
-        strategy: How it is spread over ranks.
+        editing: How it is spread over ranks.
 
     Attributes:
         rows: Rows [start, stop) of W that this rank works on: whole groups.
     """
 
-    def __init__(self, layer: LoQTLinear, strategy: Strategy) -> None:
-        self.layer, self._strategy = layer, strategy
-        self.rows = self._rows_of(strategy.rank)
+    def __init__(self, layer: LoQTLinear, editing: Editing) -> None:
+        self.layer, self._editing = layer, editing
+        self.rows = self._rows_of(editing.work_rank)
 
     def rows_of_basis(self, basis_FR: Tensor) -> Tensor:
         """P as this rank's rows of W need it: all of it on side input, those rows on side output. Local."""
@@ -51,16 +51,16 @@ class PlacedLayer:
         def agree(packed: Packed) -> Packed:
             for part in packed:
                 if part is not None:
-                    self._strategy.broadcast(part, owner)
+                    self._editing.comm.broadcast(part, owner)
             return packed
 
-        return Shard(self.layer.spec, self.rows[0], self._strategy.sum, agree)
+        return Shard(self.layer.spec, self.rows[0], self._editing.sum, agree)
 
     def packed_base(self) -> tuple[Tensor, Tensor | None]:
         """Codes and scales of this rank's rows of W_q. Every rank."""
         base = self.layer.base
-        scales = None if base.scales is None else self._strategy.read(base.scales)
-        return self._strategy.read(base.codes), scales
+        scales = None if base.scales is None else self._editing.read(base.scales)
+        return self._editing.read(base.codes), scales
 
     def base(self) -> Tensor:
         """This rank's rows of dequant(W_q), float32. Every rank."""
@@ -69,7 +69,7 @@ class PlacedLayer:
     def basis(self) -> Tensor:
         """P on every rank, (F, r) float32. Every rank."""
         packed = [self.layer.projection.codes, self.layer.projection.scales]
-        codes, *scales = self._strategy.gather_together([part for part in packed if part is not None])
+        codes, *scales = self._editing.gather_together([part for part in packed if part is not None])
         return unpack(codes, scales[0] if scales else None, self.layer.spec.projection, torch.float32)
 
     def factor(self) -> Tensor:
@@ -77,40 +77,40 @@ class PlacedLayer:
 
         Every rank.
         """
-        factor, strategy = self.layer.factor, self._strategy
+        factor, editing = self.layer.factor, self._editing
         if self.layer.side == "output":
-            return strategy.gather(factor).float().clone()
+            return editing.gather(factor).float().clone()
         if self._is_aligned:
-            return strategy.read(factor).detach().float().clone()
-        return strategy.gather(factor)[slice(*self.rows)].float().clone()
+            return editing.read(factor).detach().float().clone()
+        return editing.gather(factor)[slice(*self.rows)].float().clone()
 
     def store_basis(self, codes: Tensor, scales: Tensor | None) -> None:
         """Replaces P by a packed one that every rank holds whole. Local."""
         projection = self.layer.projection
-        self._strategy.store(projection.codes, codes)
+        self._editing.store(projection.codes, codes)
         if projection.scales is not None and scales is not None:
-            self._strategy.store(projection.scales, scales)
+            self._editing.store(projection.scales, scales)
 
     def store(self, result: Compensated) -> None:
         """Replaces W_q and B by what this rank has found for its rows. Every rank."""
-        strategy, layer = self._strategy, self.layer
-        strategy.write(layer.base.codes, result.codes)
+        editing, layer = self._editing, self.layer
+        editing.write(layer.base.codes, result.codes)
         if layer.base.scales is not None and result.scales is not None:
-            strategy.write(layer.base.scales, result.scales)
+            editing.write(layer.base.scales, result.scales)
         if layer.side == "output":
-            strategy.store(layer.factor, result.factor)
+            editing.store(layer.factor, result.factor)
         elif self._is_aligned:
-            strategy.write(layer.factor, result.factor)
+            editing.write(layer.factor, result.factor)
         else:
-            ranges = [self._rows_of(rank) for rank in range(strategy.world_size)]
-            strategy.store(layer.factor, strategy.gather_pieces(result.factor, ranges))
+            ranges = [self._rows_of(rank) for rank in range(editing.work_size)]
+            editing.store(layer.factor, editing.gather_pieces(result.factor, ranges))
 
     def _rows_of(self, rank: int) -> tuple[int, int]:
         layout = self.layer.spec.base
-        return layout.rows_of_groups(*self._strategy.rows(layout.groups, rank))
+        return layout.rows_of_groups(*self._editing.rows(layout.groups, rank))
 
     @property
     def _is_aligned(self) -> bool:
         """Whether on every rank the rows of B are the rows of W that it works on, so that neither is exchanged."""
         total = self.layer.spec.base.rows
-        return all(self._strategy.rows(total, rank) == self._rows_of(rank) for rank in range(self._strategy.world_size))
+        return all(self._editing.rows(total, rank) == self._rows_of(rank) for rank in range(self._editing.work_size))

@@ -18,7 +18,7 @@ from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import StartReport
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Editing
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def start_compensated(
     owners: Mapping[str, int],
     source: InitialWeights,
     config: LoQTConfig,
-    strategy: Strategy,
+    editing: Editing,
     *,
     seed: int,
 ) -> StartReport:
@@ -38,7 +38,7 @@ def start_compensated(
         owners: Rank whose bits of each P count, in the order in which layers are taken.
         source: The weights before quantization, under the names of the unconverted model.
         config: Its `merge.compensation_rounds` are LoftQ's.
-        strategy: How the model is spread.
+        editing: How the model is spread.
         seed: Of the run.
     """
     started, errors = time.perf_counter(), {}
@@ -46,9 +46,9 @@ def start_compensated(
         layer = layers[name]
         if layer.spec.base.kind.exact:
             continue
-        with strategy.editing(layer.merged_parameters()):
-            placed = PlacedLayer(layer, strategy)
-            weight = source.rows(f"{name}.weight", *placed.rows).to(strategy.device)
+        with editing.open(layer.merged_parameters()):
+            placed = PlacedLayer(layer, editing)
+            weight = source.rows(f"{name}.weight", *placed.rows).to(editing.device)
             rounds = config.merge.compensation_rounds
             result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
             placed.store_basis(*packed)

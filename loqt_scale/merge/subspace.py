@@ -19,7 +19,7 @@ from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge.basis import FoundBasis, find_bases
 from loqt_scale.merge.collection import CALL_PREPARE, GradientCollection
 from loqt_scale.merge.probes import attach_probes, probe_shape
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm
 
 # Values of sketches that are factorised in one batch. On the CPU batches pay for small matrices only (a half of the
 # time at 48 x 16, nine tenths at 256 x 64, nothing at 512 x 256); a GPU is left idle by matrices of any usual size.
@@ -41,15 +41,15 @@ class SubspaceSearch:
     Args:
         layers: All LoQT layers by name.
         config: How P is found.
-        strategy: How the model is spread. Every rank: a group of ranks may be made.
+        comm: The ranks. Every rank: a group of them may be made.
         seed: Of the sketches.
     """
 
-    def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, strategy: Strategy, seed: int) -> None:
-        self._layers, self._config, self._strategy, self._seed = layers, config, strategy, seed
-        self._reducer = strategy.open_reducer()
+    def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, comm: Comm, seed: int) -> None:
+        self._layers, self._config, self._seed = layers, config, seed
+        self._device, self._reducer = comm.device, comm.open_reducer()
         specs = [layer.spec for layer in layers.values()]
-        world_size, device_type = strategy.world_size, strategy.device.type
+        world_size, device_type = comm.world_size, comm.device.type
         largest = max(4 * math.prod(probe_shape(spec, config)) for spec in specs)
         self._budget = max(AIR_BYTES, largest) if world_size > 1 else 0
         self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
@@ -76,7 +76,7 @@ class SubspaceSearch:
             backward_passes: How many will follow. If given, layers are factorised in the last.
         """
         seed = stable_seed("sketch", self._seed, step)
-        attach_probes(self._layers, self._config, seed=seed, device=self._strategy.device)
+        attach_probes(self._layers, self._config, seed=seed, device=self._device)
         self._step = step
         self._found.clear()
         self._collection = GradientCollection(

@@ -27,7 +27,7 @@ from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
-from loqt_scale.strategies import DTYPES, Strategy
+from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
     Args:
         design: What `design_model` returned; its model becomes the built one.
         config: Checkpointing and compilation.
-        strategy: Where parameters go.
+        strategy: Where parameters go, and by whom they are filled.
     """
     trained_values = sum(parameter.numel() for parameter in design.model.parameters() if parameter.requires_grad)
-    model = place_model(design, config, strategy)
-    fill(model, design.weights, strategy)
+    model = place_model(design, config, strategy.placement)
+    fill(model, design.weights, strategy.editing)
     return BuiltModel(model, design.weights, design.dense_layers, design.hf_config, trained_values)
 
 
@@ -114,7 +114,7 @@ def recompute_blocks(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> nn.Module:
+def place_model(design: ModelDesign, config: ModelConfig, placement: Placement) -> nn.Module:
     """Shards and allocates a designed model, in place; its parameters have no values yet. Every rank."""
     model = design.model
     if config.activation_checkpointing:
@@ -123,8 +123,8 @@ def place_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) ->
     if config.compile:
         for block in blocks:
             block.compile()
-    model = strategy.shard(model, blocks)
-    allocate(model, strategy)
+    model = placement.shard(model, blocks)
+    allocate(model, placement)
     return model
 
 
@@ -135,25 +135,25 @@ def _weight_source(config: RunConfig, model: nn.Module) -> WeightSource:
         return pretrained_weights(resolve_weights_folder(config.model), model)
 
 
-def allocate(model: nn.Module, strategy: Strategy) -> None:
+def allocate(model: nn.Module, placement: Placement) -> None:
     """Gives a meta-device model storage: this rank's empty rows to its parameters, true values to its buffers. Local.
 
-    `Strategy.allocate` alone would give each holder of a tied parameter storage of its own.
+    `Placement.allocate` alone would give each holder of a tied parameter storage of its own.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((module, name))
-    if any(parameter.is_meta for parameter in model.parameters()):  # else the strategy has allocated them already
-        strategy.allocate(model)
+    if any(parameter.is_meta for parameter in model.parameters()):  # else `shard` has allocated them already
+        placement.allocate(model)
     for (first, first_name), *others in holders.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
-    init_buffers(model, strategy.device)
+    init_buffers(model, placement.device)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
+def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
     """Gives every parameter its value; each rank reads and packs its work share of the rows only. Every rank.
 
     LoQT layers get their packed base; P and B are zero (`loqt.init: loftq` sets them before the first step, and the
@@ -163,27 +163,27 @@ def fill(model: nn.Module, source: WeightSource, strategy: Strategy) -> None:
     for name, layer in loqt_layers(model):
         parameters = layer.merged_parameters()
         filled |= {id(parameter) for parameter in parameters}
-        with strategy.editing(parameters):
-            _fill_base(f"{name}.weight", layer, source, strategy)
+        with editing.open(parameters):
+            _fill_base(f"{name}.weight", layer, source, editing)
             for parameter in (*layer.projection.parameters(), layer.factor):
-                strategy.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=strategy.device))
+                editing.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=editing.device))
     for name, parameter in model.named_parameters():
         if id(parameter) not in filled:
-            with strategy.editing([parameter]):
-                rows = source.rows(name, *strategy.rows(parameter.shape[0]))
-                strategy.write(parameter, rows.to(strategy.device, parameter.dtype))
+            with editing.open([parameter]):
+                rows = source.rows(name, *editing.rows(parameter.shape[0]))
+                editing.write(parameter, rows.to(editing.device, parameter.dtype))
 
 
-def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, strategy: Strategy) -> None:
+def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, editing: Editing) -> None:
     """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
     layout, base = layer.spec.base, layer.base
-    first, last = layout.rows_of_groups(*strategy.rows(layout.groups))
+    first, last = layout.rows_of_groups(*editing.rows(layout.groups))
     chunks = [
-        pack(source.rows(name, first + start, first + stop).to(strategy.device), layout)
+        pack(source.rows(name, first + start, first + stop).to(editing.device), layout)
         for start, stop in row_chunks(last - first, layout)
     ]
-    none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=strategy.device)  # more ranks than rows
-    strategy.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
+    none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=editing.device)  # more ranks than rows
+    editing.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
     if base.scales is not None and layout.scales_shape is not None:
-        none = torch.empty(0, layout.scales_shape[1], dtype=torch.uint8, device=strategy.device)
-        strategy.write(base.scales, torch.cat([none, *(scales for _, scales in chunks if scales is not None)]))
+        none = torch.empty(0, layout.scales_shape[1], dtype=torch.uint8, device=editing.device)
+        editing.write(base.scales, torch.cat([none, *(scales for _, scales in chunks if scales is not None)]))

@@ -17,6 +17,7 @@ from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
 from loqt_scale.plan.activations import PassMemory
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
+from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, device_type, moment_bytes, update_scratch
 from loqt_scale.strategies import DTYPES, is_offloaded
 
@@ -70,22 +71,21 @@ class RankMemory:
         return max(self.step_peak, self.merge_peak)
 
 
-def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, strategy: str, ranks: int) -> RankMemory:
+def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, spread: Spread) -> RankMemory:
     """Adds everything up.
 
     Args:
         config: The run.
         shapes: Its model.
         passes: What forward and backward add.
-        strategy: single, ddp or fsdp.
-        ranks: N.
+        spread: How it is spread over ranks.
     """
-    cut, offload = ranks if strategy == "fsdp" else 1, config.parallel.offload
+    strategy, cut, offload = spread.strategy, spread.shard_size, config.parallel.offload
     away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
     state["moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
-    passes_of_step = micro_steps(config.train.global_batch_size, ranks, config.train.micro_batch_size)
+    passes_of_step = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
     one_pass = passes_of_step == 1
     # from the second pass on, the sums of those before it are there all the time, unless they wait in host memory
     waiting = sum(summed_bytes(p, passes_of_step, cut) for p in here if p.trains) if gradients else 0
@@ -93,13 +93,13 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
     host += sum(moment_bytes(p, config, 1) + summed_bytes(p, passes_of_step) for p in away if p.trains)
     merges = config.method == "loqt"
     if strategy == "single":
-        gathered = gathered_bytes(config, away, ranks)
+        gathered = gathered_bytes(config, away, cut)
         piles_up = one_pass and any(p.trains for p in here)
         passing = passes.gradients_pile_up if piles_up else passes.gradients_freed + waiting
         merge_passing = passes.merge_freed + waiting if merges else 0
     else:
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
-        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, ranks)
+        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, cut)
         beside = 0 if strategy == "ddp" and one_pass else waiting
         if strategy == "fsdp" and not one_pass and config.parallel.kept_between_passes != "nothing":
             beside = sum(p.values() * FLOAT for p in here if p.trains)  # whole, until the last pass sums them
@@ -112,8 +112,8 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, *, s
         merge_passing += updating if merges else 0
     elif config.optim.name == "muon":  # whole matrices, when activations are gone
         passing, merge_passing = (max(p, gradients + updating) if p else 0 for p in (passing, merge_passing))
-    merge_passing += collected_bytes(config, shapes, ranks, passes_of_step) if merges else 0
-    scratch = merge_scratch(shapes, ranks) if shapes.layers else 0
+    merge_passing += collected_bytes(config, shapes, spread.ranks, passes_of_step) if merges else 0
+    scratch = merge_scratch(shapes, spread.ranks) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
 

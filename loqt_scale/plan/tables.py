@@ -12,8 +12,9 @@ from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.advice import first_that_fits
 from loqt_scale.plan.memory import RankMemory
-from loqt_scale.plan.planner import Plan, plan_run, planned_strategy, planned_traffic
+from loqt_scale.plan.planner import Plan, plan_run, planned_traffic
 from loqt_scale.plan.shapes import model_shapes
+from loqt_scale.plan.spread import planned_spread
 from loqt_scale.plan.traffic import Traffic
 
 
@@ -53,7 +54,7 @@ def _title(config: RunConfig, ranks: int) -> str:
     batch = min(train.micro_batch_size, -(-train.global_batch_size // ranks))
     return (
         f"{model.path or model.preset}: {method}; {kept}\n"
-        f"{ranks} rank(s), {planned_strategy(config, ranks)}, "
+        f"{ranks} rank(s), {planned_spread(config, ranks).strategy}, "
         f"{batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
         + (", activations recomputed" if model.activation_checkpointing else "")
         + f"\nrates {describe_rates(optim, train.steps)}"

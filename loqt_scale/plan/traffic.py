@@ -14,6 +14,7 @@ from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.merge import probe_shape
 from loqt_scale.plan.memory import summed_bytes
 from loqt_scale.plan.shapes import ModelShapes
+from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, muon_bytes
 from loqt_scale.strategies import DTYPES
 
@@ -26,24 +27,24 @@ class Traffic:
     sent: int
 
 
-def step_traffic(config: RunConfig, shapes: ModelShapes, *, strategy: str, ranks: int, passes: int) -> Traffic:
+def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, passes: int) -> Traffic:
     """A normal step.
 
     Args:
         config: The run.
         shapes: Its model.
-        strategy: single, ddp or fsdp.
-        ranks: N.
+        spread: How it is spread over ranks.
         passes: Forward and backward passes of a step.
     """
-    if ranks == 1:
+    if spread.ranks == 1:
         return Traffic(0, 0)
     trained = [p for p in shapes.parameters if p.trains]
-    if strategy == "ddp":
+    if spread.strategy == "ddp":
         reduced = sum(summed_bytes(p, passes) for p in trained)
         reduced += 4 * FLOAT  # the loss with its two companions, the gradient's norm
-        return Traffic(reduced, 2 * reduced * (ranks - 1) // ranks)
-    compute, gathered, parallel = DTYPES[config.model.dtype], 0, config.parallel
+        return Traffic(reduced, 2 * reduced * (spread.data_size - 1) // spread.data_size)
+    ranks, parallel = spread.shard_size, config.parallel
+    compute, gathered = DTYPES[config.model.dtype], 0
     for p in shapes.parameters:
         once = parallel.kept_between_passes == "trained" and (p.of_layer or p.unit < 0)
         times = 1 if once else passes * (2 if parallel.reshard_after_forward and p.unit >= 0 else 1)

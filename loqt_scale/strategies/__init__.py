@@ -1,26 +1,65 @@
-"""How one training step, and one merge, is spread over ranks: single, ddp, fsdp and zero behind one protocol."""
+"""How one training run is spread over ranks: the only package that knows torch.distributed and DeepSpeed.
+
+What a strategy is made of, each in a module of its own: `comm`, `placement`, `step`, `editing` (`base` has the whole)
+
+    SINGLE   single.py                one process; `offload.py`: some of it in the host's memory
+    DDP      ddp.py                   everything replicated, gradients all-reduced
+    FSDP     fsdp.py                  every parameter sharded on dim 0, gathered around its use
+    ZERO     zero/strategy.py         the model in a DeepSpeed engine
+
+`registry` finds them, and other packages', by name; `create` makes the one that a run names. How ranks meet and notice
+that one is lost: `rendezvous`, `roll_call`. To add a strategy: docs/strategies.md.
+"""
 
 from torch.distributed.distributed_c10d import Store
 
-from loqt_scale.strategies.base import DTYPES, Channel, Reducer, Strategy
+from loqt_scale.strategies.base import DTYPES, Strategy
+from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
+from loqt_scale.strategies.ddp import DDP
+from loqt_scale.strategies.editing import Editing, ReplicaEditing
+from loqt_scale.strategies.fsdp import FSDP
 from loqt_scale.strategies.offload import is_offloaded
+from loqt_scale.strategies.placement import Placement, Replicated
+from loqt_scale.strategies.process_group import GroupComm
+from loqt_scale.strategies.registry import StrategyKind, StrategyRequest, find_strategy, register_strategy
 from loqt_scale.strategies.rendezvous import StoreLine, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
+from loqt_scale.strategies.single import SINGLE, single_process
+from loqt_scale.strategies.step import OptimizerStep, Step
+from loqt_scale.strategies.zero.strategy import ZERO
 
 __all__ = [
+    "DDP",
     "DTYPES",
+    "FSDP",
+    "SINGLE",
+    "ZERO",
     "Channel",
+    "Comm",
+    "Editing",
+    "GroupComm",
     "LostRankError",
+    "OptimizerStep",
+    "Placement",
     "Reducer",
+    "ReplicaEditing",
+    "Replicated",
     "RollCall",
+    "SingleComm",
+    "Step",
     "StoppedElsewhere",
     "Store",
     "StoreLine",
     "Strategy",
+    "StrategyKind",
+    "StrategyRequest",
     "create_strategy",
+    "find_strategy",
     "is_offloaded",
     "open_store",
+    "register_strategy",
     "resolve_device",
     "resolve_strategy",
+    "single_process",
 ]

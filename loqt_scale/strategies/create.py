@@ -10,38 +10,45 @@ from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.config.combinations import strategy_of
-from loqt_scale.errors import UserError
+from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.process.environment import is_bound_to_one_gpu, is_launched, launched_world_size, local_rank
-from loqt_scale.strategies.base import DTYPES, Strategy
-from loqt_scale.strategies.ddp import DDPStrategy
-from loqt_scale.strategies.fsdp import FSDPStrategy
-from loqt_scale.strategies.offload import OffloadStrategy
+from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.ddp import DDP
+from loqt_scale.strategies.fsdp import FSDP
+from loqt_scale.strategies.registry import StrategyRequest, find_strategy, register_strategy
+from loqt_scale.strategies.single import SINGLE
 from loqt_scale.strategies.zero.config import check_zero_unused
-from loqt_scale.strategies.zero.engine import ZeroStrategy
+from loqt_scale.strategies.zero.strategy import ZERO
+
+for _kind in (SINGLE, DDP, FSDP, ZERO):
+    register_strategy(_kind)
 
 
 def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:
     """The strategy's name, without side effects.
 
     Raises:
-        ValueError: The strategy does not fit the launcher.
+        ValueError: There is no such strategy, or it does not fit the launcher or its options.
     """
     world_size = launched_world_size(environment)
-    launched = is_launched(environment)
-    if config.strategy == "auto":
-        return strategy_of(config, world_size)
-    if config.strategy == "single" and world_size > 1:
+    kind = find_strategy(strategy_of(config, world_size))
+    if config.options and not kind.takes_options:
+        raise ConfigError(
+            f"parallel.options has {', '.join(config.options)}, but the strategy '{kind.name}' takes no options; leave "
+            "it out"
+        )
+    if not kind.launched and world_size > 1:
         raise UserError(
-            f"parallel.strategy is 'single', but the launcher started {world_size} ranks; "
+            f"parallel.strategy is '{kind.name}', but the launcher started {world_size} ranks; "
             "write parallel.strategy: fsdp (or ddp, or auto), or start one process: python launch/train.py"
         )
-    if config.strategy in ("ddp", "fsdp", "zero") and not launched:
+    if kind.launched and not is_launched(environment):
         raise UserError(
-            f"parallel.strategy is '{config.strategy}', but no launcher set RANK and WORLD_SIZE; "
+            f"parallel.strategy is '{kind.name}', but no launcher set RANK and WORLD_SIZE; "
             "start it with torchrun --standalone --nproc-per-node N launch/train.py ... (or deepspeed --num_gpus N, or "
             "mpirun -np N python), or write parallel.strategy: single"
         )
-    return config.strategy
+    return kind.name
 
 
 def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
@@ -69,7 +76,7 @@ def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> to
 
 
 def create_strategy(config: RunConfig, *, device: torch.device, store: Store | None = None) -> Strategy:
-    """Makes the strategy of a run and joins its process group. Every rank.
+    """Makes the strategy of a run and joins its ranks. Every rank.
 
     Args:
         config: The run.
@@ -77,25 +84,10 @@ def create_strategy(config: RunConfig, *, device: torch.device, store: Store | N
         store: What only this job's ranks see (a roll call's); default: the launcher's.
 
     Raises:
-        ValueError: Settings of `zero` that cannot work, or DeepSpeed is not installed; nothing has been joined yet.
+        ValueError: Settings that cannot work, or the strategy's package is not installed; nothing has been joined yet.
     """
-    parallel, compute_dtype = config.parallel, DTYPES[config.model.dtype]
-    name = resolve_strategy(parallel)
-    parallel.check_offload(name)
-    if name == "zero":
-        return ZeroStrategy(device, config, store=store)
-    check_zero_unused(parallel)
-    if parallel.offload != "none":
-        return OffloadStrategy(device, compute_dtype, parallel.offload)
-    if name == "single":
-        return Strategy(device, compute_dtype)
-    if name == "ddp":
-        return DDPStrategy(device, compute_dtype, parallel.timeout_seconds, store=store)
-    return FSDPStrategy(
-        device,
-        compute_dtype,
-        parallel.timeout_seconds,
-        reshard_after_forward=parallel.reshard_after_forward,
-        kept=parallel.kept_between_passes,
-        store=store,
-    )
+    name = resolve_strategy(config.parallel)
+    config.parallel.check_offload(name)
+    if name != ZERO.name:
+        check_zero_unused(config.parallel)
+    return find_strategy(name).create(StrategyRequest(config=config, device=device, store=store))

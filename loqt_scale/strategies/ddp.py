@@ -6,6 +6,8 @@ judged once: the norm by which all clip, and which tells whether the step is app
 if any rank's is not (a flipped bit after the all-reduce would otherwise be skipped by one replica alone).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -13,23 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.editing import ReplicaEditing
 from loqt_scale.strategies.float32_sums import Float32Sums
-from loqt_scale.strategies.process_group import DistributedStrategy
+from loqt_scale.strategies.placement import Replicated
+from loqt_scale.strategies.process_group import GroupComm
+from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
+from loqt_scale.strategies.step import OptimizerStep
 
 
-class DDPStrategy(DistributedStrategy):
+class DDPStep(OptimizerStep):
     """See the module's docstring."""
 
-    name = "ddp"
     _norm: Tensor | None = None  # of this step's gradients, as agreed
 
-    def wrap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    def wrap(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Wraps in DistributedDataParallel, with a hook that sums instead of averaging. Every rank."""
+        device = self.comm.device
         wrapped = DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
         wrapped.register_comm_hook(self, _sum_hook)
         # torch's C++ reducer drops its process group while holding the GIL, which gloo's thread may need to end: a
@@ -39,7 +45,7 @@ class DDPStrategy(DistributedStrategy):
 
     def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
         """The last pass's gradients stay in DDP's buckets, which join the sums on their way over the wire. Local."""
-        self._sums = Float32Sums(parameters, self.local, last_apart=True)
+        self.sums = Float32Sums(parameters, self.placement.local, last_apart=True)
 
     def micro_step(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """Skips the all-reduce in all but the last micro-step."""
@@ -47,14 +53,14 @@ class DDPStrategy(DistributedStrategy):
         return super().micro_step(model, last=last) if last else model.no_sync()
 
     def forward_alone(self, model: nn.Module) -> nn.Module | None:
-        """See `Strategy.forward_alone`: without the wrapper, which sends buffers around before each forward pass."""
+        """See `Step.forward_alone`: without the wrapper, which sends buffers around before each forward pass."""
         inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         return inner
 
     def sum_step(self, numbers: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """See `Strategy.sum_step`: the gradients' norm travels with them. Every rank. One all-reduce."""
+        """See `Step.sum_step`: the gradients' norm travels with them. Every rank. One all-reduce."""
         own = self.stored_norm(parameters)
-        said = own if self.rank == 0 else own * 0.0  # of what is not finite: NaN
+        said = own if self.comm.rank == 0 else own * 0.0  # of what is not finite: NaN
         summed = self.sum(torch.cat([numbers, said.reshape(1).to(numbers)]))
         self._norm = summed[-1].to(own)
         return summed[:-1]
@@ -65,10 +71,22 @@ class DDPStrategy(DistributedStrategy):
         return self.stored_norm(parameters) if agreed is None else agreed
 
 
-def _sum_hook(strategy: DDPStrategy, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def _sum_hook(step: DDPStep, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """Sums a bucket of gradients over ranks: as it is, or with what earlier passes left, in float32."""
     buffer: Tensor = bucket.buffer()
-    total = buffer if strategy._sums is None else strategy._sums.join(bucket.parameters(), buffer)
+    total = buffer if step.sums is None else step.sums.join(bucket.parameters(), buffer)
     work = dist.all_reduce(total, async_op=True)
     future: torch.futures.Future[list[Tensor]] = work.get_future()
     return future.then(lambda done: done.value()[0] if total is buffer else buffer.copy_(done.value()[0]))
+
+
+def _create(request: StrategyRequest) -> Strategy:
+    comm = GroupComm(request.device, request.parallel.timeout_seconds, store=request.store)
+    placement = Replicated(request.device)
+    step = DDPStep(comm, placement, request.compute_dtype)
+    return Strategy(
+        description="ddp", comm=comm, placement=placement, step=step, editing=ReplicaEditing(comm, placement)
+    )
+
+
+DDP = StrategyKind(name="ddp", create=_create)

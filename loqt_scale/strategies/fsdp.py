@@ -23,56 +23,47 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loqt_scale.config import Kept
-from loqt_scale.functional.shares import shard_range
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import RowShards
+from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.comm import Comm
+from loqt_scale.strategies.editing import ReplicaEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
-from loqt_scale.strategies.process_group import DistributedStrategy
+from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
+from loqt_scale.strategies.process_group import GroupComm
+from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
 
 
-class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
-    """See the module's docstring.
+class FSDPPlacement(FSDPModelPlacement):
+    """Rows of dim 0, cut over all ranks.
 
     Args:
-        device: Where this rank computes.
+        comm: The ranks.
         compute_dtype: Dtype that floating parameters are gathered in; gradients are reduced in float32.
         reshard_after_forward: Free gathered blocks between forward and backward.
         kept: What stays whole between the micro-batches of a step.
-        timeout_seconds: Limit of a collective.
-        store: What only this job's ranks see; default: the launcher's.
+
+    Attributes:
+        kept_gathered: Units that stay gathered between the micro-batches of a step.
     """
 
-    name = "fsdp"
-
-    def __init__(
-        self,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        timeout_seconds: int = 600,
-        *,
-        reshard_after_forward: bool = True,
-        kept: Kept = "gradients",
-        store: Store | None = None,
-    ) -> None:
-        super().__init__(device, compute_dtype, timeout_seconds, store=store)
-        self._reshard_after_forward, self._kept = reshard_after_forward, kept
-        self._kept_gathered: list[FSDPModule] = []
-        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    def __init__(self, comm: Comm, compute_dtype: torch.dtype, *, reshard_after_forward: bool, kept: Kept) -> None:
+        super().__init__(comm.device, RowShards(comm.sum, comm.rank, comm.world_size))
+        self._compute_dtype, self._reshard_after_forward, self._kept = compute_dtype, reshard_after_forward, kept
+        self.kept_gathered: list[FSDPModule] = []
+        self._mesh = init_device_mesh(comm.device.type, (self.shard_size,))
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """Applies `fully_shard` to each block and to the root, on the meta device: nothing is allocated."""
-        mixed = self.compute_dtype != torch.float32
+        mixed = self._compute_dtype != torch.float32
         policy = MixedPrecisionPolicy(
-            param_dtype=self.compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
+            param_dtype=self._compute_dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
         )
         share = partial(fully_shard, mesh=self._mesh, mp_policy=policy)
         inside = [layer for block in blocks for _, layer in loqt_layers(block)]
@@ -85,7 +76,7 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
                 share(layer, reshard_after_forward=False, ignored_params=set(layer.parameters()) - trained)
             share(model, reshard_after_forward=False)
         if self._kept == "trained":
-            self._kept_gathered = [module for module in (*layers, model) if isinstance(module, FSDPModule)]
+            self.kept_gathered += [module for module in (*layers, model) if isinstance(module, FSDPModule)]
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # sums, not means: the trainer's loss is already divided by the global token count
@@ -95,35 +86,24 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
 
     def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
         """This rank's chunk of dim 0."""
-        start, stop = shard_range(parameter.shape[0], self.rank, self.world_size)
+        start, stop = super().stored_rows(parameter)
         assert isinstance(parameter, DTensor) and parameter.to_local().shape[0] == stop - start
         return start, stop
 
-    @property
-    def row_shards(self) -> RowShards:
-        """Every rank stores its rows."""
-        return RowShards(self.sum, self.rank, self.world_size)
 
-    def read(self, parameter: Tensor) -> Tensor:
-        """The stored shard is the work share."""
-        return self.local(parameter)
+class FSDPStep(FSDPModelStep):
+    """Gradients are reduce-scattered, and updated where they are stored.
 
-    def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """The work share is what is stored. Local."""
-        self.local(parameter).copy_(piece)
+    Args:
+        comm: The ranks.
+        placement: Where the parameters lie.
+        compute_dtype: float32, or bfloat16 for mixed precision.
+        kept: What stays whole between the micro-batches of a step.
+    """
 
-    def gather(self, parameter: Tensor) -> Tensor:
-        """One all-gather. Every rank."""
-        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
-        return self.gather_pieces(self.local(parameter.detach()), ranges)
-
-    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """One all-gather: rows side by side."""
-        widths = [parameter.shape[1] for parameter in parameters]
-        ranges = [self.rows(parameters[0].shape[0], rank) for rank in range(self.world_size)]
-        rows = torch.cat([self.local(parameter.detach()) for parameter in parameters], dim=1)
-        parts = self.gather_pieces(rows, ranges).split(widths, dim=1)
-        return [part.contiguous() for part in parts]  # packed bytes are read in order
+    def __init__(self, comm: Comm, placement: FSDPPlacement, compute_dtype: torch.dtype, *, kept: Kept) -> None:
+        super().__init__(comm, placement, compute_dtype)
+        self._kept, self._kept_gathered = kept, placement.kept_gathered
 
     def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
         """FSDP2 does so for gradients that stay whole; the sums of shards are left to us. Local."""
@@ -144,4 +124,45 @@ class FSDPStrategy(FSDPModelStrategy, DistributedStrategy):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""
-        return self.sum(self.stored_norm(parameters).square()).sqrt()
+        return self.placement.row_shards.sum(self.stored_norm(parameters).square()).sqrt()
+
+
+class ShardEditing(ReplicaEditing):
+    """Every rank works on the rows that it stores: what a merge writes need not be sent.
+
+    Args:
+        comm: The ranks.
+        placement: Where the parameters lie: its shards are the work shares.
+    """
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The stored shard is the work share. Local."""
+        return self.placement.local(parameter)
+
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """The work share is what is stored. Local."""
+        self.placement.local(parameter).copy_(piece)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """One all-gather. Every rank."""
+        return self.gather_shares(self.placement.local(parameter.detach()), parameter.shape[0])
+
+    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One all-gather: rows side by side."""
+        widths = [parameter.shape[1] for parameter in parameters]
+        rows = torch.cat([self.placement.local(parameter.detach()) for parameter in parameters], dim=1)
+        parts = self.gather_shares(rows, parameters[0].shape[0]).split(widths, dim=1)
+        return [part.contiguous() for part in parts]  # packed bytes are read in order
+
+
+def _create(request: StrategyRequest) -> Strategy:
+    parallel, compute_dtype = request.parallel, request.compute_dtype
+    comm, kept = GroupComm(request.device, parallel.timeout_seconds, store=request.store), parallel.kept_between_passes
+    placement = FSDPPlacement(comm, compute_dtype, reshard_after_forward=parallel.reshard_after_forward, kept=kept)
+    step = FSDPStep(comm, placement, compute_dtype, kept=kept)
+    return Strategy(
+        description="fsdp", comm=comm, placement=placement, step=step, editing=ShardEditing(comm, placement)
+    )
+
+
+FSDP = StrategyKind(name="fsdp", create=_create)

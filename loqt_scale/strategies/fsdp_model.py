@@ -6,18 +6,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.placement import Placement
+from loqt_scale.strategies.step import OptimizerStep
 
 
-class FSDPModelStrategy(Strategy):
-    """Base of the strategies that call `fully_shard`."""
+class FSDPModelPlacement(Placement):
+    """Base of the placements that call `fully_shard`."""
 
     def local(self, tensor: Tensor) -> Tensor:
         """What this rank stores behind a DTensor."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
+
+class FSDPModelStep(OptimizerStep):
+    """A step of a model on which `fully_shard` was called."""
+
     def forward_alone(self, model: nn.Module) -> nn.Module | None:
-        """See `Strategy.forward_alone`: each block is gathered for its forward pass."""
+        """See `Step.forward_alone`: each block is gathered for its forward pass."""
         return None
 
     def after_forward_only(self, model: nn.Module) -> None:

@@ -7,7 +7,7 @@
 
 FSDP2 does the fetching, over a mesh of one: it has a stream for it, fetches the next block while this one computes, and
 frees what a block was given when it is through, also in what autograd has saved. What is not offloaded stays with the
-device and out of FSDP's hands. Everything else is as with one process (`base`), so are the numbers, to the bit.
+device and out of FSDP's hands. Everything else is as with one process (`single`), so are the numbers, to the bit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from loqt_scale.config import Offload
 from loqt_scale.optim import open_moments
+from loqt_scale.strategies.base import Strategy
+from loqt_scale.strategies.comm import SingleComm
+from loqt_scale.strategies.editing import ReplicaEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
-from loqt_scale.strategies.fsdp_model import FSDPModelStrategy
+from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
 
 
 def is_offloaded(trains: bool, what: Offload) -> bool:
@@ -33,32 +37,57 @@ def is_offloaded(trains: bool, what: Offload) -> bool:
     return what == "all" or what == ("optimizer" if trains else "base")
 
 
-class OffloadStrategy(FSDPModelStrategy):
-    """See the module's docstring.
+def offloaded(device: torch.device, compute_dtype: torch.dtype, what: Offload) -> Strategy:
+    """The strategy of one process whose device is too small.
 
     Args:
         device: Where the model computes.
         compute_dtype: float32, or bfloat16 for mixed precision.
         what: What waits in host memory: base, optimizer or all.
     """
+    waits = {"base": "base", "optimizer": "what trains and its states", "all": "base, what trains and its states"}
+    comm, placement = GroupOfOne(device), OffloadPlacement(device, what)
+    return Strategy(
+        description=f"single, {waits[what]} in host memory",
+        comm=comm,
+        placement=placement,
+        step=OffloadStep(comm, placement, compute_dtype),
+        editing=OffloadEditing(comm, placement),
+    )
 
-    name = "single"
 
-    def __init__(self, device: torch.device, compute_dtype: torch.dtype, what: Offload) -> None:
-        super().__init__(device, compute_dtype)
-        self._what = what
+class GroupOfOne(SingleComm):
+    """One process in a process group of its own, which FSDP2's mesh asks for; nothing is sent in it.
+
+    Args:
+        device: Where it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self._joined = not dist.is_initialized()
-        if self._joined:  # a group of one, which FSDP2's mesh asks for
+        if self._joined:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        self._mesh = init_device_mesh(device.type, (1,))
 
-    @property
-    def description(self) -> str:
-        """`single, base in host memory`."""
-        kept = {"base": "base", "optimizer": "what trains and its states", "all": "base, what trains and its states"}
-        return f"{self.name}, {kept[self._what]} in host memory"
+    def close(self) -> None:
+        """Ends the group."""
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class OffloadPlacement(FSDPModelPlacement):
+    """Some parameters in host memory, in FSDP2's hands, the others on the device.
+
+    Args:
+        device: Where the model computes; there is a process group.
+        what: What waits in host memory.
+    """
+
+    def __init__(self, device: torch.device, what: Offload) -> None:
+        super().__init__(device)
+        self._what, self._mesh = what, init_device_mesh(device.type, (1,))
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """Gives what is offloaded, block by block, into FSDP2's hands, on the meta device: nothing is allocated."""
@@ -83,32 +112,12 @@ class OffloadStrategy(FSDPModelStrategy):
             if not isinstance(parameter, DTensor):
                 parameter.data = torch.empty_like(parameter.data, device=self.device)
 
-    def read(self, parameter: Tensor) -> Tensor:
-        """All of it, on the device."""
-        return self.local(parameter.detach()).to(self.device)
 
-    def gather(self, parameter: Tensor) -> Tensor:
-        """All of it, on the device."""
-        return self.read(parameter)
-
-    def edit_moments(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, edit: Callable[..., None]
-    ) -> None:
-        """Edits copies on the device."""
-        with open_moments(optimizer, parameter, self.local) as moments:
-            if moments is not None:
-                copies = [self.read(moment) for moment in moments]
-                edit(*copies)
-                for moment, edited in zip(moments, copies, strict=True):
-                    self.local(moment).copy_(edited)
+class OffloadStep(FSDPModelStep):
+    """As with one process."""
 
     def update(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
-        *,
-        max_norm: float,
+        self, model: nn.Module, optimizer: Optimizer, parameters: Sequence[nn.Parameter], *, max_norm: float
     ) -> Tensor:
         """As with one process, and the norm is returned on the device, where the loss is.
 
@@ -116,9 +125,26 @@ class OffloadStrategy(FSDPModelStrategy):
         The norm must not make the detour over the device before that: torch's fused AdamW would copy the verdict back
         without waiting, and read it before it has arrived. So it is moved only after the update.
         """
-        return super().update(model, optimizer, parameters, max_norm=max_norm).to(self.device)
+        return super().update(model, optimizer, parameters, max_norm=max_norm).to(self.comm.device)
 
-    def close(self) -> None:
-        """Ends the group of one."""
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
+
+class OffloadEditing(ReplicaEditing):
+    """Merges compute on the device, on copies of what waits in host memory."""
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """All of it, on the device."""
+        return self.placement.local(parameter.detach()).to(self.device)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """All of it, on the device."""
+        return self.read(parameter)
+
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
+        """Edits copies on the device."""
+        local = self.placement.local
+        with open_moments(optimizer, parameter, local) as moments:
+            if moments is not None:
+                copies = [self.read(moment) for moment in moments]
+                edit(*copies)
+                for moment, edited in zip(moments, copies, strict=True):
+                    local(moment).copy_(edited)

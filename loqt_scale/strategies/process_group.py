@@ -1,9 +1,9 @@
-"""Joining a process group from a launcher's environment, and the talking that every multi-process strategy shares."""
+"""Several ranks in one process group of torch.distributed, joined from a launcher's environment."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.tensor import DTensor, Shard
 
 from loqt_scale.process.environment import launched_rank, launched_world_size
-from loqt_scale.strategies.base import Channel, Reducer, Strategy
+from loqt_scale.strategies.comm import Channel, Comm, Reducer, gather_objects
 from loqt_scale.strategies.rendezvous import open_store
 
 
@@ -41,77 +40,35 @@ def join_process_group(device: torch.device, timeout_seconds: int, store: Store 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-class GroupChannel(Channel):
-    """A gloo group on the host, whatever the tensors travel by."""
-
-    def gather_objects(self, mine: Any) -> list[Any]:
-        """See `Channel.gather_objects`. Every rank."""
-        return gather_objects(mine, self.group)
-
-
-class GroupReducer(Reducer):
-    """A group of its own: what is sent in it keeps its order whatever other collectives do in between.
-
-    Args:
-        rank: This rank.
-        group: The process group.
-    """
-
-    def __init__(self, rank: int, group: Any) -> None:
-        super().__init__(rank)
-        self._group = group
-
-    def begin(self, tensor: Tensor, owner: int) -> Callable[[], object]:
-        """See `Reducer.begin`. Every rank. One reduce."""
-        work = dist.reduce(tensor, dst=owner, group=self._group, async_op=True)
-        assert work is not None
-        self.payload_bytes += tensor.nbytes
-        wait: Callable[[], object] = work.wait
-        return wait
-
-
-def gather_objects(mine: Any, group: Any = None) -> list[Any]:
-    """What each rank of a group (default: of all) holds, by rank, on every rank. Every rank of it."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    return found
-
-
-class DistributedStrategy(Strategy):
-    """Several ranks in one process group: the talk, and work shares that every rank stores whole unless overridden.
+class GroupComm(Comm):
+    """The ranks of a launcher. Making one joins them. Every rank.
 
     Args:
         device: Where this rank computes.
-        compute_dtype: float32 or bfloat16.
         timeout_seconds: Limit of a collective.
         store: What only this job's ranks see; default: the launcher's.
     """
 
-    name = "distributed"
-
-    def __init__(
-        self,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-        timeout_seconds: int = 600,
-        *,
-        store: Store | None = None,
-    ) -> None:
-        super().__init__(device, compute_dtype)
+    def __init__(self, device: torch.device, timeout_seconds: int = 600, *, store: Store | None = None) -> None:
         self._joined = join_process_group(device, timeout_seconds, store)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        super().__init__(device, dist.get_rank(), dist.get_world_size())
         self._timeout = timedelta(seconds=timeout_seconds)
         self._host_mesh: DeviceMesh | None = None
         self._channel: Channel | None = None
         self._reducer: Reducer | None = None
 
-    def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
-        ranges = [self.rows(parameter.shape[0], rank) for rank in range(self.world_size)]
-        self.store(parameter, self.gather_pieces(piece, ranges))
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Comm.sum`. Every rank. One all-reduce."""
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """See `Comm.broadcast`. Every rank. One broadcast."""
+        dist.broadcast(tensor, src=owner)
 
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """See `Strategy.gather_pieces`. Every rank. One all-gather of pieces padded to the largest."""
+        """See `Comm.gather_pieces`. Every rank. One all-gather of pieces padded to the largest."""
         most = max(stop - start for start, stop in ranges)
         padded = piece.new_zeros((most, *piece.shape[1:]))
         padded[: piece.shape[0]] = piece
@@ -119,47 +76,34 @@ class DistributedStrategy(Strategy):
         _all_gather(gathered, padded)
         return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
 
-    def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
-        """See `Strategy.as_shard`: a DTensor on the host, whose dim 0 is cut as `rows` cuts it."""
-        if self._host_mesh is None:
-            self._host_mesh = init_device_mesh("cpu", (self.world_size,))
-        whole = torch.empty(tuple(shape), device="meta")
-        return DTensor.from_local(
-            piece, self._host_mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-
     def gather_objects(self, mine: Any) -> list[Any]:
-        """See `Strategy.gather_objects`. Every rank."""
+        """See `Comm.gather_objects`. Every rank."""
         return gather_objects(mine)
 
-    def side_channel(self) -> Channel:
-        """See `Strategy.side_channel`. Every rank, the first time."""
-        if self._channel is None:
-            self._channel = GroupChannel(self.rank, dist.new_group(backend="gloo", timeout=self._timeout))
-        return self._channel
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See `Strategy.sum`. Every rank. One all-reduce."""
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor)
-        return tensor
-
-    def open_reducer(self) -> Reducer:
-        """See `Strategy.open_reducer`. Every rank, the first time."""
-        if self._reducer is None:
-            self._reducer = GroupReducer(self.rank, dist.new_group(timeout=self._timeout))
-        return self._reducer
-
-    def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """See `Strategy.broadcast`. Every rank. One broadcast."""
-        dist.broadcast(tensor, src=owner)
-
     def barrier(self) -> None:
-        """See `Strategy.barrier`. Every rank."""
+        """See `Comm.barrier`. Every rank."""
         dist.barrier()
 
+    def side_channel(self) -> Channel:
+        """See `Comm.side_channel`: a gloo group on the host, whatever the tensors travel by. Every rank, the first."""
+        if self._channel is None:
+            self._channel = Channel(self.rank, dist.new_group(backend="gloo", timeout=self._timeout))
+        return self._channel
+
+    def open_reducer(self) -> Reducer:
+        """See `Comm.open_reducer`. Every rank, the first time."""
+        if self._reducer is None:
+            self._reducer = Reducer(self.rank, dist.new_group(timeout=self._timeout))
+        return self._reducer
+
+    def host_mesh(self) -> DeviceMesh:
+        """See `Comm.host_mesh`. Every rank, the first time."""
+        if self._host_mesh is None:
+            self._host_mesh = init_device_mesh("cpu", (self.world_size,))
+        return self._host_mesh
+
     def close(self) -> None:
-        """Destroys the process group if this strategy created it. Every rank."""
+        """Destroys the process group if this object joined it. Every rank."""
         if self._joined and dist.is_initialized():
             # torch.distributed.checkpoint leaves a cycle that holds the group; freed at the interpreter's end, gloo's
             # thread is still running then and the process aborts

@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 from loqt_scale.errors import UserError
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm
 
 _CHECKSUMS = 4096  # that many of them, each below that, add up exactly in float32
 
@@ -24,13 +24,13 @@ class OutOfStepError(UserError):
     """Ranks disagree on the step they are at, or on whether a merge follows it."""
 
 
-def check_same(strategy: Strategy, lines: Sequence[str]) -> None:
+def check_same(comm: Comm, lines: Sequence[str]) -> None:
     """Ranks with other settings, text or another place to go on from would train, or wait, in vain. Every rank.
 
     Raises:
         UserError: On every rank, unless all have the same lines; it names the first that differs.
     """
-    everyone = strategy.gather_objects(list(lines))
+    everyone = comm.gather_objects(list(lines))
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:
             pairs = zip_longest(everyone[0], theirs, fillvalue="nothing")
@@ -65,9 +65,9 @@ class StepTag:
         """A number below 4096 that other tags are unlikely to have; 4096 of them add up exactly in float32."""
         return stable_seed("place", self.step, self.merges, self.merges_next) % _CHECKSUMS
 
-    def check(self, total: float, world_size: int) -> None:
+    def check(self, total: float, ranks: int) -> None:
         """Raises OutOfStepError unless `total`, the sum over ranks, is what equal checksums add up to."""
-        if total != world_size * self.checksum:
+        if total != ranks * self.checksum:
             here, following = ("a merge" if merge else "no merge" for merge in (self.merges, self.merges_next))
             raise OutOfStepError(
                 f"here it is step {self.step}, after which {here} follows (after the next: {following}), but another "
@@ -90,16 +90,16 @@ class Flags:
     faults: int
     saves: int
 
-    def number(self, world_size: int) -> float:
+    def number(self, ranks: int) -> float:
         """All three in one number, so that numbers of all ranks can be added: digits to the base N + 1.
 
         Sums of up to 2895 ranks' numbers are exact in float32.
         """
-        return float(self.saves + 2 * (self.stops + (world_size + 1) * self.faults))
+        return float(self.saves + 2 * (self.stops + (ranks + 1) * self.faults))
 
     @classmethod
-    def of_sum(cls, total: float, world_size: int) -> Flags:
+    def of_sum(cls, total: float, ranks: int) -> Flags:
         """What the ranks' numbers add up to."""
         rest, saves = divmod(int(total), 2)
-        faults, stops = divmod(rest, world_size + 1)
+        faults, stops = divmod(rest, ranks + 1)
         return cls(stops, faults, saves)

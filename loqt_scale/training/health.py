@@ -30,7 +30,7 @@ class Health:
         Args:
             done: Steps done, this one included.
             loss: Mean over tokens, nats.
-            norm: Global gradient norm before clipping; if it is not finite, `Strategy.update` has applied nothing.
+            norm: Global gradient norm before clipping; if it is not finite, `Step.update` has applied nothing.
 
         Raises:
             NonFiniteLossError: This was one too many in a row.

@@ -7,7 +7,6 @@ Whatever can be wrong is found in this order; nothing is allocated, moved or ove
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from loqt_scale.process.environment import launched_world_size
 from loqt_scale.process.error_log import keep_errors_in
 from loqt_scale.process.launcher import join_launcher
 from loqt_scale.strategies import (
+    Comm,
     Store,
     Strategy,
     create_strategy,
@@ -81,10 +81,10 @@ def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict
     device = resolve_device(config.train.device)
     strategy = create_strategy(config, device=device, store=store)
     try:
-        check_same(strategy, dump_run_config(config).splitlines())
-        check_ranks(config, ranks=strategy.world_size, passes=_passes(config, strategy))
-        with OpenRun(config, strategy, tell=_say) as run:
-            check_same(strategy, [f"goes on from: {_place(run.start)}"])
+        check_same(strategy.comm, dump_run_config(config).splitlines())
+        check_ranks(config, ranks=strategy.step.data_size, passes=_passes(config, strategy))
+        with OpenRun(config, strategy.comm, tell=_say) as run:
+            check_same(strategy.comm, [f"goes on from: {_place(run.start)}"])
             before, after = _train_in(run, config, strategy, stop)
         return {"eval/loss_before": before, "eval/loss_after": after}
     finally:
@@ -94,16 +94,16 @@ def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict
 def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopRequest) -> tuple[float, float]:
     start = run.start
     if start.finished is not None:
-        if strategy.is_main:
+        if strategy.comm.is_main:
             for line in (*start.notes, already_finished(config, start.finished)):
                 _say(line)
         return start.finished.loss_before, start.finished.loss_after
-    checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy)
+    checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy.comm)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
-    check_same(strategy, corpus.fingerprint)
+    check_same(strategy.comm, corpus.fingerprint)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, design, corpus, config, strategy)
+        _check_checkpoint(checkpoint, design, corpus, config, strategy.comm)
     with stop.patience():  # what has been moved is said, whatever signal comes
         run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
     stop.check()
@@ -116,13 +116,13 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
 
 
 def _check_checkpoint(
-    checkpoint: Checkpoint, design: ModelDesign, corpus: Corpus, config: RunConfig, strategy: Strategy
+    checkpoint: Checkpoint, design: ModelDesign, corpus: Corpus, config: RunConfig, comm: Comm
 ) -> None:
     """Whether a run can go on from a checkpoint, before its folder is changed; goes to its place in the text."""
     single = momentum_only(design.model, config.optim, design.dense_layers)
-    check_tensors(checkpoint, design.model, Strategy(strategy.device), moments=True, momentum_only=single)
+    check_tensors(checkpoint, design.model, moments=True, momentum_only=single)
     seek_text(checkpoint, corpus.train)
-    check_numbers(checkpoint, design.model, strategy)
+    check_numbers(checkpoint, design.model, comm)
 
 
 def _train_design(
@@ -137,11 +137,13 @@ def _train_design(
     train, done = config.train, None if checkpoint is None else checkpoint.manifest.step
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == train.steps}
     with (
-        Progress(train.steps, enabled=strategy.is_main, mode=train.progress, initial_step=done or 0) as progress,
-        MetricsWriter(train.run_dir, strategy.is_main, tell=progress.line, **resumed) as writer,
+        Progress(train.steps, enabled=strategy.comm.is_main, mode=train.progress, initial_step=done or 0) as progress,
+        MetricsWriter(train.run_dir, strategy.comm.is_main, tell=progress.line, **resumed) as writer,
     ):
         trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
-        _keep_engine_settings(strategy, Path(train.run_dir))
+        if strategy.comm.is_main:
+            for name, text in strategy.run_files().items():
+                (Path(train.run_dir) / name).write_text(text)
         began = None if checkpoint is None else checkpoint.manifest.warmup_steps
         progress.line(banner(trainer.built, trainer.corpus, config, strategy, warmup_steps=began))
         if checkpoint is not None:
@@ -152,19 +154,13 @@ def _train_design(
     return before, after
 
 
-def _keep_engine_settings(strategy: Strategy, run_dir: Path) -> None:
-    if strategy.is_main and strategy.engine_settings is not None:
-        settings = json.dumps(strategy.engine_settings, indent=2)
-        (run_dir / "deepspeed.json").write_text(settings + "\n")
-
-
 def _say(line: str) -> None:
     Console().line(line)
 
 
 def _passes(config: RunConfig, strategy: Strategy) -> int:
     train = config.train
-    return micro_steps(train.global_batch_size, strategy.world_size, train.micro_batch_size)
+    return micro_steps(train.global_batch_size, strategy.step.data_size, train.micro_batch_size)
 
 
 def _place(start: Start) -> str:

@@ -23,7 +23,7 @@ def banner(
     from loqt_scale.layers import loqt_layers
     from loqt_scale.optim import describe_rates
 
-    ours = not strategy.schedules_learning_rate
+    ours = not strategy.step.schedules_learning_rate
     rates = "those of parallel.zero_config's scheduler"
     if ours:
         rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
@@ -39,11 +39,11 @@ def banner(
         f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
         f"data     {corpus.description}",
         f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
-        f"ranks    {strategy.world_size} ({strategy.description}, {strategy.device.type})",
+        f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
     widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
-    lines += alignment_note(widths, config, device_type=strategy.device.type)
+    lines += alignment_note(widths, config, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ from loqt_scale.errors import UnwritableError, advice_on, reason_of
 from loqt_scale.metrics import replay
 from loqt_scale.process import pids
 from loqt_scale.process.environment import slurm_job
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm
 from loqt_scale.training.rundir import holds_run, make_room, prepare_run_dir
 from loqt_scale.training.runlock import LOCK, RunLock
 
@@ -45,7 +45,7 @@ class OpenRun:
 
     Args:
         config: The run.
-        strategy: How it is spread over ranks.
+        comm: The ranks.
         tell: Takes a line for people.
 
     Raises:
@@ -54,8 +54,8 @@ class OpenRun:
         OSError: On entry, on all ranks: the folder cannot be made or written to.
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, *, tell: Callable[[str], None]) -> None:
-        self._config, self._strategy, self._tell = config, strategy, tell
+    def __init__(self, config: RunConfig, comm: Comm, *, tell: Callable[[str], None]) -> None:
+        self._config, self._comm, self._tell = config, comm, tell
         self._run_dir = Path(config.train.run_dir)
         self._folder = CheckpointFolder(self._run_dir / CHECKPOINTS)
         self._made: list[Path] = []
@@ -64,7 +64,7 @@ class OpenRun:
 
     def __enter__(self) -> Self:
         try:
-            self.start = on_main(self._strategy, self._open)
+            self.start = on_main(self._comm, self._open)
         except BaseException:
             self._close()
             raise
@@ -82,7 +82,7 @@ class OpenRun:
             OSError: On all ranks; see `make_room`.
             CheckpointError: On all ranks: a checkpoint of another line cannot be moved.
         """
-        on_main(self._strategy, self._prepare)
+        on_main(self._comm, self._prepare)
 
     @property
     def place(self) -> Path | None:
@@ -99,7 +99,7 @@ class OpenRun:
         Raises:
             PermissionError: On all ranks: the mark cannot be written.
         """
-        on_main(self._strategy, lambda: self._mark(loss_before, loss_after))
+        on_main(self._comm, lambda: self._mark(loss_before, loss_after))
 
     def _mark(self, loss_before: float, loss_after: float) -> None:
         newest, steps = self._folder.latest(), self._config.train.steps
@@ -185,15 +185,15 @@ class OpenRun:
             )
 
 
-def on_main(strategy: Strategy, work: Callable[[], T]) -> T:
+def on_main(comm: Comm, work: Callable[[], T]) -> T:
     """What a call on rank 0 returns, or raises, on every rank. Every rank."""
     outcome: tuple[T | None, Exception | None] = (None, None)
-    if strategy.is_main:
+    if comm.is_main:
         try:
             outcome = (work(), None)
         except Exception as error:
             outcome = (None, error)
-    result, failure = strategy.gather_objects(outcome)[0]
+    result, failure = comm.gather_objects(outcome)[0]
     if failure is not None:
         raise failure
     return result

@@ -8,7 +8,7 @@ import torch
 
 from loqt_scale.data import Batch, TrainStream
 from loqt_scale.errors import UserError, one_line
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import Comm
 
 
 class UnreadableDataError(UserError):
@@ -51,8 +51,8 @@ class ShareReader:
         blank = torch.zeros((stop - start, self._seq_len), dtype=torch.int64)
         return Batch(blank, blank)
 
-    def fail(self, step: int, strategy: Strategy) -> NoReturn:
+    def fail(self, step: int, comm: Comm) -> NoReturn:
         """Raises UnreadableDataError, which names the ranks that could not read their share of a step. Every rank."""
-        reasons = enumerate(strategy.gather_objects(None if self.fault is None else one_line(self.fault)))
+        reasons = enumerate(comm.gather_objects(None if self.fault is None else one_line(self.fault)))
         who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
         raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}") from self.fault

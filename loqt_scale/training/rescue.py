@@ -49,7 +49,7 @@ def _hindrance(trainer: Trainer, error: Exception) -> str | None:
         return f"the error came in the middle of {trainer.half_done}"
     if isinstance(error, OutOfStepError):
         return "ranks disagree"
-    if trainer.strategy.world_size > 1 and not isinstance(error, TOGETHER):
+    if trainer.strategy.comm.world_size > 1 and not isinstance(error, TOGETHER):
         return "the other ranks were in the middle of a step"
     return None
 
@@ -76,14 +76,14 @@ def _let_go(trainer: Trainer, error: Exception) -> None:
         if isinstance(each, torch.OutOfMemoryError):
             traceback.clear_frames(each.__traceback__)
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.strategy.after_forward_only(trainer.model)
+    trainer.strategy.step.after_forward_only(trainer.model)
     gc.collect()
-    if trainer.strategy.device.type == "cuda":
+    if trainer.strategy.comm.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _all_finite(trainer: Trainer) -> bool:
     """Whether everything that trains is, on all ranks."""
-    pieces = (trainer.strategy.local(parameter.detach()) for parameter in trainer.parameters)
+    pieces = (trainer.strategy.placement.local(parameter.detach()) for parameter in trainer.parameters)
     mine = all(bool(torch.isfinite(piece).all()) for piece in pieces)
-    return all(trainer.strategy.side_channel().gather_objects(mine))
+    return all(trainer.strategy.comm.side_channel().gather_objects(mine))

@@ -34,7 +34,7 @@ def manifest_of(trainer: Trainer) -> Manifest:
         tokens=trainer.tokens,
         warmup_steps=trainer.learning_rates.warmup_steps,
         eval_before=trainer.eval_before,
-        world_size=trainer.strategy.world_size,
+        world_size=trainer.strategy.comm.world_size,
         strategy=trainer.strategy.description,
         tensors={},
     )
@@ -66,12 +66,12 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         CheckpointError: It is of another model, holds a number that is not finite, or has changed meanwhile.
     """
     manifest = checkpoint.manifest
-    load_checkpoint(checkpoint, trainer.built.model, trainer.optimizer, trainer.strategy)
+    load_checkpoint(checkpoint, trainer.built.model, trainer.optimizer, trainer.strategy.editing)
     set_update_count(trainer.optimizer, manifest.updates)
     _keep_warmup(trainer, manifest.warmup_steps)
     if trainer.scheduler is not None:
         set_schedule_position(trainer.scheduler, manifest.step)
-    trainer.strategy.set_schedule_position(manifest.updates)
+    trainer.strategy.step.set_schedule_position(manifest.updates)
     trainer.done, trainer.tokens, trainer.eval_before = manifest.step, manifest.tokens, manifest.eval_before
     trainer.updates, trainer.health.skipped = manifest.updates, manifest.step - manifest.updates
     trainer.health.in_a_row, trainer.saver.saved = manifest.skipped_in_a_row, manifest.step

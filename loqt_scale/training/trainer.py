@@ -82,18 +82,18 @@ class Trainer:
         self.built = build_model(design, config.model, strategy)
         attend_causally(self.built.model, config.data.seq_len)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.built, config, strategy)
-        self.model = strategy.wrap(self.built.model, self.optimizer)
+        self.optimizer = make_optimizer(self.built, config, strategy.placement)
+        self.model = strategy.step.wrap(self.built.model, self.optimizer)
         if config.model.trained_dtype == "bfloat16" and self.micro_steps > 1:
-            strategy.sum_in_float32(self.parameters)
+            strategy.step.sum_in_float32(self.parameters)
         self.per_layer: UpdateInBackward | None = None
         if config.optim.per_layer:
             assert isinstance(self.optimizer, StreamedAdamW)
-            self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.local)
-        ours = not strategy.schedules_learning_rate
+            self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.placement.local)
+        ours = not strategy.step.schedules_learning_rate
         self.learning_rates = LearningRates.of_run(config.optim, config.train.steps)
         self.scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rates.factor(step)) if ours else None
-        self.merges = make_merges(self.built, self.optimizer, config, strategy)
+        self.merges = make_merges(self.built, self.optimizer, config, strategy.editing)
 
         # where the run stands
         self.done = 0  # steps
@@ -105,7 +105,7 @@ class Trainer:
 
         # what may skip a step, end the run or save it
         self.reader = ShareReader(
-            corpus.train, config.data.seq_len, alone=strategy.world_size == 1 or self.per_layer is not None
+            corpus.train, config.data.seq_len, alone=strategy.comm.world_size == 1 or self.per_layer is not None
         )
         # With per-layer updates a bad gradient is applied before the norm is known. It cannot be skipped, so the first
         # bad step ends the run.
@@ -113,7 +113,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             Path(config.train.run_dir) / CHECKPOINTS,
             config.checkpoint,
-            strategy,
+            strategy.editing,
             tell=progress.line,
             kept=self.learning_rates.branching_step,
         )
@@ -122,7 +122,7 @@ class Trainer:
         # what is told of it
         self.rates = RateMeter()
         self.diagnosis = Diagnosis(config, chance_overlaps(self.built.model), progress.line)
-        self.wire = FirstCounted(strategy.world_size, on=config.train.wire_counter == "once")
+        self.wire = FirstCounted(strategy.comm.world_size, on=config.train.wire_counter == "once")
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,8 @@ class Trainer:
         if self.stopping:
             self.saver.wait()
             self.progress.line(f"stopped after step {self.done}; {self.saver.way_on(self.done)}")
-            signals = filter(None, self.strategy.gather_objects(self.stop.number))  # perhaps one rank alone was told
+            numbers = self.strategy.comm.gather_objects(self.stop.number)
+            signals = filter(None, numbers)  # perhaps one rank alone was told
             raise Stopped(next(signals), together=True)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -212,45 +213,43 @@ class Trainer:
         Returns:
             (3,) float32, sums over ranks: mean loss per token, checksums (see `StepTag`), numbers of `Flags`.
         """
-        train, strategy = self.config.train, self.strategy
+        train, ranks = self.config.train, self.strategy.step
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
-        torch.manual_seed(stable_seed("step", train.seed, step, strategy.rank))
-        batch = self.reader.read(step, *share(train.global_batch_size, strategy.rank, strategy.world_size))
+        torch.manual_seed(stable_seed("step", train.seed, step, ranks.data_rank))
+        batch = self.reader.read(step, *share(train.global_batch_size, ranks.data_rank, ranks.data_size))
         with self._changing("an update" if self.per_layer is not None else None):
             loss = self._passes(batch)
-            numbers = (float(self.tag(step).checksum), self._flags().number(strategy.world_size))
+            numbers = (float(self.tag(step).checksum), self._flags().number(ranks.data_size))
             sums = torch.stack([loss, *(loss.new_full((), number) for number in numbers)])
-            return strategy.sum_step(sums, self.parameters)
+            return ranks.sum_step(sums, self.parameters)
 
     def _passes(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's share; returns its part of the mean loss, () float32. Every rank."""
-        strategy, steps = self.strategy, self.micro_steps
-        total = torch.zeros((), device=strategy.device)
-        pieces = micro_batches(
-            batch, steps=steps, micro_batch_size=self.config.train.micro_batch_size, device=strategy.device
-        )
+        ranks, device, steps = self.strategy.step, self.strategy.comm.device, self.micro_steps
+        total = torch.zeros((), device=device)
+        pieces = micro_batches(batch, steps=steps, micro_batch_size=self.config.train.micro_batch_size, device=device)
         for index, piece in enumerate(pieces):
-            with strategy.micro_step(self.model, last=index == steps - 1):
-                with strategy.autocast():
+            with ranks.micro_step(self.model, last=index == steps - 1):
+                with ranks.autocast():
                     logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
-                strategy.backward(self.model, loss)
+                ranks.backward(self.model, loss)
             total += loss.detach()
         return total
 
     def _flags(self) -> Flags:
-        overdue = self.strategy.is_main and self.saver.overdue()
+        overdue = self.strategy.comm.is_main and self.saver.overdue()
         return Flags(stops=self.stop.number is not None, faults=self.reader.fault is not None, saves=overdue)
 
     def update(self) -> Tensor:
         """Applies the step's gradients, unless the backward pass has; returns their global norm. Every rank."""
         if self.per_layer is not None:
             self.optimizer.step()  # finds nothing left to do; learning-rate schedules insist on it
-            return self.strategy.sum(self.per_layer.take_squares()).sqrt()
+            return self.strategy.placement.row_shards.sum(self.per_layer.take_squares()).sqrt()
         max_norm = self.config.optim.clip_norm
-        return self.strategy.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
+        return self.strategy.step.update(self.model, self.optimizer, self.parameters, max_norm=max_norm)
 
     # ---- its numbers, a step later ----------------------------------------------------------------------------------
 
@@ -269,7 +268,7 @@ class Trainer:
         if pending is None:
             return
         loss, checksums, told, norm = pending.numbers.values()
-        tag, ranks = pending.tag, self.strategy.world_size
+        tag, ranks = pending.tag, self.strategy.step.data_size
         tag.check(checksums, ranks)
         self._obey(Flags.of_sum(told, ranks), tag.step)
         values = {"train/loss": loss, "train/grad_norm": norm} | pending.metrics
@@ -290,7 +289,7 @@ class Trainer:
         if flags.faults:
             self.pending = None
             self.done, self.tokens = step, self.tokens - (self.done - step) * self.tokens_per_step
-            self.reader.fail(step, self.strategy)
+            self.reader.fail(step, self.strategy.comm)
         self.stopping, self.save_again = self.stopping or flags.stops > 0, self.save_again or flags.saves > 0
 
     def merge(self, step: int) -> dict[str, float]:
@@ -315,7 +314,7 @@ class Trainer:
             "train/skipped_steps": self.health.skipped,
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.rates.seconds_per_step,
-            **memory_metrics(self.strategy.device),
+            **memory_metrics(self.strategy.comm.device),
         }
         self.writer.log(done, values)
 
@@ -326,7 +325,7 @@ class Trainer:
         self.finish_pending()
         with self.rates.paused():
             held_out, micro_batch_size = self.corpus.eval, self.config.train.micro_batch_size
-            loss = evaluate(self.model, held_out, strategy=self.strategy, micro_batch_size=micro_batch_size)
+            loss = evaluate(self.model, held_out, step=self.strategy.step, micro_batch_size=micro_batch_size)
         self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
         tokens = counted_tokens(held_out.labels)
         self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
@@ -352,7 +351,7 @@ class Trainer:
     def micro_steps(self) -> int:
         """Forward and backward passes of a step."""
         train = self.config.train
-        return micro_steps(train.global_batch_size, self.strategy.world_size, train.micro_batch_size)
+        return micro_steps(train.global_batch_size, self.strategy.step.data_size, train.micro_batch_size)
 
     @property
     def tokens_per_step(self) -> int:

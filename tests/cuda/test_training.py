@@ -16,7 +16,7 @@ from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig
 from loqt_scale.config import RunConfig
 from loqt_scale.layers import LoQTLinear, loqt_layers
 from loqt_scale.plan import plan_run
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import single_process
 from loqt_scale.training.trainer import Trainer
 from tests.cuda.conftest import Settings
 from tests.cuda.test_kernels import random, relative
@@ -61,7 +61,7 @@ def merged(model: nn.Module, config: LoQTConfig, device: torch.device) -> tuple[
     """The model after two merges on a device, and what they said of each layer."""
     model = copy.deepcopy(model).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
-    merges = MergeCoordinator(model, optimizer, config, total_steps=20, strategy=Strategy(device), seed=3)
+    merges = MergeCoordinator(model, optimizer, config, total_steps=20, editing=single_process(device).editing, seed=3)
     said: list[dict[str, float]] = []
     for step in range(3):
         merges.prepare(step, backward_passes=1)
@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings: Settings, devic
     try:
         for step in range(2):
             trainer.step(step)
-        norm = trainer.strategy.local(trainer.built.model.get_parameter("model.norm.weight").detach())
+        norm = trainer.strategy.placement.local(trainer.built.model.get_parameter("model.norm.weight").detach())
         norm[0] = float("nan")
         before = factors(trainer)
         trainer.step(2)
@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(settings: Settings, devic
 def factors(trainer: Trainer) -> list[torch.Tensor]:
     """Copies of all B, on the host."""
     layers: list[LoQTLinear] = [layer for _, layer in loqt_layers(trainer.built.model)]
-    return [trainer.strategy.local(layer.factor.detach()).to("cpu", copy=True) for layer in layers]
+    return [trainer.strategy.placement.local(layer.factor.detach()).to("cpu", copy=True) for layer in layers]
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loqt_scale.strategies import Strategy
-from loqt_scale.strategies.ddp import DDPStrategy
-from loqt_scale.strategies.fsdp import FSDPStrategy
+from loqt_scale.strategies import Step
+from loqt_scale.strategies.ddp import DDPStep
+from loqt_scale.strategies.fsdp import FSDPStep
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer
 from tests.distributed.tasks import small_config
@@ -27,36 +27,36 @@ def summed_gradients(**settings: Any) -> dict[str, float]:
         trainer.step(0)
         trainer.finish_pending()
         trainer.accumulate(1)
-        got = {p: trainer.strategy.local(p.grad).double() for p in trainer.parameters if p.grad is not None}
+        got = {p: trainer.strategy.placement.local(p.grad).double() for p in trainer.parameters if p.grad is not None}
         trainer.optimizer.zero_grad(set_to_none=True)
         exact = exact_sums(trainer)
-        return {kind: _error(trainer.strategy, got, exact, group) for kind, group in _groups(trainer).items()}
+        return {kind: _error(trainer.strategy.step, got, exact, group) for kind, group in _groups(trainer).items()}
     finally:
         trainer.strategy.close()
 
 
 def exact_sums(trainer: Trainer) -> dict[Tensor, Tensor]:
     """Float64 sums, over passes and ranks, of every pass's gradients as they come; of the rows that a rank stores."""
-    strategy, sums = trainer.strategy, dict[Tensor, Tensor]()
-    strategy._sums = None
+    local, step, sums = trainer.strategy.placement.local, trainer.strategy.step, dict[Tensor, Tensor]()
+    step.sums = None
 
     def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = strategy.local(parameter.grad).double()
+        gradient = local(parameter.grad).double()
         sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
         parameter.grad = None
 
     for parameter in trainer.parameters:
         parameter.register_post_accumulate_grad_hook(take)
-    if isinstance(strategy, FSDPStrategy):
-        strategy._kept = "nothing"
-    if isinstance(strategy, DDPStrategy):
-        strategy.micro_step = lambda model, *, last: model.no_sync()  # type: ignore[method-assign]
-    passes = trainer.strategy.sum_step
-    strategy.sum_step = lambda numbers, _: numbers  # type: ignore[method-assign]
+    if isinstance(step, FSDPStep):
+        step._kept = "nothing"
+    if isinstance(step, DDPStep):
+        step.micro_step = lambda model, *, last: model.no_sync()  # type: ignore[method-assign]
+    passes = step.sum_step
+    step.sum_step = lambda numbers, _: numbers  # type: ignore[method-assign]
     trainer.accumulate(1)
-    strategy.sum_step = passes  # type: ignore[method-assign]
-    for parameter in trainer.parameters if isinstance(strategy, DDPStrategy) else ():
+    step.sum_step = passes  # type: ignore[method-assign]
+    for parameter in trainer.parameters if isinstance(step, DDPStep) else ():
         dist.all_reduce(sums[parameter])
     return sums
 
@@ -65,10 +65,10 @@ def _groups(trainer: Trainer) -> dict[str, list[Tensor]]:
     return {group["name"]: group["params"] for group in trainer.optimizer.param_groups}
 
 
-def _error(strategy: Strategy, got: dict[Tensor, Tensor], exact: dict[Tensor, Tensor], group: list[Tensor]) -> float:
+def _error(step: Step, got: dict[Tensor, Tensor], exact: dict[Tensor, Tensor], group: list[Tensor]) -> float:
     """Over the rows of all ranks."""
     pairs = [(got[p], exact[p]) for p in group]
     squares = torch.stack([sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)])
-    if isinstance(strategy, FSDPStrategy):
+    if isinstance(step, FSDPStep):
         dist.all_reduce(squares)
     return float((squares[0] / squares[1]).sqrt())

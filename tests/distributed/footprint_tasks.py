@@ -31,8 +31,8 @@ from loqt_scale.model.build import build_model, design_model
 from loqt_scale.model.weights import WeightSource
 from loqt_scale.optim import Moment
 from loqt_scale.strategies import create_strategy
-from loqt_scale.strategies.zero.engine import ZeroStrategy
 from loqt_scale.strategies.zero.flat import masters
+from loqt_scale.strategies.zero.strategy import ZeroStrategy
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.tasks import small_config
 
@@ -105,7 +105,7 @@ def kinds_held(trainer: Trainer) -> dict[str, int]:
     held: dict[str, dict[int, int]] = defaultdict(dict)  # kind -> storages: FSDP2's gradients share one a block
 
     def add(kind: str, tensor: Tensor) -> None:
-        storage = trainer.strategy.local(tensor.detach()).untyped_storage()
+        storage = trainer.strategy.placement.local(tensor.detach()).untyped_storage()
         held[kind][storage.data_ptr()] = storage.nbytes()
 
     for name, parameter in trainer.built.model.named_parameters():
@@ -128,7 +128,7 @@ def zero_kinds_held(trainer: Trainer) -> Counter[str]:
     for name, parameter in trainer.built.model.named_parameters():
         held[parameter_kind(name)] += getattr(parameter, "ds_tensor", parameter).nbytes
     assert isinstance(trainer.strategy, ZeroStrategy)
-    held["masters"] = sum(flat.nbytes for flat in masters(trainer.model, trainer.strategy.stage))
+    held["masters"] = sum(flat.nbytes for flat in masters(trainer.model, trainer.strategy.engine.stage))
     for state in trainer.optimizer.state.values():
         moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
         held["adam"] += sum(tensor.nbytes for moment in moments for tensor in moment_tensors(moment))
@@ -325,7 +325,7 @@ def backend_collectives(profiler: profile) -> Counter[str]:
 def traffic(**settings: Any) -> dict[str, Any]:
     """Collectives of a normal `step` and of a `merge`, and gloo's own count of them. Every rank."""
     trainer = make_trainer(small_config(settings))
-    world_size = trainer.strategy.world_size
+    world_size = trainer.strategy.comm.world_size
     trainer.step(0)  # the first optimizer step and FSDP2's first pass do a little more
     result: dict[str, Any] = {"micro_steps": trainer.micro_steps}
     with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:

@@ -14,7 +14,7 @@ from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers
 from loqt_scale.merge.collection import GradientCollection
 from loqt_scale.merge.probes import attach_probes
 from loqt_scale.merge.subspace import deal
-from loqt_scale.strategies.process_group import DistributedStrategy
+from loqt_scale.strategies import GroupComm
 
 WIDTH, DEPTH = 16, 7
 SKETCHED = SubspaceConfig(method="sketch")
@@ -56,13 +56,13 @@ def collect(*, orders: list[list[list[int]]], known: bool, wave: int, budget: in
         wave: Layers of a wave, in units of the world size.
         budget: Bytes in the air.
     """
-    strategy = DistributedStrategy(torch.device("cpu"), torch.float32)
-    mine = orders[strategy.rank]
+    comm = GroupComm(torch.device("cpu"))
+    mine = orders[comm.rank]
     errors, waves, most = [], [], 0
     for turn in range(2):
         model, layers = _layers()
-        attach_probes(layers, SKETCHED, seed=turn, device=strategy.device)
-        _passes(model, strategy.rank, mine)
+        attach_probes(layers, SKETCHED, seed=turn, device=comm.device)
+        _passes(model, comm.rank, mine)
         naive = {}
         for name, layer in layers.items():
             assert layer.probe is not None
@@ -70,8 +70,8 @@ def collect(*, orders: list[list[list[int]]], known: bool, wave: int, budget: in
             naive[name] = torch.zeros(layer.probe.leaf.shape) if grad is None else grad.clone()
             dist.all_reduce(naive[name])
 
-        attach_probes(layers, SKETCHED, seed=turn, device=strategy.device)
-        owners, got = deal(layers, strategy.world_size), {}
+        attach_probes(layers, SKETCHED, seed=turn, device=comm.device)
+        owners, got = deal(layers, comm.world_size), {}
 
         def keep(collected: dict[str, Tensor], got: dict[str, Tensor] = got) -> None:
             waves.append(len(collected))
@@ -80,13 +80,13 @@ def collect(*, orders: list[list[list[int]]], known: bool, wave: int, budget: in
         collection = GradientCollection(
             layers,
             owners,
-            wave=wave * strategy.world_size,
-            reducer=strategy.open_reducer(),
+            wave=wave * comm.world_size,
+            reducer=comm.open_reducer(),
             passes=len(mine) if known else None,
             budget=budget,
             factorise=keep,
         )
-        _passes(model, strategy.rank, mine)
+        _passes(model, comm.rank, mine)
         early = len(got)
         held = [*collection._early.values(), *collection._sums.values(), *(flight[1] for flight in collection._flights)]
         held += [
@@ -94,38 +94,38 @@ def collect(*, orders: list[list[list[int]]], known: bool, wave: int, budget: in
         ]
         most = max(most, sum(tensor.nbytes for tensor in held) // next(iter(naive.values())).nbytes)
         collection.finish()
-        assert set(got) == {name for name, owner in owners.items() if owner == strategy.rank}
+        assert set(got) == {name for name, owner in owners.items() if owner == comm.rank}
         assert all(layer.probe is None for layer in layers.values())
         errors += [float((got[name] - naive[name]).abs().max() / naive[name].abs().max()) for name in got]
-    strategy.close()
+    comm.close()
     return {"error": max(errors), "early": early, "held": most, "waves": waves}
 
 
 def drop_then_collect(*, passes: int) -> float:
     """A collection that is dropped after uneven use leaves no message behind that the next could take for its own."""
-    strategy = DistributedStrategy(torch.device("cpu"), torch.float32)
+    comm = GroupComm(torch.device("cpu"))
     model, layers = _layers()
-    owners, got = deal(layers, strategy.world_size), {}
+    owners, got = deal(layers, comm.world_size), {}
     for turn in range(2):
-        attach_probes(layers, SKETCHED, seed=0, device=strategy.device)
+        attach_probes(layers, SKETCHED, seed=0, device=comm.device)
         collection = GradientCollection(
             layers,
             owners,
-            wave=strategy.world_size,
-            reducer=strategy.open_reducer(),
+            wave=comm.world_size,
+            reducer=comm.open_reducer(),
             passes=passes,
             budget=0,
             factorise=got.update,
         )
-        used = list(range(DEPTH)) if turn or strategy.rank else [0, 1]
-        _passes(model, strategy.rank, [used] * passes)
+        used = list(range(DEPTH)) if turn or comm.rank else [0, 1]
+        _passes(model, comm.rank, [used] * passes)
         if turn == 0:
             collection.drop()
             got.clear()
         else:
             collection.finish()
-    attach_probes(layers, SKETCHED, seed=0, device=strategy.device)
-    _passes(model, strategy.rank, [list(range(DEPTH))] * passes)
+    attach_probes(layers, SKETCHED, seed=0, device=comm.device)
+    _passes(model, comm.rank, [list(range(DEPTH))] * passes)
     error = 0.0
     for name, layer in layers.items():
         assert layer.probe is not None and layer.probe.leaf.grad is not None
@@ -134,5 +134,5 @@ def drop_then_collect(*, passes: int) -> float:
             error = max(
                 error, float((got[name] - layer.probe.leaf.grad).abs().max() / layer.probe.leaf.grad.abs().max())
             )
-    strategy.close()
+    comm.close()
     return error

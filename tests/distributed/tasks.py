@@ -222,21 +222,21 @@ def flipped_bits(flipped: list[int], **settings: Any) -> dict[str, Any]:
 
     trainer = make_trainer(small_config(settings))
     strategy = trainer.strategy
-    sum_step = strategy.sum_step
+    sum_step = strategy.step.sum_step
 
     def flip(numbers: Any, parameters: Any) -> Any:
-        if strategy.rank == 1 and trainer.done in flipped:
-            strategy.local(parameters[3].grad).view(-1)[5] = float("nan")
+        if strategy.comm.rank == 1 and trainer.done in flipped:
+            strategy.placement.local(parameters[3].grad).view(-1)[5] = float("nan")
         return sum_step(numbers, parameters)
 
-    strategy.sum_step = flip  # type: ignore[method-assign]
+    strategy.step.sum_step = flip  # type: ignore[method-assign]
     try:
         for step in range(6):
             trainer.step(step)
         trainer.finish_pending()
         assert trainer.merges is not None
         moments = [m for state in trainer.optimizer.state.values() for m in state.values() if torch.is_tensor(m)]
-        tensors = [strategy.local(t.detach()).clone() for t in (*trainer.built.model.parameters(), *moments)]
+        tensors = [strategy.placement.local(t.detach()).clone() for t in (*trainer.built.model.parameters(), *moments)]
         return {"updates": trainer.updates, "merges": trainer.merges.steps, "state": tensors}
     finally:
         strategy.close()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.layers import loqt_layers
-from loqt_scale.strategies.zero.engine import ZeroStrategy
 from loqt_scale.strategies.zero.flat import master_fragments, masters
+from loqt_scale.strategies.zero.strategy import ZeroStrategy
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import kinds_held, make_trainer, moment_tensors
 from tests.distributed.tasks import small_config
@@ -50,9 +50,9 @@ def packed_after_merge(**settings: Any) -> list[Tensor]:
             trainer.step(step)
         tensors = []
         for _, layer in loqt_layers(trainer.built.model):
-            with strategy.editing(layer.merged_parameters()):
+            with strategy.editing.open(layer.merged_parameters()):
                 packed = [p for p in layer.merged_parameters() if p.dtype == torch.uint8]
-                tensors.extend(strategy.gather(parameter).clone() for parameter in packed)
+                tensors.extend(strategy.editing.gather(parameter).clone() for parameter in packed)
         return tensors
     finally:
         strategy.close()
@@ -89,24 +89,23 @@ def moments_through_merge(**settings: Any) -> dict[str, Any]:
 
 def whole_moments(trainer: Trainer) -> dict[str, tuple[Tensor, ...]]:
     """(first, second) moment of each parameter that trains, whole, by name. Every rank."""
-    strategy, found = trainer.strategy, {}
+    editing, found = trainer.strategy.editing, {}
     for name, parameter in trainer.built.model.named_parameters():
         if parameter.requires_grad:
-            shares = strategy.read_moments(trainer.optimizer, parameter)
+            shares = editing.read_moments(trainer.optimizer, parameter)
             assert shares is not None
             rows = getattr(parameter, "ds_shape", parameter.shape)[0]
-            ranges = [strategy.rows(rows, rank) for rank in range(strategy.world_size)]
-            found[name] = tuple(strategy.gather_pieces(share, ranges).clone() for share in shares)
+            found[name] = tuple(editing.gather_shares(share, rows).clone() for share in shares)
     return found
 
 
 def whole_bases(trainer: Trainer) -> dict[str, Tensor]:
     """P of each layer, whole and unpacked, by name of its factor. Every rank."""
-    strategy, bases = trainer.strategy, {}
+    editing, bases = trainer.strategy.editing, {}
     for name, layer in loqt_layers(trainer.built.model):
         projection = layer.projection
-        with strategy.editing(layer.merged_parameters()):
-            codes, *scales = strategy.gather_together(
+        with editing.open(layer.merged_parameters()):
+            codes, *scales = editing.gather_together(
                 [t for t in (projection.codes, projection.scales) if t is not None]
             )
             bases[f"{name}.factor"] = unpack(codes, scales[0], layer.spec.projection, torch.float32).clone()
@@ -120,13 +119,13 @@ def fragments_of(trainer: Trainer) -> dict[str, tuple[int, int, int]]:
         return {}
     held = [
         (flat, fragment)
-        for flat, fragments in master_fragments(trainer.model, strategy.stage, strategy.rank)
+        for flat, fragments in master_fragments(trainer.model, strategy.engine.stage, strategy.comm.rank)
         for fragment in fragments
         if fragment.values
     ]
     for name, parameter in trainer.built.model.named_parameters():
         if parameter.requires_grad:
-            whole = strategy.gather(parameter)
+            whole = strategy.editing.gather(parameter)
             for flat, fragment in held:
                 if fragment.parameter is parameter:
                     assert torch.equal(fragment.within(flat.detach()), fragment.within_whole(whole))
@@ -139,24 +138,24 @@ def bits_that_a_skipped_step_changes(**settings: Any) -> dict[str, int]:
     trainer = make_trainer(small_config(settings))
     strategy = trainer.strategy
     assert isinstance(strategy, ZeroStrategy)
-    backward = strategy.backward
+    backward = strategy.step.backward
 
     def kept() -> list[Tensor]:
         states = [state for state in trainer.optimizer.state.values() if state]
         packed = [t for s in states for key in ("exp_avg", "exp_avg_sq") for t in moment_tensors(s[key])]
-        tensors = [*masters(trainer.model, strategy.stage), *packed, *(state["step"] for state in states)]
+        tensors = [*masters(trainer.model, strategy.engine.stage), *packed, *(state["step"] for state in states)]
         return [tensor.detach().clone() for tensor in tensors]
 
     def changed(step: int, factor: float) -> int:
         before = kept()
-        strategy.backward = lambda model, loss: backward(model, loss * factor)  # type: ignore[method-assign]
+        strategy.step.backward = lambda model, loss: backward(model, loss * factor)  # type: ignore[method-assign]
         trainer.step(step)
         trainer.finish_pending()
         return sum(not torch.equal(a, b) for a, b in zip(before, kept(), strict=True))
 
     try:
         trainer.step(0)
-        skipped = changed(1, float("nan") if strategy.rank == 1 else 1.0)
+        skipped = changed(1, float("nan") if strategy.comm.rank == 1 else 1.0)
         return {"skipped": skipped, "applied": changed(2, 1.0), "updates": trainer.updates, "tensors": len(kept())}
     finally:
         strategy.close()

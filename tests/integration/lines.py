@@ -12,7 +12,7 @@ import torch
 
 from loqt_scale.checkpoint import Start
 from loqt_scale.config import RunConfig
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import SingleComm
 from loqt_scale.training.job import train
 from loqt_scale.training.opening import OpenRun
 
@@ -41,7 +41,7 @@ class Runs:
 
     def prepare(self, name: str = "run", **settings: Any) -> Start:
         """All that a job does to its folder before it trains; nothing is trained."""
-        with OpenRun(self._config(name, settings), Strategy(torch.device("cpu")), tell=lambda line: None) as run:
+        with OpenRun(self._config(name, settings), SingleComm(torch.device("cpu")), tell=lambda line: None) as run:
             if run.start.finished is None:
                 run.prepare()
             return run.start

@@ -18,7 +18,7 @@ from loqt_scale.cli import main
 from loqt_scale.data.tokenizers import load_tokenizer
 from loqt_scale.inference.saved_model import open_saved, saved_settings
 from loqt_scale.layers import loqt_layers
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import single_process
 from tests.distributed.pool import RankPool
 from tests.distributed.tasks import SMALL_RUN, _word
 from tests.unit.process.test_streams import closed, full_disk, nobody_reads
@@ -59,8 +59,8 @@ json.dump(answers, open(sys.argv[4], "w"))
 def logits_of(run_dir: Path) -> torch.Tensor:
     """Of the latest checkpoint as it was trained: quantized, not merged."""
     checkpoint = Checkpoint(max((run_dir / "checkpoints").glob("step-*")))
-    strategy = Strategy(torch.device("cpu"))
-    model = open_saved(checkpoint, saved_settings(checkpoint), strategy).load(strategy)
+    strategy = single_process(torch.device("cpu"))
+    model = open_saved(checkpoint, saved_settings(checkpoint), strategy.comm).load(strategy)
     with torch.no_grad():
         return model(input_ids=IDS).logits
 
@@ -132,8 +132,8 @@ def test_logits_are_the_trained_models(
 def test_weights_are_exact(run_dirs: dict[str, Path], exports: dict[str, Path]) -> None:
     """Saved by two ranks, exported by one process: bit for bit what the layer computes with."""
     checkpoint = Checkpoint(run_dirs["two"] / "checkpoints" / "step-00000008")
-    strategy = Strategy(torch.device("cpu"))
-    model = open_saved(checkpoint, saved_settings(checkpoint), strategy).load(strategy)
+    strategy = single_process(torch.device("cpu"))
+    model = open_saved(checkpoint, saved_settings(checkpoint), strategy.comm).load(strategy)
     written = load_file(exports["two"] / "model.safetensors")
     layers = dict(loqt_layers(model))
     assert len(layers) == 14 and {layer.side for layer in layers.values()} == {"input", "output"}

@@ -15,7 +15,7 @@ from loqt_scale.layers import GradientProbe, loqt_layers
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.optim import create_optimizer
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import single_process
 from tests.distributed.tasks import small_config
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def gradients(text_file: Path, cache_dir: Path) -> list[dict[str, tuple[Tensor, 
         }
     )
     corpus = build_corpus(config.data, seed=0, global_batch_size=8)
-    strategy = Strategy(CPU)
+    strategy = single_process(CPU)
     built = build_model(design_model(config, vocab_size=corpus.tokenizer.vocab_size), config.model, strategy)
     optimizer = create_optimizer(built.model, config.optim)
     merges = MergeCoordinator(

@@ -23,7 +23,7 @@ from loqt_scale.merge import MergeCoordinator
 from loqt_scale.model.attention import attend_causally
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import UpdateInBackward, create_optimizer
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import single_process
 
 ELSEWHERE = torch.device("meta")
 RUN = ["--model.preset=llama_nano", "--loqt.rank=32", "--data.seq_len=32"]
@@ -87,18 +87,18 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
     assert attend_causally(model, config.data.seq_len)
     with FakeTensorMode(), Reads() as reads:
         move(model)
-        strategy = Strategy(ELSEWHERE)
+        strategy = single_process(ELSEWHERE)
         optimizer = create_optimizer(model, config.optim, streamed=config.streams_updates)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        per_layer = UpdateInBackward(trained, optimizer, strategy.local) if config.optim.per_layer else None
-        merges = MergeCoordinator(model, optimizer, config.loqt, total_steps=500, strategy=strategy)
+        per_layer = UpdateInBackward(trained, optimizer, strategy.placement.local) if config.optim.per_layer else None
+        merges = MergeCoordinator(model, optimizer, config.loqt, total_steps=500, editing=strategy.editing)
 
         def step() -> Tensor:
             tokens = torch.zeros(2, config.data.seq_len, dtype=torch.int64, device=ELSEWHERE)
             summed_loss(model(input_ids=tokens, use_cache=False).logits, tokens).backward()
             if per_layer is not None:
                 return per_layer.take_squares().sqrt()
-            return strategy.update(model, optimizer, trained, max_norm=config.optim.clip_norm)
+            return strategy.step.update(model, optimizer, trained, max_norm=config.optim.clip_norm)
 
         assert step().device == ELSEWHERE
         assert reads.count == 0, "the host waited for the device in a normal step"

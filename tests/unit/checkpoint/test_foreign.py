@@ -33,11 +33,11 @@ from loqt_scale.config import LoQTConfig, QuantizationConfig, RunConfig
 from loqt_scale.config.yaml import save_run_config
 from loqt_scale.functional.schemes import SCHEMES
 from loqt_scale.layers import LoQTLinear
-from loqt_scale.strategies import Channel, Strategy
+from loqt_scale.strategies import Channel, single_process
 from tests.unit.checkpoint.forging import SHARD, edit_tensors, forge
 
 DATA = '{"epoch": 0, "texts": 1, "tokens": 2, "rest": [3], "windows": 0}'
-ONE = Strategy(torch.device("cpu"))
+ONE = single_process(torch.device("cpu")).editing
 
 
 def make_model(scheme: str = "nf4") -> nn.Module:
@@ -81,7 +81,7 @@ def load(path: Path) -> dict[str, Tensor]:
     for parameter in model.parameters():
         parameter.data.zero_()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    load_checkpoint(open_checkpoint(path, ONE), model, optimizer, ONE)
+    load_checkpoint(open_checkpoint(path, ONE.comm), model, optimizer, ONE)
     return read_state(model, optimizer, ONE)
 
 
@@ -119,7 +119,7 @@ def test_what_is_saved_is_what_is_loaded(original: Path, numbers: dict[str, Tens
     model = make_model()
     shares = read_state(model, make_optimizer(model), ONE)
     assert all(torch.equal(shares[name], numbers[name]) for name in shares) and shares.keys() == numbers.keys()
-    whole = read_tensors(open_checkpoint(original, ONE), ["model.layer.factor"], model)
+    whole = read_tensors(open_checkpoint(original, ONE.comm), ["model.layer.factor"], model)
     assert torch.equal(whole["model.layer.factor"], numbers["model.layer.factor"])
 
 
@@ -189,7 +189,7 @@ def test_garbage_with_the_right_checksum(original: Path, scratch: Path, content:
     if name != "manifest.json":
         forge(path)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint = open_checkpoint(path, ONE)
+        checkpoint = open_checkpoint(path, ONE.comm)
         checkpoint.settings()
         if content and checkpoint.position() is not None:  # a JSON value, which the data set checks
             raise CheckpointError("a value")
@@ -327,7 +327,7 @@ def keep_times(path: Path, change: Callable[[], object]) -> None:
 @pytest.mark.parametrize("way", ["written over", "replaced", "linked"])
 def test_what_is_verified_is_what_is_loaded(copy: Path, tmp_path: Path, way: str) -> None:
     """Between the two, somebody puts other numbers there, of the same size and with the old times."""
-    checkpoint, shard = open_checkpoint(copy, ONE), copy / SHARD
+    checkpoint, shard = open_checkpoint(copy, ONE.comm), copy / SHARD
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     other = tmp_path / "other"
@@ -381,9 +381,9 @@ def test_a_number_that_is_none_is_named(copy: Path, part: str, value: float) -> 
 def test_a_packed_number_that_is_none_is_named(tmp_path: Path, scheme: str, matrix: str) -> None:
     path, model = save(tmp_path, scheme), make_model(scheme)
     name = f"model.layer.{matrix}.{'codes' if scheme == 'none' else 'scales'}"
-    load_checkpoint(open_checkpoint(path, ONE), model, None, ONE)
+    load_checkpoint(open_checkpoint(path, ONE.comm), model, None, ONE)
     edit_tensors(path, lambda tensors: spoil(tensors, name, float("inf")))
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
-        load_checkpoint(open_checkpoint(path, ONE), model, None, ONE)
+        load_checkpoint(open_checkpoint(path, ONE.comm), model, None, ONE)
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
-        read_tensors(open_checkpoint(path, ONE), [name], model)
+        read_tensors(open_checkpoint(path, ONE.comm), [name], model)

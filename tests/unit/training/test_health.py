@@ -11,7 +11,7 @@ from torch import nn
 from loqt_scale.config import LoQTConfig, MergeConfig
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge import MergeCoordinator
-from loqt_scale.strategies import Strategy
+from loqt_scale.strategies import single_process
 from loqt_scale.training.health import Health, NonFiniteLossError
 
 
@@ -29,12 +29,12 @@ def test_patience_is_for_steps_in_a_row() -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    layer = nn.Linear(3, 2)
+    layer, step = nn.Linear(3, 2), single_process(torch.device("cpu")).step
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
     for bad in (math.nan, math.inf):
         layer(torch.full((1, 3), bad)).sum().backward()
-        norm = Strategy(torch.device("cpu")).update(layer, optimizer, list(layer.parameters()), max_norm=1.0)
+        norm = step.update(layer, optimizer, list(layer.parameters()), max_norm=1.0)
         assert not math.isfinite(norm) and not optimizer.state
         assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
         assert all(parameter.grad is None for parameter in layer.parameters())

@@ -1,0 +1,44 @@
+"""How a planned run is spread over ranks, in the words of `strategies`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loqt_scale.config import RunConfig
+from loqt_scale.config.combinations import strategy_of
+from loqt_scale.config.names import check_strategy_name
+from loqt_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a plan must know of a strategy.
+
+    Args:
+        strategy: single, ddp or fsdp.
+        ranks: GPUs, over which a merge's rows are shared out.
+        data_size: Ranks that share out a batch's sequences.
+        shard_size: Ranks that together store each parameter once.
+    """
+
+    strategy: str
+    ranks: int
+    data_size: int
+    shard_size: int
+
+
+def planned_spread(config: RunConfig, ranks: int) -> Spread:
+    """How a run of so many ranks is spread; raises ConfigError if its strategy is not planned."""
+    name = strategy_of(config.parallel, ranks)
+    if name == "zero":
+        raise ConfigError(
+            "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
+            "holds what stage 3 shards"
+        )
+    check_strategy_name(name)
+    if name not in ("single", "ddp", "fsdp"):
+        raise ConfigError(f"parallel.strategy is '{name}', which plan does not know; write --parallel.strategy fsdp")
+    config.parallel.check_offload(name)
+    if name == "single" and ranks > 1:
+        raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
+    return Spread(name, ranks, data_size=ranks, shard_size=ranks if name == "fsdp" else 1)

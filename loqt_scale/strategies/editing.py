@@ -1,0 +1,180 @@
+"""Parameters and moments, read and replaced: by merges, by checkpoints, by the weights that a run starts from.
+
+The rows of a tensor are shared out over ranks, whoever stores them. A rank reads and writes its *work share*: `rows`.
+
+    strategy   stores (`Placement`)   works on      so that `write`
+    single     all rows               all rows      copies
+    ddp        all rows               1/N of them   gathers: all replicas get the same bits, whoever computed them
+    fsdp       1/N of the rows        the same      copies
+    zero       1/N of the values      1/N of rows   gathers
+
+"Every rank" marks collective calls.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from loqt_scale.functional.shares import shard_range
+from loqt_scale.optim import ensure_state, open_moments
+from loqt_scale.strategies.comm import Comm
+from loqt_scale.strategies.placement import Placement
+
+
+class Editing(ABC):
+    """What merges and checkpoints ask of a strategy.
+
+    Args:
+        comm: The ranks.
+
+    Attributes:
+        work_rank: This rank's place among those that share out rows.
+        work_size: How many these are.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+        self.work_rank, self.work_size = comm.rank, comm.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.comm.device
+
+    # ---- work shares -------------------------------------------------------------------------------------------------
+
+    def rows(self, total: int, rank: int | None = None) -> tuple[int, int]:
+        """Rows [start, stop) out of `total` that a rank (default: this one) works on, whoever stores them."""
+        return shard_range(total, self.work_rank if rank is None else rank, self.work_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that share out rows; the same on all ranks. Every rank. One all-reduce."""
+        return self.comm.sum(tensor)
+
+    def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Concatenates work shares: the rank at place i holds rows ranges[i] of the result. Every rank."""
+        return self.comm.gather_pieces(piece, ranges)
+
+    def gather_shares(self, piece: Tensor, total: int) -> Tensor:
+        """Concatenates work shares as `rows` cuts them out of `total` rows. Every rank."""
+        return self.gather_pieces(piece, [self.rows(total, rank) for rank in range(self.work_size)])
+
+    def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
+        """The work share that this rank writes to a checkpoint, with its place in the whole tensor.
+
+        It is not what the rank stores: under ddp every rank stores all rows and writes 1/N of them. Every rank, the
+        first time.
+
+        Args:
+            piece: The rows, on the host.
+            shape: Of the whole tensor.
+
+        Returns:
+            What torch.distributed.checkpoint saves: `piece` itself if it is the whole.
+        """
+        mesh = self.comm.host_mesh()
+        if mesh is None:
+            return piece
+        whole = torch.empty(tuple(shape), device="meta")
+        return DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+    # ---- parameters --------------------------------------------------------------------------------------------------
+
+    def open(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """Context in which these parameters can be read and replaced by the methods below. Every rank."""
+        return nullcontext()
+
+    @abstractmethod
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's work share of a parameter; shares memory where it can. Every rank."""
+
+    @abstractmethod
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """Replaces this rank's work share of a parameter, and sends it to whoever stores it. Every rank."""
+
+    @abstractmethod
+    def store(self, parameter: Tensor, whole: Tensor) -> None:
+        """Replaces a parameter by a value that every rank holds whole: each keeps what it stores. No communication."""
+
+    @abstractmethod
+    def gather(self, parameter: Tensor) -> Tensor:
+        """The whole parameter on every rank; for low-rank tensors only. Every rank."""
+
+    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """`gather` of packed parameters with the same number of rows, in one collective if any. Every rank."""
+        return [self.gather(parameter) for parameter in parameters]
+
+    # ---- the optimizer's moments -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
+        """Applies `edit` in place to a parameter's moments (see `open_moments`), if it has them yet. Every rank.
+
+        `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
+        """
+
+    @abstractmethod
+    def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
+        """This rank's work shares of a parameter's moments; None before the first update. Every rank."""
+
+    @abstractmethod
+    def write_moments(self, optimizer: Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]) -> None:
+        """Replaces the moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
+
+
+class ReplicaEditing(Editing):
+    """Every rank stores everything; what each has found for its work share is gathered.
+
+    Args:
+        comm: The ranks.
+        placement: Where the parameters lie.
+    """
+
+    def __init__(self, comm: Comm, placement: Placement) -> None:
+        super().__init__(comm)
+        self.placement = placement
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """A view. Local."""
+        start, stop = self.rows(parameter.shape[0])
+        return self.placement.local(parameter)[start:stop]
+
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """Gathers every rank's share and stores it on every rank. Every rank. One all-gather."""
+        self.store(parameter, self.gather_shares(piece, parameter.shape[0]))
+
+    def store(self, parameter: Tensor, whole: Tensor) -> None:
+        """See `Editing.store`."""
+        start, stop = self.placement.stored_rows(parameter)
+        self.placement.local(parameter).copy_(whole[start:stop])
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """The parameter. Local."""
+        return parameter.detach()
+
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
+        """Each rank edits the rows that it stores. Local."""
+        local = self.placement.local
+        with open_moments(optimizer, parameter, local) as moments:
+            if moments is not None:
+                edit(*(local(moment) for moment in moments))
+
+    def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
+        """See `Editing.read_moments`."""
+        with open_moments(optimizer, parameter, self.placement.local, edit=False) as moments:
+            return None if moments is None else tuple(self.read(moment) for moment in moments)
+
+    def write_moments(self, optimizer: Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]) -> None:
+        """See `Editing.write_moments`."""
+        ensure_state(optimizer, parameter)
+        with open_moments(optimizer, parameter, self.placement.local) as ours:
+            assert ours is not None
+            for moment, piece in zip(ours, moments, strict=True):
+                self.write(moment, piece)
