@@ -6,7 +6,7 @@ judged once: the norm by which all clip, and which tells whether the step is app
 if any rank's is not (a flipped bit after the all-reduce would otherwise be skipped by one replica alone).
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: torch reads the annotations of a communication hook
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
