@@ -213,29 +213,29 @@ class Trainer:
         Returns:
             (3,) float32, sums over ranks: mean loss per token, checksums (see `StepTag`), numbers of `Flags`.
         """
-        train, ranks = self.config.train, self.strategy.step
+        train, spread = self.config.train, self.strategy.step
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
-        torch.manual_seed(stable_seed("step", train.seed, step, ranks.data_rank))
-        batch = self.reader.read(step, *share(train.global_batch_size, ranks.data_rank, ranks.data_size))
+        torch.manual_seed(stable_seed("step", train.seed, step, spread.data_rank))
+        batch = self.reader.read(step, *share(train.global_batch_size, spread.data_rank, spread.data_size))
         with self._changing("an update" if self.per_layer is not None else None):
             loss = self._passes(batch)
-            numbers = (float(self.tag(step).checksum), self._flags().number(ranks.data_size))
+            numbers = (float(self.tag(step).checksum), self._flags().number(spread.data_size))
             sums = torch.stack([loss, *(loss.new_full((), number) for number in numbers)])
-            return ranks.sum_step(sums, self.parameters)
+            return spread.sum_step(sums, self.parameters)
 
     def _passes(self, batch: Batch) -> Tensor:
         """Forward and backward over this rank's share; returns its part of the mean loss, () float32. Every rank."""
-        ranks, device, steps = self.strategy.step, self.strategy.comm.device, self.micro_steps
+        spread, device, steps = self.strategy.step, self.strategy.comm.device, self.micro_steps
         total = torch.zeros((), device=device)
         pieces = micro_batches(batch, steps=steps, micro_batch_size=self.config.train.micro_batch_size, device=device)
         for index, piece in enumerate(pieces):
-            with ranks.micro_step(self.model, last=index == steps - 1):
-                with ranks.autocast():
+            with spread.micro_step(self.model, last=index == steps - 1):
+                with spread.autocast():
                     logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
                 loss = summed_loss(logits, piece.labels) / self.tokens_per_step
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
-                ranks.backward(self.model, loss)
+                spread.backward(self.model, loss)
             total += loss.detach()
         return total
 
