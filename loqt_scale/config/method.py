@@ -49,7 +49,7 @@ class MergeConfig:
         gap: T of the paper: the constant part of the number of steps between two merges.
         schedule: exponential = gap + floor(growth^i) (the paper); linear = gap + floor(growth · i); constant = gap.
         growth: ψ of the paper: how the gap grows with the number i of merges done.
-        last_step_fraction: No merge after this fraction of the run, so that the last factors have time to check_values.
+        last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
         compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; with 0, B stays
             at zero.
         optimizer_state: What happens to the optimizer's moments of B: transport = rotated into the new basis; reset =

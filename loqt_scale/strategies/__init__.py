@@ -1,4 +1,5 @@
-"""How one training run is spread over ranks: the only package that knows torch.distributed and DeepSpeed.
+"""How one training run is spread over ranks. But for checkpoints and the wire counter, only this package knows
+torch.distributed and DeepSpeed.
 
 What a strategy is made of, each in a module of its own: `comm`, `placement`, `step`, `editing` (`base` has the whole)
 
@@ -18,7 +19,7 @@ from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.ddp import DDP
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
-from loqt_scale.strategies.fsdp import FSDP
+from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep, ShardEditing
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.placement import Placement, Replicated
 from loqt_scale.strategies.process_group import GroupComm
@@ -38,6 +39,8 @@ __all__ = [
     "Channel",
     "Comm",
     "Editing",
+    "FSDPPlacement",
+    "FSDPStep",
     "GroupComm",
     "LostRankError",
     "OptimizerStep",
@@ -46,6 +49,7 @@ __all__ = [
     "ReplicaEditing",
     "Replicated",
     "RollCall",
+    "ShardEditing",
     "SingleComm",
     "Step",
     "StoppedElsewhere",

@@ -25,7 +25,7 @@ for _kind in (SINGLE, DDP, FSDP, ZERO):
 
 
 def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:
-    """The strategy's name, without side effects.
+    """The strategy's name; another package's is loaded, nothing is joined.
 
     Raises:
         ValueError: There is no such strategy, or it does not fit the launcher or its options.

@@ -80,7 +80,7 @@ def register_strategy(kind: StrategyKind) -> None:
     Raises:
         ValueError: Another strategy has the name.
     """
-    if _kinds.setdefault(kind.name, kind) is not kind or kind.name == "auto":
+    if kind.name == "auto" or _kinds.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"there is a strategy '{kind.name}' already; give yours another name")
     add_strategy_name(kind.name)
 

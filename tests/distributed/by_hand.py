@@ -48,12 +48,12 @@ class ByHandStep(OptimizerStep):
         with super().micro_step(model, last=last):
             yield
         if last:
-            self._sum_gradients([parameter.grad for parameter in self._parameters])
+            self._sum_gradients([p.grad for p in self._parameters if p.grad is not None])
 
     def _sum_gradients(self, gradients: list[Any]) -> None:
         if not self._together:
             for gradient in gradients:
-                self.comm.sum(gradient)
+                gradient.copy_(self.comm.sum(gradient))  # in place where it can: else the sum is a copy
             return
         summed = self.comm.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):

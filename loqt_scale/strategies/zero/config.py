@@ -55,7 +55,7 @@ def check_zero_unused(parallel: ParallelConfig) -> None:
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` gets, checked; nothing in it is left as "auto".
 
-    It reads the file, and lets DeepSpeed (which must have been imported: `zero.import_deepspeed`) read the result.
+    It reads the file, and lets DeepSpeed (which must have been imported: `engine.import_deepspeed`) read the result.
 
     Args:
         config: The run, whose strategy is zero.
@@ -68,11 +68,8 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     Raises:
         ConfigError: The JSON cannot be read, contradicts our settings or would break them, or DeepSpeed refuses it.
     """
-    file = read_zero_json(config.parallel.zero_config)
+    file = read_checked(config)
     with naming(config.parallel.zero_config):
-        batch = _setting("train_batch_size", "train.global_batch_size", config.train.global_batch_size)
-        check_rules(file, (*RULES, batch))
-        _check_optimizer(file)
         filled = tuple(_filled_rules(config, file, world_size))
         check_rules(file, (*filled, *_compared_rules(config, file)))
         file = {key: value for key, value in file.items() if key.partition(".")[0] not in _CHECKED_ONLY}
@@ -81,6 +78,20 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         ours = {key: value for key, value in ours.items() if not any(other.startswith(f"{key}.") for other in file)}
         check_by_deepspeed(ours, file)
         return nested({**ours, **file})
+
+
+def read_checked(config: RunConfig) -> dict[str, Any]:
+    """The JSON as dotted keys, without what can be refused before DeepSpeed is imported.
+
+    Raises:
+        ConfigError: As `deepspeed_config`.
+    """
+    file = read_zero_json(config.parallel.zero_config)
+    with naming(config.parallel.zero_config):
+        batch = _setting("train_batch_size", "train.global_batch_size", config.train.global_batch_size)
+        check_rules(file, (*RULES, batch))
+        _check_optimizer(file)
+    return file
 
 
 def size_buckets(settings: dict[str, Any], trained_values: int) -> None:
@@ -145,6 +156,9 @@ def _scheduler_rules(config: RunConfig, file: File) -> Iterator[Rule]:
         _setting(f"{block}cos_min_ratio", "optim.final_lr_fraction", optim.final_lr_fraction),
     )
     taken = inspect.signature(getattr(lr_schedules, name)).parameters
+    for key in file:
+        if key.startswith(block) and key.removeprefix(block) not in taken:
+            raise ConfigError(f"{name} takes no '{key}'; write one of {', '.join(list(taken)[1:])}, or leave it out")
     yield from (rule for rule in known if rule.key.removeprefix(block) in taken)
 
 

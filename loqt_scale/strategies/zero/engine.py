@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from loqt_scale.config import RunConfig
-from loqt_scale.errors import ConfigError, UserError, explained
+from loqt_scale.errors import UserError
 from loqt_scale.optim import Fragment, StreamedAdamW
 from loqt_scale.strategies.zero.config import deepspeed_config, size_buckets
 from loqt_scale.strategies.zero.flat import master_fragments
@@ -74,7 +73,7 @@ class ZeroEngine:
     """
 
     def __init__(self, deepspeed: Any, config: RunConfig, *, world_size: int) -> None:
-        self.deepspeed, self._config_file = deepspeed, config.parallel.zero_config
+        self.deepspeed = deepspeed
         self.settings = deepspeed_config(config, world_size=world_size)
         self.stage = int(self.settings["zero_optimization"]["stage"])
         self.running: Any = None
@@ -87,21 +86,13 @@ class ZeroEngine:
 
     def start(self, model: nn.Module, optimizer: Optimizer, rank: int) -> None:
         """Gives DeepSpeed the model, and the optimizer's parameters; its groups' settings stay. Every rank."""
-        with self._naming_file():
-            self.running, _, _, self.scheduler = self.deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
-            )
+        self.running, _, _, self.scheduler = self.deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
+        )
         if isinstance(optimizer, StreamedAdamW):
             for flat, fragments in master_fragments(self.running, self.stage, rank):
                 optimizer.adopt(flat, fragments)
                 self.fragments |= {id(fragment.parameter): fragment for fragment in fragments if fragment.values}
-
-    def _naming_file(self) -> AbstractContextManager[object]:
-        """DeepSpeed checks some values (the parity of a bucket's size) only where it uses them."""
-        if self._config_file is None:
-            return nullcontext()
-        what = f"{self._config_file}: DeepSpeed cannot train with it"
-        return explained(what, of=(AssertionError, ValueError), kind=ConfigError)
 
     def stop(self) -> None:
         """Takes the engine's hooks off. Every rank."""

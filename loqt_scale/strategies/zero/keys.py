@@ -1,7 +1,7 @@
 """What DeepSpeed takes, and this package must refuse: its engine would ignore it, or break a run unnoticed.
 
 Nothing else is listed: types, ranges and the names of keys are DeepSpeed's to check (`check`). Rules that come
-from a run's settings are made in `zero_config`.
+from a run's settings are made in `config`.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ RULES = (
     Rule("zero_optimization.zenflow", (), "it updates gradients late, which a merge does not know of", _NO),
     Rule("zero_optimization.cpu_offload", (), *_OLD_OFFLOAD),
     Rule("zero_optimization.cpu_offload_param", (), *_OLD_OFFLOAD),
+    Rule("zero_optimization.cpu_offload_use_pin_memory", (), *_OLD_OFFLOAD),
 )
 """What holds whatever a run's settings are."""
 
