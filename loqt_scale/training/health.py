@@ -42,7 +42,10 @@ class Health:
             return None
         self.skipped += 1
         self.in_a_row += 1
-        what = f"step {done}: loss {loss}, gradient norm {norm}; the update was not applied"
+        applied = (
+            "the update was not applied" if not math.isfinite(norm) else "the update, which is finite, was applied"
+        )
+        what = f"step {done}: loss {loss}, gradient norm {norm}; {applied}"
         if self.in_a_row < self.patience:
             return f"{what} ({self.in_a_row} in a row; {self.patience} end the run, see optim.max_skipped_steps)"
         good = ", ".join(f"{key} {value:.6g}" for key, value in self._last_good.items()) or "none yet"

@@ -12,7 +12,16 @@ from loqt_scale.strategies import Comm
 
 
 class UnreadableDataError(UserError):
-    """A rank could not read its share of a step. Nobody has applied that step."""
+    """A rank could not read its share of a step. Nobody has applied that step.
+
+    Args:
+        message: For people.
+        together: Whether all ranks raise it, at the same step.
+    """
+
+    def __init__(self, message: str, *, together: bool) -> None:
+        super().__init__(message)
+        self.together = together
 
 
 class ShareReader:
@@ -46,7 +55,8 @@ class ShareReader:
                 return self._text.sequences(step, start, stop)
         except Exception as error:
             if self._alone:
-                raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {one_line(error)}") from error
+                text = f"the data of step {step + 1} cannot be read: {one_line(error)}"
+                raise UnreadableDataError(text, together=False) from error
             self.fault = error
         blank = torch.zeros((stop - start, self._seq_len), dtype=torch.int64)
         return Batch(blank, blank)
@@ -55,4 +65,4 @@ class ShareReader:
         """Raises UnreadableDataError, which names the ranks that could not read their share of a step. Every rank."""
         reasons = enumerate(comm.gather_objects(None if self.fault is None else one_line(self.fault)))
         who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
-        raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}") from self.fault
+        raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}", together=True) from self.fault

@@ -49,7 +49,8 @@ def _hindrance(trainer: Trainer, error: Exception) -> str | None:
         return f"the error came in the middle of {trainer.half_done}"
     if isinstance(error, OutOfStepError):
         return "ranks disagree"
-    if trainer.strategy.comm.world_size > 1 and not isinstance(error, TOGETHER):
+    together = isinstance(error, TOGETHER) and getattr(error, "together", True)
+    if trainer.strategy.comm.world_size > 1 and not together:
         return "the other ranks were in the middle of a step"
     return None
 

@@ -18,7 +18,7 @@ from loqt_scale.training.health import Health, NonFiniteLossError
 def test_patience_is_for_steps_in_a_row() -> None:
     health = Health(patience=2)
     assert health.judge(1, 2.0, 1.0) is None
-    assert "step 2: loss nan, gradient norm 1.0; the update was not applied (1 in a row" in str(
+    assert "step 2: loss nan, gradient norm 1.0; the update, which is finite, was applied (1 in a row" in str(
         health.judge(2, math.nan, 1.0)
     )
     assert health.judge(3, 2.5, 1.0) is None
