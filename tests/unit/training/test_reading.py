@@ -17,7 +17,7 @@ class Unplugged:
 
 
 def test_alone_the_error_is_this_ranks_only() -> None:
-    with pytest.raises(UnreadableDataError, match="the data of step 8 cannot be read: .*Input/output error") as caught:
+    with pytest.raises(UnreadableDataError, match=r"the data of step 8 cannot be read: .*Input/output error") as caught:
         ShareReader(Unplugged(), 16, alone=True).read(7, 0, 4)
     assert isinstance(caught.value, UserError) and not caught.value.together
 
