@@ -1,8 +1,7 @@
-"""The configuration that DeepSpeed gets: what is filled, what is refused in which words, and DeepSpeed's own view."""
+"""The configuration that DeepSpeed gets: what is filled, and DeepSpeed's own view of it."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -11,55 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from loqt_scale.config import ParallelConfig
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.shares import micro_steps
-from loqt_scale.strategies.zero.config import check_zero_unused, deepspeed_config, names_scheduler, size_buckets
+from loqt_scale.strategies.zero.config import check_zero_unused, names_scheduler, size_buckets
 from loqt_scale.strategies.zero.json import nested
-from loqt_scale.strategies.zero.keys import RULES
+from tests.unit.strategies.zero_files import resolved, run
 
 deepspeed = pytest.importorskip("deepspeed")
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("zero_*.json"))
-WORLD_SIZE = 2
-
-
-def run(*, dtype="float32", optim=None, train=None, strategy="zero", **parallel) -> RunConfig:
-    """A run whose batch of 32 makes 2 micro-steps of 8 on each of 2 ranks."""
-    return RunConfig(
-        model=ModelConfig(dtype=dtype),
-        optim=OptimConfig(**(optim or {})),
-        parallel=ParallelConfig(strategy=strategy, **parallel),
-        train=TrainConfig(**(train or {})),
-    )
-
-
-@pytest.fixture(scope="module")
-def json_file(tmp_path_factory):
-    """Writes a nested dict, or a text, and returns its path."""
-    folder = tmp_path_factory.mktemp("zero")
-    names = itertools.count()
-
-    def write(content) -> str:
-        path = folder / f"{next(names)}.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def resolved(config: RunConfig, world_size: int = WORLD_SIZE) -> dict:
-    return deepspeed_config(config, world_size=world_size)
-
-
-def refusal(config: RunConfig) -> str:
-    """The message of a refused run: one line."""
-    with pytest.raises(ConfigError) as caught:
-        resolved(config)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
@@ -268,250 +230,6 @@ def test_scheduler(json_file, name, given_params, optim, expected):
     assert block["type"] == name
     assert block["params"].items() >= {**expected, **given_here}.items()
     assert "auto" not in block["params"].values()
-
-
-# ---- what both sides name ----------------------------------------------------------------------------------------
-
-NUMBERS = st.floats(1e-9, 1e9)
-COUNTS = st.integers(1, 10**6)
-# key of the JSON: our value, as `shared_run` sets it; the setting it must agree with; other values
-SHARED = {
-    "train_batch_size": (24, "train.global_batch_size", COUNTS),
-    "train_micro_batch_size_per_gpu": (3, "train.micro_batch_size", COUNTS),
-    "gradient_accumulation_steps": (4, "train.micro_batch_size", COUNTS),
-    "gradient_clipping": (0.5, "optim.clip_norm", NUMBERS),
-    "log_level": ("warning", "parallel.zero_log_level", st.sampled_from(["debug", "info", "critical"])),
-    "bf16.enabled": (True, "model.dtype", st.just(False)),
-    "data_types.param_dtype": ("bf16", "model.dtype", st.sampled_from(["fp32", "float16"])),
-    "optimizer.params.lr": (0.25, "optim.lr", NUMBERS),
-    "optimizer.params.betas": ([0.5, 0.75], "optim.betas", st.lists(st.floats(0.0, 1.0), max_size=3)),
-    "optimizer.params.eps": (1e-6, "optim.eps", NUMBERS),
-    "optimizer.params.weight_decay": (0.125, "optim.weight_decay", NUMBERS),
-    "scheduler.params.total_num_steps": (70, "train.steps", COUNTS),
-    "scheduler.params.warmup_num_steps": (5, "optim.warmup_steps", COUNTS),
-    "scheduler.params.warmup_max_lr": ([0.25, 0.375], "optim.full_precision_lr", NUMBERS | st.lists(NUMBERS)),
-    "zero_optimization.stage": (2, "parallel.zero_stage", st.sampled_from([1, 3])),
-    "zero_optimization.offload_optimizer.device": ("cpu", "parallel.zero_offload", st.just("none")),
-    "zero_optimization.offload_param.device": ("none", "parallel.zero_offload", st.just("cpu")),
-}
-
-
-def shared_run(path: str) -> RunConfig:
-    rates = {"lr": 0.25, "full_precision_lr": 0.375, "warmup_steps": 5, "clip_norm": 0.5}
-    optim = {**rates, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.125}
-    train = {"global_batch_size": 24, "micro_batch_size": 3, "steps": 70}
-    ours = {"zero_stage": 2, "zero_offload": "optimizer", "zero_log_level": "warning"}
-    return run(dtype="bfloat16", optim=optim, train=train, zero_config=path, **ours)
-
-
-def shared_tree(**values) -> dict:
-    return nested({"scheduler.type": "WarmupDecayLR", **values})
-
-
-@given(forms=st.fixed_dictionaries({key: st.sampled_from(["missing", "auto", "null", "ours"]) for key in SHARED}))
-def test_auto_is_missing_is_ours(json_file, forms):
-    written = {"auto": "auto", "null": None}
-    given_here = {key: written.get(form, SHARED[key][0]) for key, form in forms.items() if form != "missing"}
-    expected = resolved(shared_run(json_file(shared_tree())))
-    values = resolved(shared_run(json_file(shared_tree(**given_here))))
-    for block, name in (("zero_optimization", "offload_param"), ("data_types", "param_dtype")):
-        values[block].pop(name, None)  # may be there, saying what is so
-    assert values == expected
-
-
-@pytest.mark.parametrize("key", SHARED)
-def test_any_other_value_is_refused_with_both(json_file, key):
-    ours, setting, others = SHARED[key]
-
-    @given(value=others.filter(lambda value: value != ours))
-    def refused(value):
-        path = json_file(shared_tree(**{key: value}))
-        message = refusal(shared_run(path))
-        assert message.startswith(f"{path}: {key} is {json.dumps(value)[:50]}")
-        assert setting in message
-        assert '"auto"' in message
-        if key in ("gradient_clipping", "train_batch_size", "optimizer.params.lr", "zero_optimization.stage"):
-            assert f"{setting} is {ours};" in message
-            assert message.endswith(f"or {setting}: {value}")
-
-    refused()
-
-
-# what the file says, what our settings say: how the message begins
-CONTRADICTIONS = [
-    (
-        {"zero_allow_untested_optimizer": False},
-        {"optim": {"states": "int8"}},
-        "zero_allow_untested_optimizer is false, but optim.states is 'int8', whose optimizer is not one of those",
-    ),
-    (
-        {"optimizer.type": "AdamW"},
-        {"optim": {"name": "muon"}},
-        "optimizer.type is \"AdamW\", but optim.name is 'muon', which is this package's own; leave the file's",
-    ),
-    (
-        {"gradient_accumulation_steps": 4},
-        {},
-        "gradient_accumulation_steps is 4, but train.global_batch_size 32 on 2 rank(s) in micro-batches of 8 "
-        '(train.micro_batch_size) makes 2; write "auto" in the file',
-    ),
-    (
-        {"zero_optimization.stage": 2, "zero_optimization.offload_param.device": "cpu"},
-        {},
-        'zero_optimization.offload_param.device is "cpu", but stage 2 keeps every parameter whole on every rank; ',
-    ),
-    (
-        {"zero_optimization.stage": 1},
-        {"zero_offload": "parameters"},
-        "parallel.zero_offload is 'parameters', but stage 1 keeps every parameter whole on every rank; write parallel",
-    ),
-    (
-        {"fp16.enabled": True, "bf16.enabled": True},
-        {"dtype": "bfloat16"},
-        "fp16.enabled is true, but float16 is not supported: for 16 bits write model.dtype: bfloat16; write false",
-    ),
-    (
-        {"data_types.grad_accum_dtype": "fp32"},
-        {"dtype": "bfloat16", "zero_stage": 1},
-        "data_types.grad_accum_dtype is \"fp32\", but model.dtype is 'bfloat16' and the stage is 1: DeepSpeed would",
-    ),
-    ({"optimizer.type": "OneBitAdam"}, {}, 'optimizer.type is "OneBitAdam", but only AdamW is supported: DeepSpeed'),
-    ({"optimizer.params.momentum": 0.9}, {}, "optimizer.params.momentum is 0.9, but AdamW has no such setting here"),
-    ({"scheduler.params.warmup_num_steps": 3}, {}, "scheduler has no type; write one of LRRangeTest, OneCycle,"),
-    ({"scheduler.type": "StepLR"}, {}, 'scheduler.type is "StepLR"; write one of LRRangeTest, OneCycle, WarmupLR,'),
-    (
-        {"scheduler.type": "WarmupLR", "scheduler.params.warmup_max_lr": 0.01},
-        {"optim": {"full_precision_lr": 0.001}},
-        "scheduler.params.warmup_max_lr is 0.01, but optim.lr and optim.full_precision_lr are [0.01, 0.001]; write",
-    ),
-    (
-        {"scheduler.type": "WarmupCosineLR", "scheduler.params.cos_min_ratio": 0.5},
-        {},
-        "scheduler.params.cos_min_ratio is 0.5, but optim.final_lr_fraction is 0.1; write",
-    ),
-    (
-        {"scheduler.type": "WarmupLR", "scheduler.params.warmup_num_steps": 9},
-        {"optim": {"warmup_fraction": 0.25}, "train": {"steps": 100}},
-        "scheduler.params.warmup_num_steps is 9, but optim.warmup_fraction is 0.25 of 100 steps; write",
-    ),
-    (
-        {"scheduler.type": "WarmupLR"},
-        {"optim": {"schedule": "wsd"}},
-        "scheduler.type is \"WarmupLR\", but optim.schedule is 'wsd'; leave one of the two out",
-    ),
-]
-
-
-@pytest.mark.parametrize(("values", "settings", "expected"), CONTRADICTIONS)
-def test_contradictions(json_file, values, settings, expected):
-    path = json_file(nested(values))
-    assert refusal(run(zero_config=path, **settings)).startswith(f"{path}: {expected}")
-
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
-def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
-    wrong = not rule.allowed[0] if rule.allowed and isinstance(rule.allowed[0], bool) else 7
-    message = refusal(run(zero_config=json_file(nested({rule.key: wrong}))))
-    assert message.endswith(f"{rule.key} is {json.dumps(wrong)}, but {rule.why}; {rule.remedy}")
-    for harmless in (*rule.allowed[:1], "auto", None):
-        values = {"scheduler.type": "WarmupLR"} if rule.key.startswith("scheduler") else {}
-        resolved(run(zero_config=json_file(nested({**values, rule.key: harmless}))))
-
-
-# ---- what DeepSpeed refuses --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"zero_optimization.overlap_comm": "perhaps"}, 'is "perhaps", which DeepSpeed refuses: Input should be a'),
-        ({"zero_optimization.reduce_bucket_size": 0}, "is 0, which DeepSpeed refuses: Input should be greater than 0"),
-        ({"communication_data_type": "fp8"}, 'is "fp8", which DeepSpeed refuses: Invalid communication_data_type'),
-        ({"communication_data_type": {"a": 1}}, "is 1, which DeepSpeed refuses: "),
-        ({"flops_profiler": True}, "is true, which DeepSpeed refuses: "),
-        ({"data_types.buffer_dtype": "fp9"}, 'is "fp9", which DeepSpeed refuses: '),
-        ({"steps_per_print": 0}, "is 0, which DeepSpeed refuses: ZeroDivisionError"),
-        ({"zero_optimization.allgather_bucket_size": 7}, "is 7, which DeepSpeed refuses: Input should be an even"),
-        ({"amp.enabled": True}, "is true, which DeepSpeed refuses: NVIDIA Apex AMP integration has been removed"),
-    ],
-)
-def test_a_refused_value_is_named_with_deepspeeds_reason(json_file, values, expected):
-    path = json_file(nested({"steps_per_print": 10, "aio.queue_depth": 8, **values}))
-    (key,) = values
-    key += ".a" if isinstance(values[key], dict) else ""
-    assert refusal(run(zero_config=path)).startswith(f"{path}: {key} {expected}")
-
-
-@pytest.mark.parametrize(
-    ("params", "expected"),
-    [
-        ({"total_num_steps": 9}, "unexpected keyword argument 'total_num_steps'"),
-        ({"warmup_min_lr": [0.1]}, "expected 2 value for min_lr, got 1"),
-    ],
-)
-def test_a_refused_scheduler_is_said_in_deepspeeds_words(json_file, params, expected):
-    path = json_file({"scheduler": {"type": "WarmupLR", "params": params}})
-    message = refusal(run(zero_config=path))
-    assert message.startswith(f"{path}: DeepSpeed refuses these settings: ") and expected in message
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("gradient_cliping", "gradient_clipping"),
-        ("stage", "zero_optimization.stage"),
-        ("bfloat16", "bf16"),
-        ("zero_optimization.overlap_com", "zero_optimization.overlap_comm"),
-        ("zero_optimization.prefetch_bucket_siz", "zero_optimization.stage3_prefetch_bucket_size"),
-        ("zero_optimization.offload_optimizer.pin_memry", "zero_optimization.offload_optimizer.pin_memory"),
-        ("bf16.enable", "bf16.enabled"),
-        ("data_types.grad_acc_dtype", "data_types.grad_accum_dtype"),
-        ("flops_profiler.enable", "flops_profiler.enabled"),
-    ],
-)
-def test_an_unknown_key_is_said_with_the_nearest(json_file, key, nearest):
-    for value in (1, {"enabled": 1}):
-        path = json_file(nested({"flops_profiler.module_depth": -1, key: value}))
-        assert refusal(run(zero_config=path)) == f"{path}: DeepSpeed has no key '{key}'; did you mean '{nearest}'?"
-    path = json_file(nested({key.replace(key.rpartition(".")[2], "zzz"): 1}))
-    assert refusal(run(zero_config=path)).endswith("zzz'; leave it out")
-
-
-# ---- the file ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("tree", "expected"),
-    [
-        ({"zero_optimization": True}, 'zero_optimization is true; write an object such as {"stage": ...}'),
-        ({"bf16": "bf16"}, 'bf16 is "bf16"; write an object such as {"enabled": ...}'),
-        ([1], "it holds [1]; write an object such as {...}"),
-        ("{\n  'a': 1}", "it is not JSON: line 2, column 3: Expecting property name enclosed in double quotes"),
-        ("{\n  // why\n}", "it is not JSON: line 2, column 3: a comment, which JSON does not have; leave it out"),
-        ('{"a": 1 # why\n}', "it is not JSON: line 1, column 9: a comment, which JSON does not have; leave it out"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "key 'enabled' is written twice; keep one of them"),
-        ("", "it is not JSON: line 1, column 1: Expecting value"),
-    ],
-)
-def test_messages_about_the_file(json_file, tree, expected):
-    path = json_file(tree)
-    assert refusal(run(zero_config=path)) == f"{path}: {expected}"
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    absent = str(tmp_path / "absent.json")
-    assert refusal(run(zero_config=absent)) == (
-        f"parallel.zero_config is '{absent}', which does not exist; write a JSON file"
-    )
-    assert f"parallel.zero_config is '{tmp_path}', which cannot be read: " in refusal(run(zero_config=str(tmp_path)))
-    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    assert "which cannot be read: " in refusal(run(zero_config=str(tmp_path / "latin.json")))
-
-
-def test_a_byte_order_mark_is_no_error(tmp_path):
-    path = tmp_path / "mark.json"
-    path.write_bytes(b"\xef\xbb\xbf{}")
-    assert resolved(run(zero_config=str(path))) == resolved(run())
 
 
 # ---- the files we ship, and DeepSpeed's view ---------------------------------------------------------------------
