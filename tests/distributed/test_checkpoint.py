@@ -32,7 +32,7 @@ MERGE = 13  # right after a merge
         (2, "fsdp"),
         pytest.param(3, "fsdp", marks=pytest.mark.long),
         pytest.param(2, "zero-1", marks=pytest.mark.long),
-        (2, "zero-2"),
+        pytest.param(2, "zero-2", marks=pytest.mark.long),
         (2, "zero-3"),
     ],
 )
@@ -183,7 +183,7 @@ def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
     assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [pytest.param(1, "single", marks=pytest.mark.long), (2, "fsdp")])
 def test_in_the_background_the_same_tensors_are_written(
     saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str
 ) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loqt_scale import cli
@@ -222,6 +222,7 @@ TEXTS = st.one_of(
 FLOATS = st.floats(min_value=1e-30, max_value=1e30)
 
 
+@settings(max_examples=40)
 @given(
     text=TEXTS, lr=FLOATS, items=st.lists(TEXTS.filter(bool), max_size=3), value=st.one_of(TEXTS, st.integers(), FLOATS)
 )

@@ -245,7 +245,7 @@ ODD = st.sampled_from(
     ]
 )  # fmt: skip
 VALUES = st.one_of(ODD, st.text(max_size=12), st.integers().map(str), st.floats().map(str))
-MANY = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(config: RunConfig) -> None:
