@@ -108,7 +108,7 @@ def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]
         for key, whose in what.items()
         if key in changes
     }
-    if "train.steps" in notes and not names_scheduler(config):
+    if "train.steps" in notes and not names_scheduler(config.parallel):
         notes["train.steps"] += f", {describe_growth(manifest, config, changes['train.steps'][0])}"
     return list(notes.values())
 

@@ -103,7 +103,7 @@ def export_checkpoint(
                 None,
                 progress,
             )
-            _write_adapter_config(folder / ADAPTER, parts, config)
+            _write_adapter_config(folder / ADAPTER, parts, config.loqt.rank)
         files, size = write_tensors(
             folder,
             "model",
@@ -191,12 +191,12 @@ def _quantization(model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _write_adapter_config(folder: Path, parts: Parts, config: RunConfig) -> None:
+def _write_adapter_config(folder: Path, parts: Parts, rank: int) -> None:
     ranks = {part.layer: part.spec.projection.cols for part in parts.all.values() if part.spec is not None}
-    others = {layer: rank for layer, rank in ranks.items() if rank != config.loqt.rank}
+    others = {layer: own for layer, own in ranks.items() if own != rank}
     settings = AdapterSettings(
-        r=config.loqt.rank,
-        lora_alpha=config.loqt.rank,  # the scale s is in lora_B
+        r=rank,
+        lora_alpha=rank,  # the scale s is in lora_B
         target_modules=list(ranks),
         rank_pattern=others,
         alpha_pattern=others,

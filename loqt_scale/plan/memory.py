@@ -83,14 +83,14 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, spre
     strategy, cut, offload = spread.strategy, spread.shard_size, config.parallel.offload
     away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
-    state["moments"] = sum(moment_bytes(p, config, cut) for p in here if p.trains)
+    state["moments"] = sum(moment_bytes(p, config.optim, cut) for p in here if p.trains)
     gradients = 0 if config.optim.per_layer else sum(p.nbytes(cut) for p in here if p.trains)
     passes_of_step = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
     one_pass = passes_of_step == 1
     # from the second pass on, the sums of those before it are there all the time, unless they wait in host memory
     waiting = sum(summed_bytes(p, passes_of_step, cut) for p in here if p.trains) if gradients else 0
     host = sum(p.nbytes() for p in away)
-    host += sum(moment_bytes(p, config, 1) + summed_bytes(p, passes_of_step) for p in away if p.trains)
+    host += sum(moment_bytes(p, config.optim, 1) + summed_bytes(p, passes_of_step) for p in away if p.trains)
     merges = config.method == "loqt"
     if strategy == "single":
         gathered = gathered_bytes(config, away, cut)
@@ -171,7 +171,7 @@ def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: 
     if passes == 1:
         return 0
     sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
-    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device_type(config))
+    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device_type(config.train))
     largest = max(sizes, default=0)
     air = min(sum(sizes), 2 * wave * largest, AIR_BYTES + largest) if ranks > 1 else 0
     return -(-sum(sizes) // ranks) + air

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import LoQTConfig, RunConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.merge import probe_shape
 from loqt_scale.plan.memory import summed_bytes
@@ -51,27 +51,27 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
         gathered += times * p.gathered_bytes(ranks, compute)
     scattered = sum(p.values(ranks) * ranks * FLOAT for p in trained)
     scattered *= passes if parallel.kept_between_passes == "nothing" else 1
-    summed = FLOAT * (3 + 1) + muon_bytes(config, shapes)  # the loss with its two companions; the gradient's norm
+    summed = FLOAT * (3 + 1) + muon_bytes(config.optim, shapes)  # the loss with its two companions; the gradient's norm
     payload = gathered + scattered + summed
     return Traffic(payload, (gathered + scattered + 2 * summed) * (ranks - 1) // ranks)
 
 
-def merge_traffic(config: RunConfig, shapes: ModelShapes, *, ranks: int, passes: int) -> Traffic:
+def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, *, ranks: int, passes: int) -> Traffic:
     """A merge under fsdp, with the sketches of its step's passes: an upper bound that is met up to padding."""
     if ranks == 1:
         return Traffic(0, 0)
-    layers = [_layer_merge(config, spec, ranks, passes) for spec in shapes.layers]
+    layers = [_layer_merge(loqt, spec, ranks, passes) for spec in shapes.layers]
     once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
     return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
 
 
-def _layer_merge(config: RunConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int]:
+def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int]:
     """(payload of gathers, broadcasts and reduces, payload of all-reduces) of one layer."""
-    base, layout, rounds = spec.base, spec.projection, config.loqt.merge.compensation_rounds
+    base, layout, rounds = spec.base, spec.projection, loqt.merge.compensation_rounds
     packed = (layout.groups + ranks) * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
     rank = layout.cols
     factor = FLOAT * (base.rows + base.cols - layout.rows + ranks * base.group_rows) * rank
-    sketches = passes * FLOAT * math.prod(probe_shape(spec, config.loqt.subspace))
+    sketches = passes * FLOAT * math.prod(probe_shape(spec, loqt.subspace))
     once, reduced = sketches + 2 * packed + FLOAT, FLOAT * (2 + 3 * rounds)  # energy; survival, three numbers a round
     if spec.side == "output":
         return once + factor, reduced + rounds * factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import OptimConfig, RunConfig, TrainConfig
 from loqt_scale.functional.blockwise import row_block
 from loqt_scale.optim.fragment import chunk_values
 from loqt_scale.optim.muon import gram_side, muon_waves
@@ -16,11 +16,11 @@ UPDATE_BYTES = 44  # a value, of a streamed update's chunk: float32 copies, 64-b
 GRAM_COPIES = 7  # of a wave's Gram matrices: as summed, stacked, and what the iteration has in hand
 
 
-def moment_bytes(parameter: ParameterShape, config: RunConfig, ranks: int) -> int:
+def moment_bytes(parameter: ParameterShape, optim: OptimConfig, ranks: int) -> int:
     """The moments of the largest share: Adam's two, Muon's one."""
     values = parameter.values(ranks)
-    block = row_block(parameter.row_values) if config.optim.states == "int8" else 0
-    moments = 1 if config.optim.name == "muon" and parameter.low_rank else 2
+    block = row_block(parameter.row_values) if optim.states == "int8" else 0
+    moments = 1 if optim.name == "muon" and parameter.low_rank else 2
     return moments * (values + values // block * FLOAT if block else values * FLOAT)
 
 
@@ -29,32 +29,32 @@ def update_scratch(config: RunConfig, shapes: ModelShapes, ranks: int) -> int:
     if not config.streams_updates:
         return 0
     largest = max((p.values(ranks) for p in shapes.parameters if p.trains), default=0)
-    chunk = UPDATE_BYTES * min(largest, chunk_values(device_type(config)))
-    return chunk + max((_wave_bytes(wave, ranks) for wave in waves(config, shapes, ranks)), default=0)
+    chunk = UPDATE_BYTES * min(largest, chunk_values(device_type(config.train)))
+    return chunk + max((_wave_bytes(wave, ranks) for wave in waves(config.optim, shapes, ranks)), default=0)
 
 
-def waves(config: RunConfig, shapes: ModelShapes, ranks: int) -> Iterator[list[ParameterShape]]:
+def waves(optim: OptimConfig, shapes: ModelShapes, ranks: int) -> Iterator[list[ParameterShape]]:
     """What Muon updates together: one parameter inside the backward pass, else as many as `StreamedMuon` takes."""
-    taken = [p for p in shapes.parameters if p.low_rank] if config.optim.name == "muon" else []
-    if config.optim.per_layer:
+    taken = [p for p in shapes.parameters if p.low_rank] if optim.name == "muon" else []
+    if optim.per_layer:
         yield from ([parameter] for parameter in taken)
         return
     for wave in muon_waves([_matrix(p) for p in taken], ranks):
         yield [taken[index] for index in wave]
 
 
-def muon_bytes(config: RunConfig, shapes: ModelShapes) -> int:
+def muon_bytes(optim: OptimConfig, shapes: ModelShapes) -> int:
     """Payload of Muon's all-reduces of a step on several ranks.
 
     An upper triangle in float64 for each tall matrix, the whole float32 matrix for each wide one.
     """
-    matrices = [_matrix(p) for p in shapes.parameters if p.low_rank] if config.optim.name == "muon" else []
+    matrices = [_matrix(p) for p in shapes.parameters if p.low_rank] if optim.name == "muon" else []
     return sum(FLOAT * rows * n if rows < n else DOUBLE * (n * (n + 1) // 2) for rows, n in matrices)
 
 
-def device_type(config: RunConfig) -> str:
+def device_type(train: TrainConfig) -> str:
     """Where the run will be: `auto` is taken for what is here, though a GPU may be meant (it is about megabytes)."""
-    return resolve_device("auto").type if config.train.device == "auto" else config.train.device
+    return resolve_device("auto").type if train.device == "auto" else train.device
 
 
 def _matrix(parameter: ParameterShape) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from statistics import median
 
 from torch import nn
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import LoQTConfig, OptimConfig
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import MergeReport
 from loqt_scale.metrics import Reminder
@@ -68,13 +68,16 @@ class Diagnosis:
     """Listens to a run's losses and merges, and tells what is wrong: once, and again at growing distances.
 
     Args:
-        config: The run, whose settings the advice starts from.
+        loqt: The method's settings, from which the advice starts.
+        optim: Likewise.
         chance: See `chance_overlaps`.
         tell: Takes a line for people.
     """
 
-    def __init__(self, config: RunConfig, chance: Mapping[str, float], tell: Callable[[str], None]) -> None:
-        self._config, self._chance = config, chance
+    def __init__(
+        self, loqt: LoQTConfig, optim: OptimConfig, chance: Mapping[str, float], tell: Callable[[str], None]
+    ) -> None:
+        self._loqt, self._optim, self._chance = loqt, optim, chance
         self._reports: list[MergeReport] = []
         self._total, self._count = 0.0, 0  # of the losses since the last merge that was judged
         self._windows: list[float] = []
@@ -106,7 +109,7 @@ class Diagnosis:
             reminder.over(over)
 
     def _of_frozen(self) -> str:
-        gap = self._config.loqt.merge.gap
+        gap = self._loqt.merge.gap
         return (
             "the last merges found the subspace that was there, so that B moves in the same directions all the time; "
             f"merge less often (loqt.merge.gap: {2 * gap} instead of {gap}), or let B have more directions (loqt.rank)"
@@ -116,12 +119,12 @@ class Diagnosis:
         lost = median(x for x in (v["update_survival"] for v in self._reports[-1].layers.values()) if x == x)
         return (
             f"the merge kept {max(0.0, lost):.0%} of the update (most layers): re-quantization rounds the rest away; "
-            f"write {_against_rounding(self._config)}"
+            f"write {_against_rounding(self._loqt)}"
         )
 
     def _of_rising(self) -> str:
         before, now = self._windows
-        optim = self._config.optim
+        optim = self._optim
         rates = f"optim.lr {optim.lr:g}" + (
             "" if optim.full_precision_lr is None else f" or optim.full_precision_lr {optim.full_precision_lr:g}"
         )
@@ -131,13 +134,13 @@ class Diagnosis:
         )
 
 
-def _against_rounding(config: RunConfig) -> str:
+def _against_rounding(loqt: LoQTConfig) -> str:
     """The first setting that is not yet as good as it gets against the loss of updates."""
-    merge, quantization = config.loqt.merge, config.loqt.quantization
+    merge, quantization = loqt.merge, loqt.quantization
     if merge.compensation_rounds < 5:
         return "loqt.merge.compensation_rounds: 5"
     finer = "" if quantization.weight == "int8" else ", or loqt.quantization.weight: int8"
     return (
         f"a larger loqt.merge.gap than {merge.gap} or loqt.merge.last_step_fraction: 0.8 (updates that have grown, or "
-        f"are large, survive), a larger loqt.rank than {config.loqt.rank}{finer}"
+        f"are large, survive), a larger loqt.rank than {loqt.rank}{finer}"
     )

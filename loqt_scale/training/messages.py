@@ -9,7 +9,7 @@ from loqt_scale.metrics import format_count, format_perplexity, format_span
 
 if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
-    from loqt_scale.config import RunConfig
+    from loqt_scale.config import ModelConfig, RunConfig
     from loqt_scale.data import Corpus
     from loqt_scale.merge import MergeReport, StartReport
     from loqt_scale.model.build import BuiltModel
@@ -43,20 +43,20 @@ def banner(
         f"rates    {rates}",
     ]
     widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
-    lines += alignment_note(widths, config, device_type=strategy.comm.device.type)
+    lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 
 
-def alignment_note(widths: Iterable[int], config: RunConfig, *, device_type: str) -> list[str]:
+def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: str) -> list[str]:
     """A line on linears whose products a GPU computes slowly, if there are such; measured in docs/performance.md.
 
     Args:
         widths: Features of the linears, in and out.
-        config: The run.
+        model: Its settings.
         device_type: Where it is.
     """
     odd = [width for width in widths if width % 8]
-    if device_type != "cuda" or config.model.dtype != "bfloat16" or config.model.compile or not odd:
+    if device_type != "cuda" or model.dtype != "bfloat16" or model.compile or not odd:
         return []
     return [
         f"note     linears of {odd[0]} features: bfloat16 rows that are not aligned to 16 bytes are several times "

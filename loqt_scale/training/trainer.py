@@ -121,7 +121,7 @@ class Trainer:
 
         # what is told of it
         self.rates = RateMeter()
-        self.diagnosis = Diagnosis(config, chance_overlaps(self.built.model), progress.line)
+        self.diagnosis = Diagnosis(config.loqt, config.optim, chance_overlaps(self.built.model), progress.line)
         self.wire = FirstCounted(strategy.comm.world_size, on=config.train.wire_counter == "once")
 
     # ---- the run ----------------------------------------------------------------------------------------------------

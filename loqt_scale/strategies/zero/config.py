@@ -27,13 +27,13 @@ _AUTO = 'write "auto" in the file'
 _CHECKED_ONLY = ("optimizer", "train_batch_size", "sequence_parallel_size")  # DeepSpeed works the batch out
 
 
-def names_scheduler(config: RunConfig) -> bool:
+def names_scheduler(parallel: ParallelConfig) -> bool:
     """Whether a run's DeepSpeed JSON has a scheduler, which then moves the learning rates instead of `optim.schedule`.
 
     Raises:
         ConfigError: The JSON cannot be read.
     """
-    return config.parallel.strategy == "zero" and _has_scheduler(read_zero_json(config.parallel.zero_config))
+    return parallel.strategy == "zero" and _has_scheduler(read_zero_json(parallel.zero_config))
 
 
 def check_zero_unused(parallel: ParallelConfig) -> None:

@@ -273,6 +273,6 @@ def test_the_time_left_counts_from_the_first_step_that_is_reported(capsys, monke
 )
 def test_widths_that_a_gpu_is_slow_with_are_said(words: list[str], device: str, said: bool) -> None:
     config = parse_run_config(words)
-    assert alignment_note([2048, 5464], config, device_type=device) == []
-    lines = alignment_note([2048, 5461], config, device_type=device)
+    assert alignment_note([2048, 5464], config.model, device_type=device) == []
+    lines = alignment_note([2048, 5461], config.model, device_type=device)
     assert bool(lines) == said and all("5461" in line and "5464" in line for line in lines)

@@ -199,7 +199,7 @@ def test_a_file_of_hugging_faces_trainer(json_file):
     values = resolved(config)
     assert values["scheduler"]["params"] == {"total_num_steps": 70, "warmup_num_steps": 5, "warmup_max_lr": 0.01}
     assert '"auto"' not in json.dumps(values) and "optimizer" not in values
-    assert names_scheduler(config)
+    assert names_scheduler(config.parallel)
 
 
 LINEAR = {"warmup_num_steps": 5, "warmup_max_lr": 0.25}

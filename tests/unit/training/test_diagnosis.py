@@ -75,7 +75,7 @@ RUN = RunConfig(optim=OptimConfig(lr=0.02, full_precision_lr=0.01))
 def told(config_: RunConfig, losses: list[float], reports: list[MergeReport]) -> list[str]:
     """Lines of a run of so many windows between merges."""
     lines: list[str] = []
-    diagnosis = Diagnosis(config_, CHANCE, lines.append)
+    diagnosis = Diagnosis(config_.loqt, config_.optim, CHANCE, lines.append)
     for loss, report in zip(losses, reports, strict=True):
         for _ in range(WINDOW):
             diagnosis.take_loss(loss)
