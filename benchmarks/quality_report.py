@@ -129,7 +129,7 @@ def draw(groups: list[Group], path: Path) -> None:
     shown = [(scale, known, base) for scale, _, known in groups if (base := known.best(ADAMW)) is not None]
     if not shown:
         raise UserError("no run of full-rank AdamW is known, to which others are compared; write --run 'adamw lr=1e-3'")
-    figure = Figure(figsize=(9, 4 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 3.2 * len(shown)), layout="constrained")
     for panel, (scale, known, base) in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         draw_panel(panel, scale, known, base)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -138,21 +138,30 @@ def draw(groups: list[Group], path: Path) -> None:
 def draw_panel(panel: Any, scale: Scale, known: Table, base: Best) -> None:
     """One group's points, numbered as their names beside it, and, from several seeds, their range.
 
-    Families without a sweep of their own are left out, unless there are no others.
+    Hollow: a family without a sweep of its own. Of these only those are shown that no other of their method beats in
+    perplexity with as few bytes.
     """
     bests = [best for best in known.every_best() if best.over(base)]
-    for number, best in enumerate([best for best in bests if best.rates >= 3] or bests, 1):
+    shown = [best for best in bests if best.rates >= 3 or not any(beats(other, best) for other in bests)]
+    for number, best in enumerate(shown, 1):
         share, ratios = bytes_of(best.record) / bytes_of(base.record), best.over(base)
         mean, name = sum(ratios) / len(ratios), name_of(best.run.family, scale)
         ranges = [[max(0.0, mean - min(ratios))], [max(0.0, max(ratios) - mean)]]
         colour = "tab:red" if best.run.method == "loqt" else "tab:blue"
         label = f"{number}  {name}: {mean:.3f}, {share:.2f}"
-        panel.errorbar(share, mean, ranges, fmt="o", color=colour, ms=4, label=label)
+        face = colour if best.rates >= 3 else "white"
+        panel.errorbar(share, mean, ranges, fmt="o", color=colour, mfc=face, ms=4, label=label)
         panel.annotate(str(number), (share, mean), (4, 3), textcoords="offset points")
     for line, value in ((panel.axhline, 1.0), (panel.axvline, 1.0), (panel.axvline, 0.25)):
         line(value, color="grey", lw=0.5, ls=":")
     panel.set_xlim(left=0)
-    panel.set_xlabel("bytes of weights, gradients and optimizer states / full-rank AdamW's")
+    panel.set_xlabel("bytes / full-rank AdamW's")
     panel.set_ylabel("held-out perplexity / full-rank AdamW's")
     panel.set_title(f"{scale.title}, {scale.dtype}, {known.records[0]['text_name']}", loc="left")
-    panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handletextpad=0)
+    panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handletextpad=0, fontsize=7)
+
+
+def beats(one: Best, other: Best) -> bool:
+    """Whether a family of the same method has a lower perplexity with as few bytes."""
+    alike = one.run.method == other.run.method
+    return alike and one.nats < other.nats and bytes_of(one.record) <= bytes_of(other.record)
