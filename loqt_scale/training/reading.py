@@ -12,16 +12,11 @@ from loqt_scale.strategies import Comm
 
 
 class UnreadableDataError(UserError):
-    """A rank could not read its share of a step. Nobody has applied that step.
+    """A rank could not read its share of a step. Nobody has applied that step."""
 
-    Args:
-        message: For people.
-        together: Whether all ranks raise it, at the same step.
-    """
 
-    def __init__(self, message: str, *, together: bool) -> None:
-        super().__init__(message)
-        self.together = together
+class UnreadableTogetherError(UnreadableDataError):
+    """The same, raised on all ranks at the same step."""
 
 
 class ShareReader:
@@ -56,13 +51,13 @@ class ShareReader:
         except Exception as error:
             if self._alone:
                 text = f"the data of step {step + 1} cannot be read: {one_line(error)}"
-                raise UnreadableDataError(text, together=False) from error
+                raise UnreadableDataError(text) from error
             self.fault = error
         blank = torch.zeros((stop - start, self._seq_len), dtype=torch.int64)
         return Batch(blank, blank)
 
     def fail(self, step: int, comm: Comm) -> NoReturn:
-        """Raises UnreadableDataError, which names the ranks that could not read their share of a step. Every rank."""
+        """Raises UnreadableTogetherError, which names the ranks that could not read their share. Every rank."""
         reasons = enumerate(comm.gather_objects(None if self.fault is None else one_line(self.fault)))
         who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
-        raise UnreadableDataError(f"the data of step {step + 1} cannot be read: {who}", together=True) from self.fault
+        raise UnreadableTogetherError(f"the data of step {step + 1} cannot be read: {who}") from self.fault

@@ -20,12 +20,12 @@ from loqt_scale.errors import one_line
 from loqt_scale.training.agreement import OutOfStepError
 from loqt_scale.training.evaluation import EvaluationError
 from loqt_scale.training.health import NonFiniteLossError
-from loqt_scale.training.reading import UnreadableDataError
+from loqt_scale.training.reading import UnreadableTogetherError
 
 if TYPE_CHECKING:
     from loqt_scale.training.trainer import Trainer
 
-TOGETHER = (NonFiniteLossError, UnreadableDataError, EvaluationError)  # raised on all ranks, at the same step
+TOGETHER = (NonFiniteLossError, UnreadableTogetherError, EvaluationError)  # raised on all ranks, at the same step
 
 
 @contextmanager
@@ -49,8 +49,7 @@ def _hindrance(trainer: Trainer, error: Exception) -> str | None:
         return f"the error came in the middle of {trainer.half_done}"
     if isinstance(error, OutOfStepError):
         return "ranks disagree"
-    together = isinstance(error, TOGETHER) and getattr(error, "together", True)
-    if trainer.strategy.comm.world_size > 1 and not together:
+    if trainer.strategy.comm.world_size > 1 and not isinstance(error, TOGETHER):
         return "the other ranks were in the middle of a step"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class ByHandStep(OptimizerStep):
             yield
         if last:
             self._sum_gradients([p.grad for p in self._parameters if p.grad is not None])
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        norm = self.stored_norm(parameters)
+        self.comm.broadcast(norm, 0)  # all clip by one norm, and skip a step together
+        return norm
 
     def _sum_gradients(self, gradients: list[Any]) -> None:
         if not self._together:

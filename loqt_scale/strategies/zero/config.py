@@ -52,13 +52,14 @@ def check_zero_unused(parallel: ParallelConfig) -> None:
             )
 
 
-def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, file: File, *, world_size: int) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` gets, checked; nothing in it is left as "auto".
 
-    It reads the file, and lets DeepSpeed (which must have been imported: `engine.import_deepspeed`) read the result.
+    DeepSpeed (which must have been imported: `engine.import_deepspeed`) reads the result.
 
     Args:
         config: The run, whose strategy is zero.
+        file: Its JSON (`read_checked`).
         world_size: Ranks of the run.
 
     Returns:
@@ -66,9 +67,8 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         sets the learning rates, else the trainer does. Sizes of buckets wait for the model (`size_buckets`).
 
     Raises:
-        ConfigError: The JSON cannot be read, contradicts our settings or would break them, or DeepSpeed refuses it.
+        ConfigError: The JSON contradicts our settings or would break them, or DeepSpeed refuses it.
     """
-    file = read_checked(config)
     with naming(config.parallel.zero_config):
         filled = tuple(_filled_rules(config, file, world_size))
         check_rules(file, (*filled, *_compared_rules(config, file)))
@@ -84,7 +84,7 @@ def read_checked(config: RunConfig) -> dict[str, Any]:
     """The JSON as dotted keys, without what can be refused before DeepSpeed is imported.
 
     Raises:
-        ConfigError: As `deepspeed_config`.
+        ConfigError: It cannot be read, contradicts our settings or would break them.
     """
     file = read_zero_json(config.parallel.zero_config)
     with naming(config.parallel.zero_config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,7 @@ class ZeroEngine:
     Args:
         deepspeed: DeepSpeed (see `import_deepspeed`).
         config: The run; its settings become DeepSpeed's (see `config`).
+        file: Its JSON (see `config.read_checked`).
         world_size: Ranks of the run.
 
     Raises:
@@ -72,9 +74,9 @@ class ZeroEngine:
             StreamedAdamW's.
     """
 
-    def __init__(self, deepspeed: Any, config: RunConfig, *, world_size: int) -> None:
+    def __init__(self, deepspeed: Any, config: RunConfig, file: Mapping[str, Any], *, world_size: int) -> None:
         self.deepspeed = deepspeed
-        self.settings = deepspeed_config(config, world_size=world_size)
+        self.settings = deepspeed_config(config, file, world_size=world_size)
         self.stage = int(self.settings["zero_optimization"]["stage"])
         self.running: Any = None
         self.scheduler: Any = None

@@ -77,9 +77,9 @@ class ZeroStrategy(Strategy):
 
 def _create(request: StrategyRequest) -> ZeroStrategy:
     parallel, device = request.parallel, request.device
-    read_checked(request.config)  # what is wrong with the file is said before DeepSpeed is missed
+    file = read_checked(request.config)  # what is wrong with the file is said before DeepSpeed is missed
     deepspeed = import_deepspeed(device, parallel.zero_log_level)
-    engine = ZeroEngine(deepspeed, request.config, world_size=launched_world_size())
+    engine = ZeroEngine(deepspeed, request.config, file, world_size=launched_world_size())
     comm = DeepSpeedComm(device, parallel.timeout_seconds, deepspeed, store=request.store)
     return ZeroStrategy(
         description=f"zero stage {engine.stage}",

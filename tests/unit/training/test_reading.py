@@ -6,7 +6,7 @@ import pytest
 
 from loqt_scale.data import Batch
 from loqt_scale.errors import UserError
-from loqt_scale.training.reading import ShareReader, UnreadableDataError
+from loqt_scale.training.reading import ShareReader, UnreadableDataError, UnreadableTogetherError
 
 
 class Unplugged:
@@ -19,7 +19,7 @@ class Unplugged:
 def test_alone_the_error_is_this_ranks_only() -> None:
     with pytest.raises(UnreadableDataError, match=r"the data of step 8 cannot be read: .*Input/output error") as caught:
         ShareReader(Unplugged(), 16, alone=True).read(7, 0, 4)
-    assert isinstance(caught.value, UserError) and not caught.value.together
+    assert isinstance(caught.value, UserError) and not isinstance(caught.value, UnreadableTogetherError)
 
 
 def test_beside_others_blank_sequences_take_their_place_from_then_on() -> None:
