@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -284,6 +285,7 @@ def test_a_disk_that_is_full_for_a_while(
     process = start([*launcher(1), FULL, str(filler), "3", "6", *settings(run_dir)])
     status, output = finish(process)
     assert status == 0 and "checkpoints can be written again" in output, output
-    assert "WARNING: checkpoint of step 4 not saved" in output and "Traceback" not in output, output
+    failed = "WARNING: checkpoint of step 4 not (saved|published)"  # by what the failed one of step 2 leaves room for
+    assert re.search(failed, output) and "Traceback" not in output, output
     assert losses(run_dir) == unbroken(1)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-1] == f"step-{STEPS:08d}"

@@ -34,6 +34,7 @@ def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
             runs(checkpoint__resume=resume)
         assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
         job.kill()
+        job.wait()  # until then it may be dying, which counts as there
         said = runs(checkpoint__resume=resume)
     assert ("resumed after step 2" in said) == (resume == "auto") and list(runs.losses()) == list(range(1, STEPS + 1))
     assert (runs.folder / "run.old-1").exists() == (resume == "never")
@@ -51,6 +52,7 @@ def test_a_folder_in_which_another_job_runs_is_not_moved(runs: Runs) -> None:
             runs.prepare(checkpoint__resume="never")
         assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
         job.kill()
+        job.wait()  # until then it may be dying, which counts as there
         runs.prepare(checkpoint__resume="never")
     assert (runs.folder / "run.old-1" / "b" / "run.lock").exists()
 
