@@ -23,6 +23,7 @@ from loqt_scale.functional.low_rank_linear import (
 )
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.layers.frozen import FrozenMatrix
+from loqt_scale.layers.weight import LazyWeight, dense_weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -148,6 +149,11 @@ class LoQTLinear(nn.Module):
     def rank(self) -> int:
         """r."""
         return self.spec.projection.cols
+
+    @property
+    def weight(self) -> Tensor:
+        """W_eff, for code that reads it: dtype, device and shape are free, values are computed when they are used."""
+        return dense_weight(self) if torch.compiler.is_compiling() else LazyWeight(self)
 
     def merged_parameters(self) -> list[nn.Parameter]:
         """What a merge replaces: codes and scales of W_q and P, and B."""
