@@ -92,9 +92,7 @@ class ExpertsMerge:
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
         results = in_step([self._start(e, weights, old_factor, new[e]) for e in live], self._editing.sum)
-        rows = [
-            self._describe(e, result, weights, old_factor, new[e]) for e, result in zip(live, results, strict=True)
-        ]
+        rows = [self._describe(e, result, weights, old_factor, new[e]) for e, result in zip(live, results, strict=True)]
         self._store(live, results, old_factor)
         rotations = {e: basis_rotation(self._old[e], new[e]) if self._had[e] else None for e in live}
         edit = partial(_edit_moments, self._factor_rows, rotations, self._config.optimizer_state)
