@@ -4,6 +4,7 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
+    to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     MergeCoordinator   runs the merges of a training loop of your own
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -28,6 +30,8 @@ _HOMES = {
     "RunConfig": "config",
     "SubspaceConfig": "config",
     "convert_to_loqt": "layers",
+    "save_merged": "library.dense",
+    "to_dense": "library.dense",
     "train": "training.job",
 }
 
@@ -41,6 +45,8 @@ __all__ = [
     "RunConfig",
     "SubspaceConfig",
     "convert_to_loqt",
+    "save_merged",
+    "to_dense",
     "train",
 ]
 __version__ = "0.1.0"
