@@ -101,7 +101,7 @@ ARCHITECTURES: list[Architecture] = [
         mamba2={"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
         mamba={"state_size": 8},
         jamba={"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-        rwkv={"attention_hidden_size": 64, "intermediate_size": 96},
+        rwkv={"attention_hidden_size": 64, "intermediate_size": 96, "rescale_every": 0},
     ),
     *_all(
         "mixture of experts",

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loqt_scale.config import ModelConfig, RunConfig
-from loqt_scale.errors import explained
+from loqt_scale.errors import UserError, explained
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert, loqt_layers, select_linears
@@ -85,6 +85,8 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     rows = vocab_size if config.model.path is None else min(vocab_size, hf_config.get_text_config().vocab_size)
     check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
     check_causal(config.model, hf_config)
+    if config.method == "loqt":
+        _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
@@ -96,6 +98,15 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
     return ModelDesign(model, source, dense_layers, hf_config)
+
+
+def _refuse_rescaling(hf_config: PreTrainedConfig) -> None:
+    """RWKV divides weights in place at its first evaluation, against overflow in float16."""
+    if hf_config.model_type == "rwkv" and getattr(hf_config, "rescale_every", 0):
+        raise UserError(
+            "model.path: this rwkv model divides its weights in place when it is evaluated, which packed weights cannot "
+            "be; write model.overrides.rescale_every: 0 (the same outputs, but for float16)"
+        )
 
 
 def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:
