@@ -37,14 +37,17 @@ from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
-from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.layers import LoQTLayer, loqt_layers
 from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.collection import NOTHING_SEEN
-from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.merge.experts import ExpertsMerge, expert_names
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.strategies import Editing, single_process
+
+Merged = tuple[Tensor | None, bool, list[str]]
 
 
 class MergeCoordinator:
@@ -106,7 +109,11 @@ class MergeCoordinator:
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
-        self._first_due = set(self._layers)
+        self._first_due = {
+            own
+            for name, layer in self._layers.items()
+            for own in ([name] if layer.spec.experts is None else expert_names(name, layer.spec.experts))
+        }
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
@@ -146,13 +153,14 @@ class MergeCoordinator:
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}
         sketch_bytes = self._search.sent_bytes - self._sent_before
-        seen, blank, kept = self._search.finish(), 0, []
+        seen, blank = self._search.finish(), 0
+        kept: list[str] = []
         for name, owner in self._search.owners.items():
+            merge = self._merge_layer if self._layers[name].spec.experts is None else self._merge_experts
             with self._editing.open(self._layers[name].merged_parameters()):
-                merged, is_blank = self._merge_layer(name, owner, self._search.take(name))
+                merged, is_blank, stayed = merge(name, owner, self._search.take(name))
             blank += is_blank
-            if merged is None:
-                kept.append(name)
+            kept += stayed
             diagnostics[name] = (
                 torch.full((6,), float("nan"), device=self._editing.device) if merged is None else merged
             )
@@ -170,8 +178,8 @@ class MergeCoordinator:
             kept=tuple(kept),
         )
 
-    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, bool]:
-        """Merges one layer; returns its diagnostics, None if it stays as it is, and whether it has no gradient.
+    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Merged:
+        """Merges one layer; returns its diagnostics, whether it has no gradient, and its name if it stays as it is.
 
         They have the order of `MERGE_DIAGNOSTICS`; in place of the last, the survival of updates, stand this shard's
         two sums for it (see `_read`). Every rank.
@@ -182,7 +190,7 @@ class MergeCoordinator:
         # until a layer's first merge P is zero, also after skips and a resume
         had_basis, is_blank = torch.stack([old_basis.any(), found.is_blank]).tolist()
         if had_basis and is_blank:
-            return None, True
+            return None, True, [name]
         first = name in self._first_due or not had_basis
         old_factor = placed.factor()
         weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
@@ -214,7 +222,23 @@ class MergeCoordinator:
         self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
         nan = found.energy.new_full((), float("nan"))
         energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
-        return torch.stack([result.error_before, result.error, energy, overlap, *sums]), is_blank
+        return torch.stack([result.error_before, result.error, energy, overlap, *sums]), is_blank, []
+
+    def _merge_experts(self, name: str, owner: int, mine: FoundBasis | None) -> Merged:
+        """Merges a layer of experts; as `_merge_layer`, and what stays is named by expert. Every rank."""
+        layer, editing = self._layers[name], self._editing
+        names = expert_names(name, layer.spec.expert_count)
+        merged = ExpertsMerge(
+            name,
+            PlacedLayer(layer, editing),
+            self._share_basis(layer, owner, mine),
+            first_due=[expert for expert, own in enumerate(names) if own in self._first_due],
+            source=self._initial_weights,
+            config=self._config.merge,
+            editing=editing,
+        ).run()
+        editing.edit_moments(self._optimizer, layer.factor, merged.edit)
+        return merged.diagnostics, merged.blank, [names[expert] for expert in merged.kept]
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
@@ -224,16 +248,16 @@ class MergeCoordinator:
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
 
-    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> FoundBasis:
+    def _share_basis(self, layer: LoQTLayer, owner: int, mine: FoundBasis | None) -> FoundBasis:
         """Broadcasts an owner's P, packed. Every rank."""
-        layout, comm = layer.spec.projection, self._editing.comm
+        spec, comm = layer.spec, self._editing.comm
         if comm.rank == owner:
             assert mine is not None
             row = mine.to_bytes()
         else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
+            row = torch.empty(FoundBasis.count_bytes(spec), dtype=torch.uint8, device=comm.device)
         comm.broadcast(row, owner)
-        return FoundBasis.from_bytes(row, layout)
+        return FoundBasis.from_bytes(row, spec)
 
     def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
         """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
@@ -243,7 +267,8 @@ class MergeCoordinator:
         """
         spec = placed.layer.spec
         if first and self._initial_weights is not None:
-            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
+            weight = initial_rows(self._initial_weights, name, placed.layer, *placed.rows)
+            weight = weight.to(self._editing.device)
             if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
                 return weight
             residual = Residual(placed.shard(), weight, placed.packed_base())
@@ -253,11 +278,11 @@ class MergeCoordinator:
         add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
         return weight
 
-    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
+    def _carry_state(self, layer: LoQTLayer, rotation: Tensor | None) -> None:
         """Applies the state policy to B's moments. Every rank."""
         policy = self._config.merge.optimizer_state
         self._editing.edit_moments(
             self._optimizer,
             layer.factor,
-            lambda first, second=None: apply_state_policy(first, second, rotation, policy),
+            lambda _, first, second=None: apply_state_policy(first, second, rotation, policy),
         )

@@ -117,7 +117,7 @@ class Editing(ABC):
     def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
         """Applies `edit` in place to a parameter's moments (see `open_moments`), if it has them yet. Every rank.
 
-        `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
+        `edit` gets the index of the first row, then rows of each moment; which of them is the strategy's affair.
         """
 
     @abstractmethod
@@ -164,7 +164,7 @@ class ReplicaEditing(Editing):
         local = self.placement.local
         with open_moments(optimizer, parameter, local) as moments:
             if moments is not None:
-                edit(*(local(moment) for moment in moments))
+                edit(self.placement.stored_rows(parameter)[0], *(local(moment) for moment in moments))
 
     def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
         """See `Editing.read_moments`."""

@@ -145,6 +145,6 @@ class OffloadEditing(ReplicaEditing):
         with open_moments(optimizer, parameter, local) as moments:
             if moments is not None:
                 copies = [self.read(moment) for moment in moments]
-                edit(*copies)
+                edit(self.placement.stored_rows(parameter)[0], *copies)
                 for moment, edited in zip(moments, copies, strict=True):
                     local(moment).copy_(edited)

@@ -75,7 +75,7 @@ class ZeroEditing(Editing):
             return
         names = moment_names(optimizer, parameter)
         moments = [self._whole_moment(optimizer, parameter, key) for key in names]
-        edit(*moments)
+        edit(0, *moments)
         for key, moment in zip(names, moments, strict=True):
             self._keep_moment(optimizer, parameter, key, moment)
 
