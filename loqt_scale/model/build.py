@@ -11,6 +11,7 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
+
+MOST_SURPRISES = 0.1  # of the parameters, that stay in full precision though they are no embedding or head
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
     if config.method == "loqt":
-        convert(model, config.loqt)
+        report = convert(model, config.loqt)
+        if report.surprising_share > MOST_SURPRISES:
+            warnings.warn(str(report), stacklevel=2)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
     for parameter in model.parameters():
