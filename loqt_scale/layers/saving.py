@@ -7,6 +7,7 @@ can be saved in this way a `save_pretrained` of its own, which writes merged wei
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -37,10 +38,16 @@ class SavePretrained:
         """As `PreTrainedModel.save_pretrained`.
 
         Raises:
-            UserError: The model's parameters are sharded, and no whole ones were given as `state_dict`.
+            UserError: The model's parameters are sharded, and no whole ones were given as `state_dict`; or the class's
+                own `save_pretrained` takes none (diffusers').
         """
         state = kwargs.pop("state_dict", None)
         model: Any = self._model
+        if "state_dict" not in inspect.signature(type(model).save_pretrained).parameters:
+            raise UserError(
+                f"the save_pretrained of {type(model).__name__} would write packed weights, which nothing loads; write "
+                "loqt_scale.to_dense(model).save_pretrained(folder)"
+            )
         merged = merged_state(model, model.state_dict() if state is None else state)
         return type(model).save_pretrained(model, save_directory, *args, state_dict=merged, **kwargs)
 
