@@ -25,6 +25,7 @@ from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_l
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
@@ -90,6 +91,7 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
+    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
     return ModelDesign(model, source, dense_layers, hf_config)
 
 
