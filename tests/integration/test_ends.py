@@ -83,7 +83,7 @@ def names(settings: dict[str, Any]) -> list[str]:
     ("owner", "name", "call", "error", "raised"),
     [
         (StoredSequences, "sequences", 6, ConnectionError("the hub is away"), UnreadableDataError),
-        (loss_module, "summed_loss", 7, torch.OutOfMemoryError("no memory left"), torch.OutOfMemoryError),
+        (loss_module, "summed_loss", 8, torch.OutOfMemoryError("no memory left"), torch.OutOfMemoryError),
         (trainer_module, "evaluate", 1, RuntimeError("an evaluation that fails"), RuntimeError),
     ],
 )
@@ -130,8 +130,8 @@ def test_too_many_steps_that_are_not_finite_are_saved_beside_what_there_is(
     """The weights are those of the last good step; no older checkpoint is removed for them."""
     whole = loss_module.summed_loss
     calls = iter(range(100))
-    monkeypatch.setattr(  # the first call is the evaluation's
-        loss_module, "summed_loss", lambda *given: whole(*given) * (math.nan if next(calls) >= 6 else 1)
+    monkeypatch.setattr(  # the first two calls are the evaluation's
+        loss_module, "summed_loss", lambda *given: whole(*given) * (math.nan if next(calls) >= 7 else 1)
     )
     with pytest.raises(NonFiniteLossError):
         train(small_config({**settings, "optim.max_skipped_steps": 2, "checkpoint.keep_last": 1}))
