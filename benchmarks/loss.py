@@ -1,7 +1,7 @@
 """What the logits of a large vocabulary cost: a pass's peak of memory and time, with the loss by chunks and without.
 
-Each case is a process of its own, whose highest resident size is read after a pass of 512 tokens and after a longer one.
-The gradients of both ways are compared.
+Each case is a process of its own, whose highest resident size is read after a pass of 512 tokens and after a longer
+one. The gradients of both ways are compared.
 
     python benchmarks/loss.py                         # llama_nano and llama_60m, 131,072 tokens of vocabulary
     python benchmarks/loss.py --presets llama_nano --tokens 1024
