@@ -30,6 +30,7 @@ from loqt_scale.model.architectures import load_model_config, model_source, reso
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
 from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
@@ -104,6 +105,7 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
+    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
     return ModelDesign(model, source, dense_layers, hf_config)
 
 
