@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from loqt_scale.layers import LoQTLinear
+from loqt_scale.merge.order import CALL_PREPARE
 from loqt_scale.strategies import Reducer
 
 Collected = dict[str, Tensor]
-CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
 
 
 class GradientCollection:

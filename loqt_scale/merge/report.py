@@ -18,7 +18,7 @@ class MergeReport:
         sketch_bytes: Payload of what was reduced to the layers' owners before `finish`, in the backward passes.
         layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
             kept by P, `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the
-            last two are nan in the first merge.
+            last two are nan in the first merge, and so are the errors if the weights before quantization are not known.
     """
 
     step: int

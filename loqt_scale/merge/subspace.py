@@ -17,7 +17,8 @@ from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge.basis import FoundBasis, find_bases
-from loqt_scale.merge.collection import CALL_PREPARE, GradientCollection
+from loqt_scale.merge.collection import GradientCollection
+from loqt_scale.merge.order import CALL_PREPARE
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.strategies import Comm
 
@@ -99,6 +100,14 @@ class SubspaceSearch:
             raise RuntimeError(f"no gradients were collected for this merge; {CALL_PREPARE}")
         self._collection.finish()
         self._collection = None
+
+    @property
+    def quality(self) -> Tensor:
+        """Of the layers that this rank has found P of: how many gradients were not finite, how many not zero. (2,)."""
+        energies = [found.energy.reshape(()) for found in self._found.values()]
+        stacked = torch.stack(energies) if energies else torch.zeros(0, device=self._device)
+        finite = stacked.isfinite()
+        return torch.stack([(~finite).sum(), (finite & (stacked > 0.0)).sum()]).float()
 
     def drop(self) -> None:
         """Forgets what this step has collected. Every rank."""
