@@ -4,7 +4,7 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
-    MergeCoordinator   runs the merges of a training loop of your own
+    attach             gives a training loop of your own its merges: a MergeCoordinator
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.library.attach import attach
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -27,6 +28,7 @@ _HOMES = {
     "QuantizationConfig": "config",
     "RunConfig": "config",
     "SubspaceConfig": "config",
+    "attach": "library.attach",
     "convert_to_loqt": "layers",
     "train": "training.job",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "QuantizationConfig",
     "RunConfig",
     "SubspaceConfig",
+    "attach",
     "convert_to_loqt",
     "train",
 ]

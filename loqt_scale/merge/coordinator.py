@@ -17,6 +17,9 @@ and in `finish`, layer by layer,
 then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells (or, after a start
 that has made up for quantization, that there was no update before), W is read once more from its source, so that the
 first quantization's error is compensated too instead of being lost.
+
+A layer whose gradient is zero on all ranks (an expert that got no token, a dropped layer, an unused head) keeps its P,
+B, W_q and moments as they are until the next merge. If it has no P yet, it gets a random one, or it would not learn.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ import copy
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,14 +35,9 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.functional.compensation import add_low_rank, compensate, update_survival
-from loqt_scale.functional.loftq import Residual
-from loqt_scale.functional.projection import subspace_overlap
-from loqt_scale.functional.quantization import unpack
-from loqt_scale.functional.transport import basis_rotation, carry_states
 from loqt_scale.layers import LoQTLinear, loqt_layers
-from loqt_scale.merge.basis import FoundBasis
-from loqt_scale.merge.order import StepOrder, StepWatch
+from loqt_scale.merge.one_layer import LayerMerge
+from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
@@ -102,7 +99,7 @@ class MergeCoordinator:
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
         self._sent_before = 0  # bytes, by the search, before this merge step
-        self._first_is_due = False  # told otherwise by P of zeros
+        self._first_due: set[str] = set()  # layers; of others P of zeros tells it
         if self._editing.comm.is_main:
             warn_of_rounding(factors, self._editing, self._optimizers)
 
@@ -110,6 +107,11 @@ class MergeCoordinator:
     def steps(self) -> list[int]:
         """All merge steps of the run, ascending; of a run without a known end those up to the next."""
         return self._schedule.steps
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self._editing.comm.is_main
 
     @property
     def position(self) -> int:
@@ -136,7 +138,7 @@ class MergeCoordinator:
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
-        self._first_is_due = True
+        self._first_due = set(self._layers)
 
     def has_merged(self) -> bool:
         """Whether P has values: after the first merge, or a start that makes up for quantization. Every rank."""
@@ -207,16 +209,21 @@ class MergeCoordinator:
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}
         sketch_bytes = self._search.sent_bytes - self._sent_before
-        self._search.finish()
-        if reason := self._reason_to_wait():
+        seen = self._search.finish()
+        if reason := self._reason_to_wait(seen):
             self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
             self.postpone(step)
             return None
         self._editing.settle()
+        kept, merging = [], self._merging()
         for name, owner in self._search.owners.items():
             with self._editing.open(self._layers[name].merged_parameters()):
-                diagnostics[name] = self._merge_layer(name, owner, self._search.take(name))
-        self._first_is_due = False
+                merged = merging.run(name, owner, self._search.take(name))
+            if merged is None:
+                kept.append(name)
+                merged = torch.full((6,), float("nan"), device=self._editing.device)
+            diagnostics[name] = merged
+        self._first_due &= set(kept)
         self._order.leave(step)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
@@ -226,6 +233,7 @@ class MergeCoordinator:
             seconds=time.perf_counter() - started,
             sketch_bytes=sketch_bytes,
             layers=layers,
+            kept=tuple(kept),
         )
 
     # ---- a run that goes on ------------------------------------------------------------------------------------------
@@ -238,7 +246,7 @@ class MergeCoordinator:
         """
         if self._order.open is not None:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
-        state = {"position": self.position, "moved": self._schedule.moved, "first_is_due": self._first_is_due}
+        state = {"position": self.position, "moved": self._schedule.moved, "first_due": sorted(self._first_due)}
         return {"version": STATE_VERSION, **state, "settings": copy.deepcopy(self._settings)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -259,7 +267,7 @@ class MergeCoordinator:
         for step in state["moved"]:
             if step >= state["position"]:
                 self._schedule.require(step)
-        self._first_is_due = state["first_is_due"]
+        self._first_due = set(state["first_due"])
         self.go_on(state["position"])
 
     # ---- what could go wrong in silence ------------------------------------------------------------------------------
@@ -283,10 +291,17 @@ class MergeCoordinator:
             for layer in self._layers.values():
                 self._editing.check_states(self._optimizer_of(layer), layer.factor)
 
-    def _reason_to_wait(self) -> str:
-        """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce."""
-        skipped = self._search.quality.new_tensor([float(self._order.was_skipped)])
-        broken, alive, without = self._editing.comm.sum(torch.cat([self._search.quality, skipped])).tolist()
+    def _reason_to_wait(self, seen: bool) -> str:
+        """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce.
+
+        Raises:
+            RuntimeError: No rank has seen (`seen`: this one has) a layer in a backward pass; on all ranks.
+        """
+        own = self._search.quality
+        told = torch.cat([own, own.new_tensor([float(self._order.was_skipped), float(seen)])])
+        broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
+        if not seeing:
+            raise RuntimeError(NOTHING_SEEN)
         if broken:
             return f"the gradients of {broken:.0f} layer(s) were not finite"
         if not alive:
@@ -304,50 +319,11 @@ class MergeCoordinator:
             return self._optimizers[0]
         return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))
 
-    # ---- one layer ---------------------------------------------------------------------------------------------------
-
-    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor:
-        """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank.
-
-        In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
-        """
-        layer, editing = self._layers[name], self._editing
-        spec, placed = layer.spec, PlacedLayer(layer, editing)
-        old_basis = placed.basis()
-        had_basis = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
-        first = self._first_is_due or not had_basis
-        old_factor = placed.factor()
-        weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
-        new_basis, energy = self._share_basis(placed, owner, mine)
-        local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
-
-        result = compensate(
-            weight,
-            spec.base,
-            local_new,
-            new_basis.T @ new_basis,
-            side=spec.side,
-            scale=spec.scale,
-            rounds=self._config.merge.compensation_rounds,
-            sum_over_shards=editing.sum,
+    def _merging(self) -> LayerMerge:
+        merge = self._config.merge
+        return LayerMerge(
+            self._layers, self._editing, merge, self._initial_weights, self._first_due, optimizer_of=self._optimizer_of
         )
-        sums = update_survival(
-            weight,
-            spec.base,
-            result,
-            new_basis=local_new,
-            old_basis=local_old,
-            old_factor=torch.zeros_like(old_factor) if first else old_factor,
-            side=spec.side,
-            scale=spec.scale,
-        )
-        placed.store(result)
-        lost = first and self._initial_weights is None and not spec.base.kind.exact
-        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
-        nan = energy.new_full((), float("nan"))
-        overlap = nan if first else subspace_overlap(old_basis, new_basis)
-        errors = (nan, nan) if lost else (result.error_before, result.error)  # of what is not known any more
-        return torch.stack([*errors, energy, overlap, *sums])
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
@@ -356,47 +332,3 @@ class MergeCoordinator:
         survival = torch.where(square > 0, 1.0 + change / square, float("nan"))
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
-
-    def _share_basis(self, placed: PlacedLayer, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
-        """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
-        layout, comm = placed.layer.spec.projection, self._editing.comm
-        if comm.rank == owner:
-            assert mine is not None
-            row = mine.to_bytes()
-        else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
-        comm.broadcast(row, owner)
-        found = FoundBasis.from_bytes(row, layout)
-        placed.store_basis(found.codes, found.scales)
-        return unpack(found.codes, found.scales, layout, torch.float32), found.energy
-
-    def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
-        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
-
-        Then W is read from its source, and what training has added to B is added to it: B less what had made up for
-        the first quantization (`loqt.init: loftq`), which was the best fit to it.
-        """
-        spec = placed.layer.spec
-        if first and self._initial_weights is not None:
-            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
-            if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
-                return weight
-            residual = Residual(placed.shard(), weight, placed.packed_base())
-            factor = factor - residual.fit(basis_FR)
-        else:
-            weight = placed.base()
-        add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
-        return weight
-
-    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
-        """Applies the state policy to B's moments. Every rank."""
-        policy, optimizer = self._config.merge.optimizer_state, self._optimizer_of(layer)
-        if policy == "keep":
-            return
-        try:
-            self._editing.check_states(optimizer, layer.factor)
-        except UserError:  # under `reset` only, else `_check_states` has refused
-            self._editing.forget_states(optimizer, layer.factor)
-        else:
-            edit = partial(carry_states, rotation_RR=rotation, policy=policy)
-            self._editing.edit_moments(optimizer, layer.factor, edit)

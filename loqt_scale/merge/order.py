@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
+NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
 
 
 class StepWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,13 +25,15 @@ def settings_of(
         seed: Of the sketches.
         total_steps: Of the run, if it is known.
     """
-    return {
+    settings = {
         "seed": seed,
         "total_steps": total_steps,
         "subspace": dataclasses.asdict(config.subspace),
         "merge": dataclasses.asdict(config.merge),
         "layers": {name: layer_settings(layer) for name, layer in layers.items()},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 def layer_settings(layer: LoQTLinear) -> dict[str, Any]:

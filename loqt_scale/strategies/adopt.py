@@ -76,13 +76,9 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of a DeepSpeed engine, DistributedDataParallel and torch.compile, in whatever order. Local."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or is_engine(model):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    wraps = isinstance(model, DistributedDataParallel) or is_engine(model)
+    inner = getattr(model, "module" if wraps else "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def unwrapped_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
