@@ -5,6 +5,7 @@ torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
     attach             gives a training loop of your own its merges: a MergeCoordinator
+    to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
     from loqt_scale.library.attach import attach
+    from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -30,6 +32,8 @@ _HOMES = {
     "SubspaceConfig": "config",
     "attach": "library.attach",
     "convert_to_loqt": "layers",
+    "save_merged": "library.dense",
+    "to_dense": "library.dense",
     "train": "training.job",
 }
 
@@ -44,6 +48,8 @@ __all__ = [
     "SubspaceConfig",
     "attach",
     "convert_to_loqt",
+    "save_merged",
+    "to_dense",
     "train",
 ]
 __version__ = "0.1.0"

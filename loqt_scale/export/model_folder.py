@@ -88,7 +88,7 @@ def export_checkpoint(
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = torch_dtype
     vars(hf_config).pop("auto_map", None)
-    with _published(out) as folder:
+    with published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
         _drop_code(folder)
         shutil.copy(opened.documents / CONFIG, folder / RUN_SETTINGS)
@@ -157,7 +157,7 @@ def _refuse_not_finite(tensors: Tensors) -> None:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` if all goes well and is removed otherwise."""
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():

@@ -52,6 +52,7 @@ def select(model: nn.Module, config: LoQTConfig) -> Selection:
         if why is None and config.rank_of(candidate.name) > min(candidate.shape):
             small.append(candidate)
             why = f"smaller than its rank {config.rank_of(candidate.name)}"
+        why = why or candidate.misfit(config, config.rank_of(candidate.name))
         if why is None:
             chosen.append((candidate, config.rank_of(candidate.name)))
         else:

@@ -71,7 +71,9 @@ class LazyWeight(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise UserError(f"{func} cannot read the weight of a LoQT layer; give it layer.effective_weight()")
 
 

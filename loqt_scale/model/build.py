@@ -11,6 +11,7 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLinear, convert, loqt_layers, select_linears
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
+from loqt_scale.model.causality import check_causal
 from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
@@ -66,20 +68,23 @@ class ModelDesign:
     hf_config: PreTrainedConfig
 
 
-def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
+def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], int] | None = None) -> ModelDesign:
     """Builds and converts the run's model on the meta device. Local.
 
     Args:
         config: The run.
         vocab_size: The tokenizer's.
+        occurring: As for `load_model_config`.
 
     Raises:
         ValueError: Settings that do not fit the model (see `architectures` and `layers.convert`).
     """
-    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, occurring=occurring)
     with explained(f"no model can be built from {model_source(config.model)}"):
         model = build_meta_model(hf_config)
-    check_widths(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    rows = vocab_size if config.model.path is None else min(vocab_size, hf_config.get_text_config().vocab_size)
+    check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
+    check_causal(config.model, hf_config)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
