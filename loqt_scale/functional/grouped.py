@@ -20,7 +20,9 @@ ALIGNMENT = 16  # bytes
 
 def group_ends(sorted_ids_S: Tensor, groups: int) -> Tensor:
     """Where each group ends among rows whose ids ascend: int32 (groups,). On the device, without a host sync."""
-    return torch.searchsorted(sorted_ids_S, torch.arange(groups, device=sorted_ids_S.device), right=True).to(torch.int32)
+    return torch.searchsorted(sorted_ids_S, torch.arange(groups, device=sorted_ids_S.device), right=True).to(
+        torch.int32
+    )
 
 
 def grouped_rows(x_SK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,10 @@ from transformers import PreTrainedConfig
 from loqt_scale.config import ModelConfig, RunConfig
 from loqt_scale.errors import explained
 from loqt_scale.functional.compensation import row_chunks
+from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.quantization import pack
-from loqt_scale.layers import LoQTLinear, convert, loqt_layers, select_linears
+from loqt_scale.layers import LoQTLayer, convert, loqt_layers, select_linears
+from loqt_scale.merge.placed import initial_rows
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
@@ -169,7 +171,7 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
         parameters = layer.merged_parameters()
         filled |= {id(parameter) for parameter in parameters}
         with editing.open(parameters):
-            _fill_base(f"{name}.weight", layer, source, editing)
+            _fill_base(name, layer, source, editing)
             for parameter in (*layer.projection.parameters(), layer.factor):
                 editing.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=editing.device))
     for name, parameter in model.named_parameters():
@@ -179,13 +181,23 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
                 editing.write(parameter, rows.to(editing.device, parameter.dtype))
 
 
-def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, editing: Editing) -> None:
+def _chunks(spec: LowRankSpec, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cuts rows [first, last) of a layer's W into parts that are read at once: some rows, or those of one expert."""
+    if spec.experts is None:
+        yield from ((first + start, first + stop) for start, stop in row_chunks(last - first, spec.base))
+        return
+    rows = spec.each.base.rows
+    for expert in range(first // rows, -(-last // rows) if last > first else 0):
+        yield max(first, expert * rows), min(last, (expert + 1) * rows)
+
+
+def _fill_base(name: str, layer: LoQTLayer, source: WeightSource, editing: Editing) -> None:
     """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
     layout, base = layer.spec.base, layer.base
     first, last = layout.rows_of_groups(*editing.rows(layout.groups))
     chunks = [
-        pack(source.rows(name, first + start, first + stop).to(editing.device), layout)
-        for start, stop in row_chunks(last - first, layout)
+        pack(initial_rows(source, name, layer, start, stop).to(editing.device), layout)
+        for start, stop in _chunks(layer.spec, first, last)
     ]
     none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=editing.device)  # more ranks than rows
     editing.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
