@@ -4,8 +4,8 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
+    attach             gives a training loop of your own its merges: a MergeCoordinator
     to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
-    MergeCoordinator   runs the merges of a training loop of your own
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.library.attach import attach
     from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
@@ -29,6 +30,7 @@ _HOMES = {
     "QuantizationConfig": "config",
     "RunConfig": "config",
     "SubspaceConfig": "config",
+    "attach": "library.attach",
     "convert_to_loqt": "layers",
     "save_merged": "library.dense",
     "to_dense": "library.dense",
@@ -44,6 +46,7 @@ __all__ = [
     "QuantizationConfig",
     "RunConfig",
     "SubspaceConfig",
+    "attach",
     "convert_to_loqt",
     "save_merged",
     "to_dense",

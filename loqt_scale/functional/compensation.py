@@ -136,9 +136,7 @@ def compensate(
     return in_step([rounds_of_one], sum_over_shards)[0]
 
 
-def in_step(
-    generators: Sequence[Generator[Tensor, Tensor, Result]], sum_over_shards: SumOverShards
-) -> list[Result]:
+def in_step(generators: Sequence[Generator[Tensor, Tensor, Result]], sum_over_shards: SumOverShards) -> list[Result]:
     """Runs computations that all ask for equally many sums of one shape: those of a turn are one sum. Every rank."""
     results: list[Result] = []
     asked = [next(generator) for generator in generators]

@@ -87,6 +87,8 @@ class LoQTExperts(LoQTLayer):
         probe, omega = (None, None) if self.probe is None else (self.probe.leaf, self.probe.omega)
         base, projection = self.base, self.projection
         packed = (base.codes, base.scales, projection.codes, projection.scales)
+        if not torch.compiler.is_compiling():
+            self.count_pass()
         y_SO: Tensor = LowRankExperts.apply(x_SI, ends_E, *packed, self.factor, probe, omega, self.spec)
         return y_SO
 

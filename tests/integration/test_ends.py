@@ -15,7 +15,7 @@ import torch
 
 from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, write
 from loqt_scale.data.batches import StoredSequences
-from loqt_scale.merge import MergeCoordinator
+from loqt_scale.merge.one_layer import LayerMerge
 from loqt_scale.model import loss as loss_module
 from loqt_scale.training import trainer as trainer_module
 from loqt_scale.training.health import NonFiniteLossError
@@ -113,7 +113,7 @@ def test_an_error_in_the_middle_of_a_merge_is_not_saved(
     settings: dict[str, Any], unbroken: list[float], once: Once, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of the layers are merged: the way on is from the checkpoint before."""
-    once(MergeCoordinator, "_carry_state", 20, RuntimeError("in the second merge"))
+    once(LayerMerge, "_carry_state", 20, RuntimeError("in the second merge"))
     config = small_config(settings)
     with pytest.raises(RuntimeError, match="in the second merge"):
         train(config)
