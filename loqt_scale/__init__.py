@@ -4,7 +4,8 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
-    MergeCoordinator   runs the merges of a training loop of your own
+    attach             gives a training loop of your own its merges: a MergeCoordinator
+    to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.library.attach import attach
+    from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -27,7 +30,10 @@ _HOMES = {
     "QuantizationConfig": "config",
     "RunConfig": "config",
     "SubspaceConfig": "config",
+    "attach": "library.attach",
     "convert_to_loqt": "layers",
+    "save_merged": "library.dense",
+    "to_dense": "library.dense",
     "train": "training.job",
 }
 
@@ -40,7 +46,10 @@ __all__ = [
     "QuantizationConfig",
     "RunConfig",
     "SubspaceConfig",
+    "attach",
     "convert_to_loqt",
+    "save_merged",
+    "to_dense",
     "train",
 ]
 __version__ = "0.1.0"

@@ -87,10 +87,11 @@ def export_checkpoint(
     parts, torch_dtype = Parts(saved), DTYPES[dtype]
     if format == "nf4":
         _check_no_experts(parts)
+        _refuse_transposed(parts)
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = torch_dtype
     vars(hf_config).pop("auto_map", None)
-    with _published(out) as folder:
+    with published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
         _drop_code(folder)
         shutil.copy(opened.documents / CONFIG, folder / RUN_SETTINGS)
@@ -159,7 +160,7 @@ def _refuse_not_finite(tensors: Tensors) -> None:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` if all goes well and is removed otherwise."""
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
@@ -212,6 +213,15 @@ def _check_no_experts(parts: Parts) -> None:
         raise UserError(
             f"format is nf4, but {experts[0]} holds the matrices of several experts, for which bitsandbytes has no "
             "4-bit layer; write --format dense"
+        )
+
+
+def _refuse_transposed(parts: Parts) -> None:
+    turned = [part.layer for part in parts.all.values() if part.spec is not None and part.spec.transposed]
+    if turned:
+        raise UserError(
+            f"format is nf4, but the model stores the weight of {turned[0]} transposed (GPT-2's Conv1D), "
+            "and 4-bit layers do not; write --format dense"
         )
 
 

@@ -11,6 +11,7 @@ from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.report import ConversionReport
+from loqt_scale.layers.saving import save_merged_weights
 from loqt_scale.layers.select import select
 
 LEAST_SHARE = 0.5
@@ -49,6 +50,7 @@ def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     report = selection.report(model)
     for candidate, rank in selection.chosen:
         candidate.convert(model, config, rank)
+    save_merged_weights(model)
     return report
 
 

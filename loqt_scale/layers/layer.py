@@ -5,7 +5,9 @@ A layer knows no ranks, steps or schedules.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,13 @@ from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import OTHER_SIDE, LowRankSpec, resolve_side
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.layers.frozen import FrozenMatrix
+
+BLANK_PASSES = 32
+NO_MERGES = (
+    f"LoQT: P is still zero after {BLANK_PASSES} training passes, so B does not train: nothing merges. Attach a "
+    "coordinator, merges = attach(model, optimizer, config), and call merges.prepare() before the forward passes of every "
+    "step and merges.finish() after its optimizer.step()"
+)
 
 
 @dataclass
@@ -100,6 +109,7 @@ class LoQTLayer(nn.Module):
         rows = spec.expert_count * (each.rows if spec.side == "input" else each.cols)
         self.factor = nn.Parameter(torch.zeros(rows, spec.projection.cols, device=device, dtype=dtype))
         self.probe = None
+        self._blank_passes = 0  # training passes that nobody collected the gradient of; negative: P has been seen
 
     @property
     def rank(self) -> int:
@@ -115,6 +125,41 @@ class LoQTLayer(nn.Module):
         """What a merge replaces: codes and scales of W_q and P, and B."""
         return [*self.base.parameters(), *self.projection.parameters(), self.factor]
 
+    def count_pass(self) -> None:
+        """Says it once if P is still zero after many training passes, of which no coordinator collected anything."""
+        if self._blank_passes < 0 or self.probe is not None or not self.training or not torch.is_grad_enabled():
+            return
+        self._blank_passes += 1
+        if self._blank_passes < BLANK_PASSES:
+            return
+        self._blank_passes = -1
+        packed = self.projection.codes if self.projection.scales is None else self.projection.scales
+        if may_be_read(packed) and not bool(packed.any()):
+            warnings.warn(NO_MERGES, stacklevel=3)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["loqt"] = self._meaning()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """As `nn.Module` does; and a state dict that still says what it means must mean the same."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        saved = local_metadata.get("loqt", {})
+        for key, value in self._meaning().items():
+            if saved.get(key, value) != value:
+                lists[-1].append(
+                    f"{prefix[:-1]} was saved with {key} {saved[key]!r}, but has {value!r}; convert with LoQTConfig("
+                    f"{key}={saved[key]!r})"
+                )
+
+    def _meaning(self) -> dict[str, Any]:
+        """What the shapes of the stored tensors do not tell."""
+        return {"scale": self.spec.scale, "side": self.spec.side}
+
     def weight_name(self, name: str) -> str:
         """Name of the parameter that the layer stands for, in the unconverted model, if the layer's is `name`."""
         return f"{name}.weight"
@@ -122,3 +167,12 @@ class LoQTLayer(nn.Module):
     def weight_shape(self) -> tuple[int, ...]:
         """That parameter's shape."""
         return (self.spec.base.rows, self.spec.base.cols)
+
+
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor's values now: not while they are recorded, transformed or imagined."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -117,6 +117,8 @@ class LoQTLinear(LoQTLayer):
             omega,
             self.spec,
         )
+        if not torch.compiler.is_compiling():
+            self.count_pass()
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         # as nn.Linear ends: y is nobody's view, so that it may be changed in place, also behind FSDP2's hooks

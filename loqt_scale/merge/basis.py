@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
-from loqt_scale.functional.projection import captured_energy, randomized_basis, sketch_basis, sketched_energy, svd_basis
 from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.functional.projection import captured_energy, randomized_basis, sketch_basis, sketched_energy, svd_basis
 from loqt_scale.functional.quantization import pack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLayer

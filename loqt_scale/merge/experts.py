@@ -8,7 +8,7 @@ keeps its P, B, W_q and moments; without a P it gets a random one, as any other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,10 +21,10 @@ from loqt_scale.functional.loftq import Packed, Residual, loftq
 from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.functional.transport import apply_state_policy, basis_rotation
+from loqt_scale.functional.transport import StateKind, basis_rotation, carry_states
 from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
-from loqt_scale.strategies import Editing
+from loqt_scale.strategies import Editing, EditStates
 
 
 def expert_names(name: str, experts: int) -> list[str]:
@@ -46,7 +46,7 @@ class MergedExperts:
     diagnostics: Tensor | None
     kept: Collection[int]
     blank: bool
-    edit: Callable[..., None]
+    edit: EditStates
 
 
 class ExpertsMerge:
@@ -182,7 +182,9 @@ class ExpertsMerge:
         nan = result.error.new_full((), float("nan"))
         energy = nan if self._blank[expert] else self._found.energy[expert]
         overlap = nan if first else subspace_overlap(old, new)
-        return torch.stack([result.error_before, result.error, energy, overlap, *sums])
+        lost = first and self._source is None and not spec.base.kind.exact  # errors of what is not known any more
+        errors = (nan, nan) if lost else (result.error_before, result.error)
+        return torch.stack([*errors, energy, overlap, *sums])
 
     def _store(self, live: Sequence[int], results: Sequence[Compensated], old_factor: Tensor) -> None:
         codes, scales = (None if part is None else part.clone() for part in self._base)
@@ -202,15 +204,15 @@ def _edit_moments(
     rotations: dict[int, Tensor | None],
     policy: StatePolicy,
     start: int,
-    first: Tensor,
-    second: Tensor | None = None,
+    states: Sequence[tuple[StateKind, Tensor]],
 ) -> None:
-    """Carries each merged expert's moments into its new basis: `rows` of B belong to an expert."""
+    """Carries each merged expert's states into its new basis: `rows` of B belong to an expert."""
     for expert, rotation in rotations.items():
-        edges = (min(max(edge - start, 0), first.shape[0]) for edge in (expert * rows, (expert + 1) * rows))
-        mine = slice(*edges)
-        if mine.stop > mine.start:
-            apply_state_policy(first[mine], None if second is None else second[mine], rotation, policy)
+        for kind, state in states:
+            edges = (min(max(edge - start, 0), state.shape[0]) for edge in (expert * rows, (expert + 1) * rows))
+            mine = slice(*edges)
+            if mine.stop > mine.start:
+                carry_states([(kind, state[mine])], rotation, policy)
 
 
 def start_experts(

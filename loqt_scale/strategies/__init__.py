@@ -14,12 +14,15 @@ that one is lost: `rendezvous`, `roll_call`. To add a strategy: docs/strategies.
 
 from torch.distributed.distributed_c10d import Store
 
+from loqt_scale.strategies.adopt import Adopted, adopt, alone, replicas, unwrapped, unwrapped_optimizers
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.ddp import DDP
-from loqt_scale.strategies.editing import Editing, ReplicaEditing
+from loqt_scale.strategies.editing import Editing, EditStates, ReplicaEditing
 from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep, ShardEditing
+from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
+from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.placement import Placement, Replicated
 from loqt_scale.strategies.process_group import GroupComm
@@ -36,12 +39,15 @@ __all__ = [
     "FSDP",
     "SINGLE",
     "ZERO",
+    "Adopted",
     "Channel",
     "Comm",
+    "EditStates",
     "Editing",
     "FSDPPlacement",
     "FSDPStep",
     "GroupComm",
+    "HybridEditing",
     "LostRankError",
     "OptimizerStep",
     "Placement",
@@ -58,12 +64,18 @@ __all__ = [
     "Strategy",
     "StrategyKind",
     "StrategyRequest",
+    "adopt",
+    "alone",
     "create_strategy",
     "find_strategy",
     "is_offloaded",
     "open_store",
+    "packed_bytes_may_be_sharded",
     "register_strategy",
+    "replicas",
     "resolve_device",
     "resolve_strategy",
     "single_process",
+    "unwrapped",
+    "unwrapped_optimizers",
 ]
