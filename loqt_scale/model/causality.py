@@ -61,7 +61,9 @@ def _try(hf_config: PreTrainedConfig) -> bool:
     with isolated_rng(0), torch.no_grad():
         for small in (True, False):
             model = _copy_of(hf_config, small=small)
-            for dtype in _LEAK if model is not None else ():  # grouped products of experts do not know float64
+            if model is None:
+                continue
+            for dtype in _LEAK:  # grouped products of experts do not know float64
                 answer = _leaks(model.to(dtype), dtype)
                 if answer is not None:
                     return answer
@@ -71,7 +73,7 @@ def _try(hf_config: PreTrainedConfig) -> bool:
 def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
     """A model of a few layers, and if asked small ones, with random weights; None if there is none."""
     fields = hf_config.to_dict()
-    changes = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
+    changes: dict[str, Any] = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
     if not small:
         changes = {key: value for key, value in changes.items() if value in (_LAYERS, _VOCABULARY)}
     kinds = fields.get("layer_types")
