@@ -5,6 +5,7 @@ torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
     MergeCoordinator   runs the merges of a training loop of your own
+    LoQTCallback       all of it in transformers' Trainer
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
+    from loqt_scale.library.callback import LoQTCallback
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
 _HOMES = {
+    "LoQTCallback": "library.callback",
     "LoQTConfig": "config",
     "LoQTLinear": "layers",
     "MergeConfig": "config",
@@ -32,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LoQTCallback",
     "LoQTConfig",
     "LoQTLinear",
     "MergeConfig",
