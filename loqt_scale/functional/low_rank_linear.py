@@ -13,6 +13,10 @@ FLOPs) or applied beside it (branch: 2 T R (O + I)). `choose_path` counts both, 
 factors that are added to y with value zero: y += x Z Omega^T has dZ = X^T (dY Omega), the sketch itself. So a probe
 is one more differentiable input (its values are never read), autograd accumulates it over micro-batches in `.grad`, and
 the function stays free of side effects: activation checkpointing, torch.compile and double use of a layer all work.
+
+*Transposed.* A weight that is stored (I, O), M = W^T, keeps that form in `base`, so that merges, checkpoints and
+exports see the matrix that the model's files have. P on M's one side is P on W's other side, with the same P and B:
+here only `unpack` and the dense probe transpose, and `applied_side` is looked at in place of `side`.
 """
 
 from __future__ import annotations
@@ -26,17 +30,20 @@ from torch import Tensor
 from loqt_scale.config import LowRankCompute, LowRankPath, Side, SideChoice
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 
+OTHER_SIDE: dict[Side, Side] = {"input": "output", "output": "input"}
+
 
 @dataclass(frozen=True)
 class LowRankSpec:
     """The static facts of a layer.
 
     Args:
-        base: Layout of W (O x I).
+        base: Layout of the weight as it is stored: W (O x I), or its transpose.
         projection: Layout of P (F x R).
-        side: Which side P stands on.
+        side: Which side of the stored weight P stands on.
         scale: s.
         compute: `fold`, `branch` or `auto`.
+        transposed: Whether the stored weight is W^T.
     """
 
     base: MatrixLayout
@@ -44,6 +51,12 @@ class LowRankSpec:
     side: Side
     scale: float
     compute: LowRankCompute = "auto"
+    transposed: bool = False
+
+    @property
+    def applied_side(self) -> Side:
+        """Which side of W P stands on."""
+        return OTHER_SIDE[self.side] if self.transposed else self.side
 
 
 def resolve_side(side: SideChoice, out_features: int, in_features: int) -> Side:
@@ -61,9 +74,9 @@ def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> LowRankPat
     """
     if spec.compute != "auto":
         return spec.compute
-    rank, out_features, in_features = spec.projection.cols, spec.base.rows, spec.base.cols
+    rank, out_features, in_features = spec.projection.cols, *_features(spec)
     fold = 2 * out_features * in_features * rank
-    already_there = (spec.side == "output") if backward else (spec.side == "input")
+    already_there = (spec.applied_side == "output") if backward else (spec.applied_side == "input")
     if already_there:
         branch = 2 * tokens * rank * (in_features if backward else out_features)
     else:
@@ -71,11 +84,29 @@ def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> LowRankPat
     return "fold" if fold <= branch else "branch"
 
 
+def _features(spec: LowRankSpec) -> tuple[int, int]:
+    """(O, I)."""
+    return (spec.base.cols, spec.base.rows) if spec.transposed else (spec.base.rows, spec.base.cols)
+
+
 def effective_weight(base: Tensor, projection: Tensor, factor: Tensor, spec: LowRankSpec) -> Tensor:
-    """W_eff in place of `base`, a dense (O, I) buffer of the caller's."""
+    """W_eff in place of `base`, a dense buffer of the caller's, in the form in which the weight is stored."""
     if spec.side == "input":
         return base.addmm_(factor, projection.T, alpha=spec.scale)
     return base.addmm_(projection, factor.T, alpha=spec.scale)
+
+
+def _fold(weight: Tensor, projection: Tensor, factor: Tensor, spec: LowRankSpec) -> Tensor:
+    """W_eff (O, I) in place of `weight`, which is (O, I)."""
+    if spec.applied_side == "input":
+        return weight.addmm_(factor, projection.T, alpha=spec.scale)
+    return weight.addmm_(projection, factor.T, alpha=spec.scale)
+
+
+def _applied(codes: Tensor, scales: Tensor | None, spec: LowRankSpec, dtype: torch.dtype) -> Tensor:
+    """dequant(W_q), dense (O, I)."""
+    stored = unpack(codes, scales, spec.base, dtype)
+    return stored.T if spec.transposed else stored
 
 
 def _matmul_weight(
@@ -83,9 +114,9 @@ def _matmul_weight(
 ) -> tuple[Tensor, Tensor | None]:
     """(y (T, O), X P or None): the forward product by the cheaper path. `weight` is consumed."""
     path = choose_path(spec, x_TI.shape[0], backward=False)
-    xp_TR = x_TI @ proj if spec.side == "input" else None
+    xp_TR = x_TI @ proj if spec.applied_side == "input" else None
     if path == "fold":
-        return x_TI @ effective_weight(weight, proj, factor, spec).T, xp_TR
+        return x_TI @ _fold(weight, proj, factor, spec).T, xp_TR
     y_TO = x_TI @ weight.T
     if xp_TR is not None:
         return y_TO.addmm_(xp_TR, factor.T, alpha=spec.scale), xp_TR
@@ -97,9 +128,9 @@ def _input_gradient(
 ) -> Tensor:
     """dX = dY W_eff (T, I) by the cheaper path. `weight` is consumed."""
     if choose_path(spec, dy_TO.shape[0], backward=True) == "fold":
-        return dy_TO @ effective_weight(weight, proj, factor, spec)
+        return dy_TO @ _fold(weight, proj, factor, spec)
     dx_TI = dy_TO @ weight
-    if spec.side == "input":
+    if spec.applied_side == "input":
         return dx_TI.addmm_(dy_TO @ factor, proj.T, alpha=spec.scale)
     assert dyp_TR is not None
     return dx_TI.addmm_(dyp_TR, factor.T, alpha=spec.scale)
@@ -122,10 +153,10 @@ class LowRankLinear(torch.autograd.Function):
         spec: LowRankSpec,
     ) -> Tensor:
         dtype = x_TI.dtype
-        weight = unpack(base_codes, base_scales, spec.base, dtype)
+        weight = _applied(base_codes, base_scales, spec, dtype)
         proj = unpack(proj_codes, proj_scales, spec.projection, dtype)
         y_TO, xp_TR = _matmul_weight(x_TI, weight, proj, factor.to(dtype), spec)
-        keeps_x = spec.side == "output" or probe is not None
+        keeps_x = spec.applied_side == "output" or probe is not None
         ctx.save_for_backward(
             x_TI if keeps_x else None, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, omega
         )
@@ -141,13 +172,13 @@ class LowRankLinear(torch.autograd.Function):
         needs_x, needs_factor, needs_probe = (ctx.needs_input_grad[i] for i in (0, 5, 6))
         factor_c = factor.to(dtype)
         proj = unpack(proj_codes, proj_scales, spec.projection, dtype)
-        dyp_TR = dy_TO @ proj if spec.side == "output" else None
+        dyp_TR = dy_TO @ proj if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
-            product = dy_TO.T @ xp_TR if spec.side == "input" else x_TI.T @ dyp_TR
+            product = dy_TO.T @ xp_TR if spec.applied_side == "input" else x_TI.T @ dyp_TR
             d_factor = (spec.scale * product).to(factor.dtype)
         if needs_x:
-            weight = unpack(base_codes, base_scales, spec.base, dtype)
+            weight = _applied(base_codes, base_scales, spec, dtype)
             d_x = _input_gradient(dy_TO, weight, proj, factor_c, dyp_TR, spec)
         if needs_probe:
             d_probe = _probe_gradient(x_TI, dy_TO, omega, spec)
@@ -155,11 +186,11 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, spec: LowRankSpec) -> Tensor:
-    """The dense gradient (O, I) where omega is None, else its sketch (F, l); accumulated in float32 or wider."""
+    """The stored weight's dense gradient where omega is None, else its sketch (F, l), in float32 or wider."""
     wide = torch.promote_types(x_TI.dtype, torch.float32)
     if omega is None:
-        return (dy_TO.T @ x_TI).to(wide)
+        return (x_TI.T @ dy_TO if spec.transposed else dy_TO.T @ x_TI).to(wide)
     omega = omega.to(x_TI.dtype)
-    if spec.side == "input":
+    if spec.applied_side == "input":
         return (x_TI.T @ (dy_TO @ omega)).to(wide)
     return (dy_TO.T @ (x_TI @ omega)).to(wide)

@@ -1,6 +1,18 @@
 """The layer and how it gets into a model."""
 
-from loqt_scale.layers.convert import convert_to_loqt, loqt_layers, select_linears
+from loqt_scale.layers.candidates import Candidate
+from loqt_scale.layers.convert import convert, convert_to_loqt, loqt_layers, select_linears
 from loqt_scale.layers.linear import GradientProbe, LoQTLinear
+from loqt_scale.layers.report import ConversionReport, Left
 
-__all__ = ["GradientProbe", "LoQTLinear", "convert_to_loqt", "loqt_layers", "select_linears"]
+__all__ = [
+    "Candidate",
+    "ConversionReport",
+    "GradientProbe",
+    "Left",
+    "LoQTLinear",
+    "convert",
+    "convert_to_loqt",
+    "loqt_layers",
+    "select_linears",
+]

@@ -14,9 +14,22 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig, Side
 from loqt_scale.errors import UserError
-from loqt_scale.functional.low_rank_linear import LowRankLinear, LowRankSpec, effective_weight, resolve_side
+from loqt_scale.functional.low_rank_linear import (
+    OTHER_SIDE,
+    LowRankLinear,
+    LowRankSpec,
+    effective_weight,
+    resolve_side,
+)
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.layers.frozen import FrozenMatrix
+from loqt_scale.layers.weight import LazyWeight, dense_weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 @dataclass
@@ -49,6 +62,8 @@ class LoQTLinear(nn.Module):
         rank: r; default: `config.rank`.
         device: Where parameters live; `meta` allocates nothing.
         dtype: Dtype of `factor` and `bias`.
+        transposed: Whether the weight is stored (I, O), as transformers' `Conv1D` has it; checkpoints and exports then
+            have it so too.
 
     Raises:
         ValueError: The rank exceeds the smaller side.
@@ -74,6 +89,7 @@ class LoQTLinear(nn.Module):
         rank: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         rank = config.rank if rank is None else rank
@@ -86,12 +102,14 @@ class LoQTLinear(nn.Module):
         side = resolve_side(config.side, out_features, in_features)
         proj_rows, factor_rows = (in_features, out_features) if side == "input" else (out_features, in_features)
         block = config.quantization.block_size
+        stored = (in_features, out_features) if transposed else (out_features, in_features)
         self.spec = LowRankSpec(
-            base=MatrixLayout(out_features, in_features, config.quantization.weight, block),
+            base=MatrixLayout(*stored, config.quantization.weight, block),
             projection=MatrixLayout(proj_rows, rank, config.quantization.projection, block),
-            side=side,
+            side=OTHER_SIDE[side] if transposed else side,
             scale=config.scale,
             compute=config.compute,
+            transposed=transposed,
         )
         self.base = FrozenMatrix(self.spec.base, device)
         self.projection = FrozenMatrix(self.spec.projection, device)
@@ -100,29 +118,42 @@ class LoQTLinear(nn.Module):
         self.probe = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: LoQTConfig, *, rank: int | None = None) -> LoQTLinear:
-        """Quantizes an existing layer. A layer on the meta device gives one on the meta device, nothing allocated."""
-        weight = linear.weight
+    def from_linear(cls, linear: nn.Module, config: LoQTConfig, *, rank: int | None = None) -> LoQTLinear:
+        """Quantizes an existing `nn.Linear` or transformers' `Conv1D`.
+
+        A layer on the meta device gives one on the meta device, nothing allocated.
+        """
+        weight, bias, transposed = linear.weight, linear.bias, is_conv1d(linear)
+        assert isinstance(weight, Tensor)
+        in_features, out_features = weight.shape if transposed else reversed(weight.shape)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
+            in_features,
+            out_features,
+            bias=bias is not None,
             config=config,
             rank=rank,
             device=weight.device,
             dtype=weight.dtype,
+            transposed=transposed,
         )
+        if layer.bias is not None and isinstance(bias, nn.Parameter):
+            layer.bias.requires_grad_(bias.requires_grad)
         if weight.device.type != "meta":
             with torch.no_grad():
                 layer.base.store(weight)
-                if linear.bias is not None and layer.bias is not None:
-                    layer.bias.copy_(linear.bias)
-        return layer
+                if layer.bias is not None and isinstance(bias, Tensor):
+                    layer.bias.copy_(bias)
+        return layer.train(linear.training)
 
     @property
     def rank(self) -> int:
         """r."""
         return self.spec.projection.cols
+
+    @property
+    def weight(self) -> Tensor:
+        """W_eff, for code that reads it: dtype, device and shape are free, values are computed when they are used."""
+        return dense_weight(self) if torch.compiler.is_compiling() else LazyWeight(self)
 
     def merged_parameters(self) -> list[nn.Parameter]:
         """What a merge replaces: codes and scales of W_q and P, and B."""
@@ -130,7 +161,7 @@ class LoQTLinear(nn.Module):
 
     @property
     def side(self) -> Side:
-        """Side on which P stands."""
+        """Side of the stored weight on which P stands."""
         return self.spec.side
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +195,7 @@ class LoQTLinear(nn.Module):
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W_eff, dense (O, I). Only where the parameters are unsharded; for export, tests and curiosity."""
+        """W_eff, dense, as the weight is stored: (O, I), or (I, O) if transposed. Only where it is not sharded."""
         projection = self.projection.dense(dtype)
         return effective_weight(self.base.dense(dtype), projection, self.factor.to(dtype), self.spec)
 

@@ -14,14 +14,25 @@ from loqt_scale.functional.quantization import MatrixLayout, pack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
 
+BLANK = -1.0
+
 
 @dataclass(frozen=True)
 class FoundBasis:
-    """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps."""
+    """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps.
+
+    An energy of `BLANK` says that the gradient is zero: the layer was in no backward pass of any rank (an expert
+    without tokens, a dropped layer, an unused head), and its P is a random one.
+    """
 
     codes: Tensor
     scales: Tensor | None
     energy: Tensor
+
+    @property
+    def is_blank(self) -> Tensor:
+        """Whether P stands for no gradient; a bool, where the tensors are."""
+        return self.energy == BLANK
 
     def to_bytes(self) -> Tensor:
         """All of it as one row of bytes, to be sent."""
@@ -62,6 +73,7 @@ def find_bases(
     found: dict[str, FoundBasis] = {}
     for names in alike.values():
         finite = [collected[name].isfinite().all() for name in names]
+        blank = [~collected[name].any() for name in names]
         gradients = [collected[name].nan_to_num_(0.0, 0.0, 0.0) for name in names]
         if config.method == "sketch":
             bases, energies = _from_sketches(gradients, layers[names[0]].rank, seed)
@@ -71,8 +83,8 @@ def find_bases(
                 for name, gradient in zip(names, gradients, strict=True)
             ]
             bases, energies = [basis for basis, _ in pairs], [energy for _, energy in pairs]
-        for name, basis, energy, good in zip(names, bases, energies, finite, strict=True):
-            energy = torch.where(good, energy, float("nan"))
+        for name, basis, energy, good, empty in zip(names, bases, energies, finite, blank, strict=True):
+            energy = torch.where(empty, BLANK, torch.where(good, energy, float("nan")))
             found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy)
     return found
 

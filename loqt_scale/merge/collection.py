@@ -8,7 +8,7 @@ the layers that it owns, 1/N of them, and the parts on their way, at most `budge
 
 *Order.* Reductions are collectives: all ranks must begin them in one order, though backward passes may finish layers in
 another. The order is fixed, last layer first, once per pass. A part that comes before its turn waits (`_early`). If a
-pass has left a layer out, zeros are sent in its place at the end of the step. (A layer that is in no pass is an error.)
+pass has left a layer out, or all of them have, zeros are sent in its place at the end of the step.
 
 *Waves.* The order is cut into waves, with equally many layers of each owner. When the last layer of a wave is sent, the
 reductions of the wave before it are awaited; in the last pass its owners then factorise their layers, all at the
@@ -34,6 +34,7 @@ from loqt_scale.strategies import Reducer
 
 Collected = dict[str, Tensor]
 CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
+NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
 
 
 class GradientCollection:
@@ -86,21 +87,19 @@ class GradientCollection:
         while self._sent < self._total and self._next in self._early:
             self._send(self._early.pop(self._next))
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Sends what has not been sent, lands everything, has it factorised, and takes the probes off. Every rank.
 
-        Raises:
-            RuntimeError: A layer has seen no backward pass.
+        Returns:
+            Whether this rank has seen a backward pass of any layer.
         """
         for name in self._order:
             self._take(name)
-        unseen = next((name for name in self._order if name not in self._seen), None)
-        if unseen is not None:
-            raise RuntimeError(f"on this rank {unseen} was in no backward pass of the merge step; {CALL_PREPARE}")
         self._send_rest()
         self._land(self._total)
         self._hand_over(len(self._order))
         self._detach()
+        return bool(self._seen)
 
     def drop(self) -> None:
         """Forgets everything, but leaves no other rank waiting. Every rank, if the number of passes is known."""

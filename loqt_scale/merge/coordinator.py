@@ -17,6 +17,9 @@ and in `finish`, layer by layer,
 then it is all-gathered, which is still low-rank. In a layer's first merge, which P of zeros tells (or, after a start
 that has made up for quantization, that there was no update before), W is read once more from its source, so that the
 first quantization's error is compensated too instead of being lost.
+
+A layer whose gradient is zero on all ranks (an expert that got no token, a dropped layer, an unused head) keeps its P,
+B, W_q and moments as they are until the next merge. If it has no P yet, it gets a random one, or it would not learn.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.transport import apply_state_policy, basis_rotation
 from loqt_scale.layers import LoQTLinear, loqt_layers
 from loqt_scale.merge.basis import FoundBasis
+from loqt_scale.merge.collection import NOTHING_SEEN
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.start import start_compensated
@@ -79,7 +83,7 @@ class MergeCoordinator:
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
         self._seed = seed
-        self._first_is_due = False  # told otherwise by P of zeros
+        self._first_due: set[str] = set()  # layers; of others P of zeros tells it
 
     @property
     def steps(self) -> list[int]:
@@ -102,7 +106,7 @@ class MergeCoordinator:
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
-        self._first_is_due = True
+        self._first_due = set(self._layers)
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
@@ -142,11 +146,19 @@ class MergeCoordinator:
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}
         sketch_bytes = self._search.sent_bytes - self._sent_before
-        self._search.finish()
+        seen, blank, kept = self._search.finish(), 0, []
         for name, owner in self._search.owners.items():
             with self._editing.open(self._layers[name].merged_parameters()):
-                diagnostics[name] = self._merge_layer(name, owner, self._search.take(name))
-        self._first_is_due = False
+                merged, is_blank = self._merge_layer(name, owner, self._search.take(name))
+            blank += is_blank
+            if merged is None:
+                kept.append(name)
+            diagnostics[name] = (
+                torch.full((6,), float("nan"), device=self._editing.device) if merged is None else merged
+            )
+        if not seen and blank == len(self._layers):
+            raise RuntimeError(NOTHING_SEEN)
+        self._first_due &= set(kept)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
@@ -155,21 +167,27 @@ class MergeCoordinator:
             seconds=time.perf_counter() - started,
             sketch_bytes=sketch_bytes,
             layers=layers,
+            kept=tuple(kept),
         )
 
-    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor:
-        """Merges one layer; returns its diagnostics in the order of `MERGE_DIAGNOSTICS`. Every rank.
+    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, bool]:
+        """Merges one layer; returns its diagnostics, None if it stays as it is, and whether it has no gradient.
 
-        In place of the last, the survival of updates, stand this shard's two sums for it (see `_read`).
+        They have the order of `MERGE_DIAGNOSTICS`; in place of the last, the survival of updates, stand this shard's
+        two sums for it (see `_read`). Every rank.
         """
         layer, editing = self._layers[name], self._editing
         spec, placed = layer.spec, PlacedLayer(layer, editing)
-        old_basis = placed.basis()
-        had_basis = bool(old_basis.any())  # until a layer's first merge P is zero, also after skips and a resume
-        first = self._first_is_due or not had_basis
+        old_basis, found = placed.basis(), self._share_basis(layer, owner, mine)
+        # until a layer's first merge P is zero, also after skips and a resume
+        had_basis, is_blank = torch.stack([old_basis.any(), found.is_blank]).tolist()
+        if had_basis and is_blank:
+            return None, True
+        first = name in self._first_due or not had_basis
         old_factor = placed.factor()
         weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
-        new_basis, energy = self._share_basis(placed, owner, mine)
+        placed.store_basis(found.codes, found.scales)
+        new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
         local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
 
         result = compensate(
@@ -194,9 +212,9 @@ class MergeCoordinator:
         )
         placed.store(result)
         self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
-        nan = energy.new_full((), float("nan"))
-        overlap = nan if first else subspace_overlap(old_basis, new_basis)
-        return torch.stack([result.error_before, result.error, energy, overlap, *sums])
+        nan = found.energy.new_full((), float("nan"))
+        energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
+        return torch.stack([result.error_before, result.error, energy, overlap, *sums]), is_blank
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
@@ -206,18 +224,16 @@ class MergeCoordinator:
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
 
-    def _share_basis(self, placed: PlacedLayer, owner: int, mine: FoundBasis | None) -> tuple[Tensor, Tensor]:
-        """Broadcasts an owner's P, stores each rank's part, returns (P as the layer holds it, energy). Every rank."""
-        layout, comm = placed.layer.spec.projection, self._editing.comm
+    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> FoundBasis:
+        """Broadcasts an owner's P, packed. Every rank."""
+        layout, comm = layer.spec.projection, self._editing.comm
         if comm.rank == owner:
             assert mine is not None
             row = mine.to_bytes()
         else:
             row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
         comm.broadcast(row, owner)
-        found = FoundBasis.from_bytes(row, layout)
-        placed.store_basis(found.codes, found.scales)
-        return unpack(found.codes, found.scales, layout, torch.float32), found.energy
+        return FoundBasis.from_bytes(row, layout)
 
     def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
         """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.

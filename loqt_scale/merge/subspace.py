@@ -17,7 +17,7 @@ from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge.basis import FoundBasis, find_bases
-from loqt_scale.merge.collection import CALL_PREPARE, GradientCollection
+from loqt_scale.merge.collection import CALL_PREPARE, NOTHING_SEEN, GradientCollection
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.strategies import Comm
 
@@ -49,7 +49,8 @@ class SubspaceSearch:
         self._layers, self._config, self._seed = layers, config, seed
         self._device, self._reducer = comm.device, comm.open_reducer()
         specs = [layer.spec for layer in layers.values()]
-        world_size, device_type = comm.world_size, comm.device.type
+        self._world_size = world_size = comm.world_size
+        device_type = comm.device.type
         largest = max(4 * math.prod(probe_shape(spec, config)) for spec in specs)
         self._budget = max(AIR_BYTES, largest) if world_size > 1 else 0
         self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
@@ -89,16 +90,22 @@ class SubspaceSearch:
             factorise=self._factorise,
         )
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Afterwards every owner has found its layers' P. Every rank.
 
+        Returns:
+            Whether any layer has seen a backward pass on this rank.
+
         Raises:
-            RuntimeError: `attach` was not called, or a layer has seen no backward pass since.
+            RuntimeError: `attach` was not called; or no layer has, and there is no other rank.
         """
         if self._collection is None:
             raise RuntimeError(f"no gradients were collected for this merge; {CALL_PREPARE}")
-        self._collection.finish()
+        seen = self._collection.finish()
         self._collection = None
+        if not seen and self._world_size == 1:
+            raise RuntimeError(NOTHING_SEEN)
+        return seen
 
     def drop(self) -> None:
         """Forgets what this step has collected. Every rank."""

@@ -21,7 +21,7 @@ from loqt_scale.config import ModelConfig, RunConfig
 from loqt_scale.errors import explained
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.quantization import pack
-from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers, select_linears
+from loqt_scale.layers import LoQTLinear, convert, loqt_layers, select_linears
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.fake_pass import check_widths
@@ -84,7 +84,7 @@ def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
     if config.method == "loqt":
-        convert_to_loqt(model, config.loqt)
+        convert(model, config.loqt)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
     for parameter in model.parameters():

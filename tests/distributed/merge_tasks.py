@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loqt_scale.config import LoQTConfig, SubspaceConfig
+from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, SubspaceConfig
 from loqt_scale.layers import LoQTLinear, convert_to_loqt, loqt_layers
+from loqt_scale.merge import MergeCoordinator
 from loqt_scale.merge.collection import GradientCollection
 from loqt_scale.merge.probes import attach_probes
 from loqt_scale.merge.subspace import deal
-from loqt_scale.strategies import GroupComm
+from loqt_scale.strategies import GroupComm, ReplicaEditing, Replicated, SingleComm
 
 WIDTH, DEPTH = 16, 7
 SKETCHED = SubspaceConfig(method="sketch")
@@ -136,3 +137,45 @@ def drop_then_collect(*, passes: int) -> float:
             )
     comm.close()
     return error
+
+
+# for each step, what each of two ranks uses; in the last one of all, two layers are used by nobody
+ROUTES: list[tuple[list[int], list[int]]] = [
+    ([0, 1, 2, 3, 4, 5], list(range(DEPTH))),
+    ([0, 1], [1, 6]),
+    ([], [2, 3, 4]),
+    ([0, 5, 1], [3, 5, 2]),
+]
+
+
+def routed_merges(*, known: bool) -> dict[str, Any]:
+    """Merges in every step, over layers that some ranks use: (kept layers, parameters). One process does both parts."""
+    single = dist.get_world_size() == 1 if dist.is_initialized() else True
+    comm = SingleComm(torch.device("cpu")) if single else GroupComm(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Residual()
+    config = LoQTConfig(
+        rank=4, merge=MergeConfig(gap=1, schedule="constant"), quantization=QuantizationConfig(weight="none")
+    )
+    convert_to_loqt(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    editing = ReplicaEditing(comm, Replicated(comm.device))
+    merges = MergeCoordinator(model, optimizer, config, total_steps=len(ROUTES), editing=editing)
+    kept = []
+    for step, routes in enumerate(ROUTES):
+        merges.prepare(step, backward_passes=(2 if single else 1) if known else None)
+        for rank, used in enumerate(routes):
+            if single or rank == comm.rank:
+                x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
+                (model(x.requires_grad_(), used).square().sum()).backward()
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if not single:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+        report = merges.finish(step)
+        optimizer.zero_grad()
+        kept.append([] if report is None else sorted(report.kept))
+    comm.close()
+    return {"kept": kept, "model": {name: value.float() for name, value in model.state_dict().items()}}

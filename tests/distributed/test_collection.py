@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.merge_tasks import DEPTH
+from tests.distributed.merge_tasks import DEPTH, routed_merges
 from tests.distributed.pool import RankPool
 
 ALL = list(range(DEPTH))
@@ -50,3 +51,14 @@ def test_ranks_whose_passes_differ_do_not_wait_for_ever(ranks: RankPool) -> None
 @pytest.mark.parametrize("passes", [1, 2])
 def test_what_is_dropped_leaves_nothing_on_the_way(ranks: RankPool, passes: int) -> None:
     assert max(ranks.run(2, "tests.distributed.merge_tasks:drop_then_collect", passes=passes)) < 1e-5
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_layers_that_some_ranks_or_none_have_used_merge_as_in_one_process(ranks: RankPool, known: bool) -> None:
+    one = routed_merges(known=known)
+    assert one["kept"][0] == [] and one["kept"][2] == [f"layers.{index}" for index in (0, 1, 5, 6)]
+    for several in ranks.run(2, "tests.distributed.merge_tasks:routed_merges", known=known):
+        assert several["kept"] == one["kept"]
+        for name, value in one["model"].items():
+            if not name.endswith(("codes", "scales")):  # packed bytes may round apart
+                torch.testing.assert_close(several["model"][name], value, rtol=1e-3, atol=1e-4)

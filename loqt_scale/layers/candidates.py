@@ -1,0 +1,122 @@
+"""What of a model can become low-rank: its matrices, wherever a kind of module keeps them.
+
+A *kind* looks at one module and says which candidates it holds. `KINDS` has them all; a new kind of module (experts
+that share one parameter, say) is one more function there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.layers.linear import LoQTLinear, is_conv1d
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that one LoQT layer can take the place of.
+
+    Args:
+        name: What patterns of names and ranks are matched with, and reports print.
+        shape: (out features, in features) of the matrix, or of each of several.
+        weights: The parameters that go into the layer's packed base. Biases and what else moves along are not listed.
+        obstacle: Why it cannot be converted, whatever the settings; None if it can.
+        convert: Called with the model, the settings and the rank: puts the layer into the model, in place.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weights: tuple[nn.Parameter, ...]
+    obstacle: str | None
+    convert: Callable[[nn.Module, LoQTConfig, int], None] = field(repr=False)
+
+    @property
+    def values(self) -> int:
+        """Elements of its weights."""
+        return sum(weight.numel() for weight in self.weights)
+
+
+Kind = Callable[[str, nn.Module], list[Candidate]]
+
+
+def linear_candidates(name: str, module: nn.Module) -> list[Candidate]:
+    """`nn.Linear`, its subclasses that compute the same, and transformers' `Conv1D`, whose weight is transposed."""
+    conv = is_conv1d(module)
+    if not (conv or isinstance(module, nn.Linear)):
+        return []
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return []  # parametrized: the parameter has another name, and is reported under it
+    rows, cols = weight.shape if weight.dim() == 2 else (0, 0)
+
+    def convert(model: nn.Module, config: LoQTConfig, rank: int) -> None:
+        replace_everywhere(model, module, LoQTLinear.from_linear(module, config, rank=rank))
+
+    return [Candidate(name, (cols, rows) if conv else (rows, cols), (weight,), _obstacle(module), convert)]
+
+
+KINDS: list[Kind] = [linear_candidates]
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """All candidates of a model, in module order."""
+    for name, module in model.named_modules():
+        for kind in KINDS:
+            yield from kind(name, module)
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, under all names that the model has for it."""
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child is old:
+                parent._modules[child_name] = new
+
+
+def _obstacle(linear: nn.Module) -> str | None:
+    """Why a linear layer cannot be converted; None if it can."""
+    kind = type(linear).__name__
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point() or weight.dim() != 2:
+        return f"a {kind} that is quantized already"
+    if not weight.requires_grad:
+        return "frozen (requires_grad is False)"
+    if kind == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if "forward" in vars(linear) or _has_hooks(linear):
+        return "hooks or a replaced forward, which would be lost"
+    if set(linear._parameters) - {"weight", "bias"} or linear._buffers or linear._modules:
+        return f"a {kind} that holds more than a weight and a bias"
+    if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward and not _computes_linear(linear):
+        return f"a subclass of nn.Linear ({kind}) that computes something else"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass's own forward is that of nn.Linear: tried on a small stand-in with its settings."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 5, 4), (3, 4), (3,)))
+    held = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    stand_in.__dict__ |= {"_parameters": held, "in_features": 4, "out_features": 3}
+    expected = F.linear(x, weight, held["bias"])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            results = [stand_in.train(mode)(x.clone()) for mode in (True, False)]
+        except Exception:  # whatever the class needs that a stand-in lacks
+            return False
+    return all(isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected) for y in results)
