@@ -7,6 +7,7 @@ out). With `--glue sst2` (and a hub that can be reached): microsoft/deberta-v3-b
 
 import argparse
 import csv
+import random
 import sysconfig
 from pathlib import Path
 
@@ -19,20 +20,22 @@ from transformers import DebertaV2ForSequenceClassification, PreTrainedTokenizer
 from loqt_scale import LoQTCallback, LoQTConfig, MergeConfig
 
 PACKAGES = ["asyncio", "email", "unittest", "multiprocessing", "importlib", "xml"]
-CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=40))
-TOKENS, LINES = 48, 3
+CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=30))
+TOKENS, LINES = 32, 2
 
 
 def make_csv(file: Path, held_out: bool) -> None:
-    """(passage, package): three lines each, every fifth file of a package held out."""
+    """(passage, package): three lines each, every fifth file of a package held out; as many of each package."""
     library = Path(sysconfig.get_path("stdlib"))
     with file.open("w", newline="") as out:
         for label, package in enumerate(PACKAGES):
+            passages = []
             for index, source in enumerate(sorted((library / package).rglob("*.py"))):
                 lines = [line.strip() for line in source.read_text(errors="ignore").splitlines() if len(line) > 8]
                 if (index % 5 == 0) == held_out:
-                    passages = ["\n".join(lines[at : at + LINES]) for at in range(0, len(lines) - LINES, LINES)]
-                    csv.writer(out).writerows((passage, label) for passage in passages[:400])
+                    passages += ["\n".join(lines[at : at + LINES]) for at in range(0, len(lines) - LINES, LINES)]
+            random.Random(0).shuffle(passages)
+            csv.writer(out).writerows((passage, label) for passage in passages[: 100 if held_out else 1000])
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -71,7 +74,7 @@ def load(glue: str | None, folder: Path):
         make_csv(file, bool(held_out))
     sets = [list(csv.reader(file.open(newline=""))) for file in files]
     tokenizer = make_tokenizer([text for text, _ in sets[0]])
-    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
     kind = DebertaV2Config(vocab_size=len(tokenizer), num_labels=len(PACKAGES), pad_token_id=0, **shape, **relative)
     return DebertaV2ForSequenceClassification(kind), *(Passages(split, tokenizer) for split in sets)
@@ -81,7 +84,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     model, training, held_out = load(OPTIONS.glue, Path("runs/examples"))
     args = TrainingArguments(
-        "runs/examples/trainer", per_device_train_batch_size=32, max_steps=4 if short else 400, learning_rate=rate, seed=seed,
+        "runs/examples/trainer", per_device_train_batch_size=16, max_steps=4 if short else 300, learning_rate=rate, seed=seed,
         lr_scheduler_type="cosine", warmup_steps=20, logging_steps=1 if short else 20, save_strategy="no", report_to=[],
         disable_tqdm=True, per_device_eval_batch_size=256,
     )  # fmt: skip
