@@ -20,8 +20,8 @@ from transformers import DebertaV2ForSequenceClassification, PreTrainedTokenizer
 from loqt_scale import LoQTCallback, LoQTConfig, MergeConfig
 
 PACKAGES = ["asyncio", "email", "unittest", "multiprocessing", "importlib", "xml"]
-CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=30))
-TOKENS, LINES = 32, 2
+CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=25))
+TOKENS, LINES = 24, 2
 
 
 def make_csv(file: Path, held_out: bool) -> None:
@@ -35,7 +35,7 @@ def make_csv(file: Path, held_out: bool) -> None:
                 if (index % 5 == 0) == held_out:
                     passages += ["\n".join(lines[at : at + LINES]) for at in range(0, len(lines) - LINES, LINES)]
             random.Random(0).shuffle(passages)
-            csv.writer(out).writerows((passage, label) for passage in passages[: 100 if held_out else 1000])
+            csv.writer(out).writerows((passage, label) for passage in passages[: 60 if held_out else 800])
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -84,7 +84,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     model, training, held_out = load(OPTIONS.glue, Path("runs/examples"))
     args = TrainingArguments(
-        "runs/examples/trainer", per_device_train_batch_size=16, max_steps=4 if short else 300, learning_rate=rate, seed=seed,
+        "runs/examples/trainer", per_device_train_batch_size=16, max_steps=4 if short else 200, learning_rate=rate, seed=seed,
         lr_scheduler_type="cosine", warmup_steps=20, logging_steps=1 if short else 20, save_strategy="no", report_to=[],
         disable_tqdm=True, per_device_eval_batch_size=256,
     )  # fmt: skip
