@@ -6,6 +6,7 @@ torch.
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
     MergeCoordinator   runs the merges of a training loop of your own
     LoQTCallback       all of it in transformers' Trainer
+    attach             gives a training loop of your own its merges: a MergeCoordinator
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
     from loqt_scale.library.callback import LoQTCallback
+    from loqt_scale.library.attach import attach
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -30,6 +32,7 @@ _HOMES = {
     "QuantizationConfig": "config",
     "RunConfig": "config",
     "SubspaceConfig": "config",
+    "attach": "library.attach",
     "convert_to_loqt": "layers",
     "train": "training.job",
 }
@@ -44,6 +47,7 @@ __all__ = [
     "QuantizationConfig",
     "RunConfig",
     "SubspaceConfig",
+    "attach",
     "convert_to_loqt",
     "train",
 ]

@@ -9,9 +9,14 @@ coordinates are uncorrelated (as Fira and LDAdam do). `keep` would read old coor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 from torch import Tensor
 
 from loqt_scale.config import StatePolicy
+
+StateKind = Literal["first", "second", "absolute", "rows", "columns"]
 
 
 def basis_rotation(old_FR: Tensor, new_FR: Tensor) -> Tensor:
@@ -19,24 +24,43 @@ def basis_rotation(old_FR: Tensor, new_FR: Tensor) -> Tensor:
     return old_FR.float().T @ new_FR.float()
 
 
-def apply_state_policy(
-    first_NR: Tensor, second_NR: Tensor | None, rotation_RR: Tensor | None, policy: StatePolicy
-) -> None:
-    """Changes the moments of B, or of a shard of its rows, in place.
+def turn_state(kind: StateKind, state: Tensor, rotation_RR: Tensor) -> None:
+    """Carries one optimizer state of B into the new basis, in place.
 
     Args:
-        first_NR: First moment, (rows of B on this shard, r).
-        second_NR: Second moment, same shape; None: the optimizer has none.
+        kind: What it is made of: `first`: gradients, exact; `second`: squares of gradients, as above (a maximum of them
+            stays at least what it is the maximum of); `absolute`: magnitudes, sum_k |g_k| |R_kj|, an upper bound;
+            `columns`: sums of squares over B's rows, as above. `rows`, sums over its columns, stays as it is.
+        state: (..., r).
+        rotation_RR: P_old^T P_new.
+    """
+    if kind == "rows":
+        return
+    rotation = rotation_RR.to(state.dtype)
+    turn = {"first": rotation, "absolute": rotation.abs()}.get(kind)
+    state.copy_(state @ (rotation.square() if turn is None else turn))
+
+
+def carry_states(states: Iterable[tuple[StateKind, Tensor]], rotation_RR: Tensor | None, policy: StatePolicy) -> None:
+    """Changes the optimizer's states of B, or of a shard of its rows, in place.
+
+    Args:
+        states: What each is made of, and its values, (rows of B on this shard, r), or a factored second moment's.
         rotation_RR: P_old^T P_new; None when there was no old basis, which resets.
         policy: `keep`, `reset` or `transport`.
     """
     if policy == "keep":
         return
-    moments = [moment for moment in (first_NR, second_NR) if moment is not None]
-    if policy == "reset" or rotation_RR is None:
-        for moment in moments:
-            moment.zero_()
-        return
-    rotation = rotation_RR.to(first_NR.dtype)
-    for moment, turn in zip(moments, (rotation, rotation.square()), strict=False):
-        moment.copy_(moment @ turn)
+    for kind, state in states:
+        if policy == "reset" or rotation_RR is None:
+            state.zero_()
+        else:
+            turn_state(kind, state, rotation_RR)
+
+
+def apply_state_policy(
+    first_NR: Tensor, second_NR: Tensor | None, rotation_RR: Tensor | None, policy: StatePolicy
+) -> None:
+    """`carry_states` of Adam's two moments, or of Muon's one (`second_NR` None)."""
+    second: list[tuple[StateKind, Tensor]] = [] if second_NR is None else [("second", second_NR)]
+    carry_states([("first", first_NR), *second], rotation_RR, policy)

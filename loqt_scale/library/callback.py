@@ -23,9 +23,11 @@ from transformers.trainer_callback import ExportableState
 from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, SubspaceConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import convert_to_loqt, loqt_layers
+from loqt_scale.library.attach import Given, attach
 from loqt_scale.library.first_weights import FirstWeights, weights_of
 from loqt_scale.library.model_files import check_loaded, forget_loaded, name_checkpoint, write_merged_files
 from loqt_scale.merge import MergeCoordinator, MergeReport
+from loqt_scale.strategies import engine_of, replicas
 
 CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
@@ -49,18 +51,21 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Args:
         config: The method's settings; a mapping of them, as a checkpoint holds it, too.
         seed: Seed of the sketches.
+        initial_weights: As `attach` takes them, of a model that was converted before; the callback keeps those of a
+            model that it converts, in host memory, until the first merge.
 
     Attributes:
         merges: What merges, from `on_train_begin` on.
         reports: Of all merges since then.
     """
 
-    def __init__(self, config: LoQTConfig | Mapping[str, Any], *, seed: int = 0) -> None:
+    def __init__(
+        self, config: LoQTConfig | Mapping[str, Any], *, seed: int = 0, initial_weights: Given = None
+    ) -> None:
         self.config = config if isinstance(config, LoQTConfig) else _config_of(config)
-        self.seed = seed
+        self.seed, self.initial_weights = seed, initial_weights
         self.merges: MergeCoordinator | None = None
         self.reports: list[MergeReport] = []
-        self._first_weights: FirstWeights | None = None
         self._passes: int | None = None
 
     def on_init_end(
@@ -87,7 +92,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 raise UserError(f"the optimizer was made before the model was converted; {CONVERT_FIRST}")
             weights = weights_of(model)
             report = convert_to_loqt(model, self.config)
-            self._first_weights = FirstWeights(weights, report)
+            self.initial_weights = FirstWeights(weights, report)
         write_merged_files(model)
 
     def on_train_begin(
@@ -110,11 +115,9 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         check_loaded(model)
         self.reports.clear()
         self._passes = _backward_passes(args, train_dataloader)
-        self.merges = self._attach(model, optimizer, state)
+        self.merges = self._attach(args, model, optimizer, state)
         if state.global_step > 0:
-            getattr(self.merges, "load_state_dict", dict)(self._stored(state))
-        else:
-            self.merges.begin()
+            self.merges.load_state_dict(self._stored(state))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the forward passes of a step."""
@@ -134,7 +137,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         report = self.merges.finish(step)
         if report is not None:
             self.reports.append(report)
-            self._first_weights = None
+            self.initial_weights = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -151,20 +154,24 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps of this callback: its arguments, and the merges' position; plain data."""
-        merges = None if self.merges is None else getattr(self.merges, "state_dict", dict)()
+        merges = None if self.merges is None else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
-    def _attach(self, model: nn.Module, optimizer: Any, state: TrainerState) -> MergeCoordinator:
-        inner = optimizer
-        while isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inner = inner.optimizer
-        weights = self._first_weights if state.global_step == 0 else None
-        return MergeCoordinator(
-            model, inner, self.config, total_steps=state.max_steps, seed=self.seed, initial_weights=weights
+    def _attach(self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState) -> MergeCoordinator:
+        engine = engine_of(model)
+        replicated = args.world_size > 1 and engine is None and not _is_sharded(model)
+        return attach(
+            engine or model,
+            optimizer,
+            self.config,
+            total_steps=state.max_steps,
+            seed=self.seed,
+            initial_weights=self.initial_weights if state.global_step == 0 else None,
+            editing=replicas(args.device) if replicated else None,  # Trainer hands over what is inside of its DDP
         )
 
     def _stored(self, state: TrainerState) -> dict[str, Any]:
-        """What `state` wrote into the checkpoint from which this run goes on."""
+        """What `state` wrote into the checkpoint from which this run goes on, which may become longer."""
         mine = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = mine["attributes"]["_merges_state"] if isinstance(mine, dict) else None
         if stored is None:
@@ -172,7 +179,13 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"the checkpoint of step {state.global_step} was written by a run without {type(self).__name__}; load "
                 "its weights by from_pretrained and begin a new run with them"
             )
-        return dict(stored)
+        return {**stored, "settings": {**stored["settings"], "total_steps": state.max_steps}}
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has the model in its hands; else each rank holds all of it, in DDP."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _is_converted(model: nn.Module) -> bool:

@@ -33,8 +33,6 @@ from loqt_scale.layers import LoQTLinear
 from loqt_scale.strategies import Reducer
 
 Collected = dict[str, Tensor]
-CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
-NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
 
 
 class GradientCollection:

@@ -24,71 +24,99 @@ B, W_q and moments as they are until the next merge. If it has no P yet, it gets
 
 from __future__ import annotations
 
+import copy
 import time
-from bisect import bisect_right
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
-from loqt_scale.functional.compensation import add_low_rank, compensate, update_survival
-from loqt_scale.functional.loftq import Residual
-from loqt_scale.functional.projection import subspace_overlap
-from loqt_scale.functional.quantization import unpack
-from loqt_scale.functional.schedule import merge_steps
-from loqt_scale.functional.transport import apply_state_policy, basis_rotation
+from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLinear, loqt_layers
-from loqt_scale.merge.basis import FoundBasis
-from loqt_scale.merge.collection import NOTHING_SEEN
+from loqt_scale.merge.one_layer import LayerMerge
+from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
+from loqt_scale.merge.schedule import MergeSchedule
+from loqt_scale.merge.settings import check_config, check_settings, settings_of
+from loqt_scale.merge.sources import as_initial_weights, plain_name
+from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.strategies import Editing, single_process
+from loqt_scale.optim import parameters_of
+from loqt_scale.strategies import Editing
+
+STATE_VERSION = 1
 
 
 class MergeCoordinator:
     """Runs the merges of a model's LoQT layers.
 
     Args:
-        model: The converted model, its parameters allocated.
-        optimizer: Its optimizer; its moments of the factors follow `config.merge.optimizer_state`.
-        config: The method's settings.
-        total_steps: Steps of the run; no merge falls after `last_step_fraction` of it.
-        editing: How the model is spread over ranks (a strategy's `editing`). Default: one process.
+        model: The converted model, its parameters allocated; or what wraps it: a DistributedDataParallel, a DeepSpeed
+            engine, what `fully_shard` or torch.compile made of it.
+        optimizer: Its optimizer (or several, in a list); its states of the factors follow
+            `config.merge.optimizer_state`.
+        config: The method's settings, by which the model was converted.
+        total_steps: Steps of the run; no merge falls after `last_step_fraction` of it. None: it has no known end.
+        editing: How the model is spread over ranks (a strategy's `editing`). Default: found (`strategies.adopt`).
         seed: Seed of the sketches.
-        initial_weights: Source of the weights before quantization, under the names of the unconverted model.
+        initial_weights: The weights before quantization, under the names of the unconverted model: a state dict, a
+            model, or anything with `rows(name, start, stop)`.
+
+    Raises:
+        UserError: Ranks of which nothing sums the gradients, factors that nobody trains, or settings that are not the
+            model's; with the line to write.
+
+    Attributes:
+        description: How the model is spread over ranks, in a few words.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         config: LoQTConfig,
         *,
-        total_steps: int,
+        total_steps: int | None = None,
         editing: Editing | None = None,
         seed: int = 0,
-        initial_weights: InitialWeights | None = None,
+        initial_weights: InitialWeights | nn.Module | Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._layers = dict(loqt_layers(model))
-        self._optimizer, self._config = optimizer, config
-        device = next(iter(self._layers.values())).factor.device
-        self._editing = editing or single_process(device).editing
-        self._initial_weights = initial_weights
-        merge = config.merge
-        last = merge.last_step(total_steps)
-        steps = merge_steps(total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)
-        self._schedule, self._steps = steps, set(steps)
+        found = found_or_given(model, optimizer, editing)
+        self.description, self._editing, self._optimizers = found.description, found.editing, found.optimizers
+        self._layers = {plain_name(name): layer for name, layer in loqt_layers(found.model)}
+        factors = {name: layer.factor for name, layer in self._layers.items()}
+        self._editing.check_held(self._optimizers, factors)
+        check_config(self._layers, config)
+        self._config, self._seed = config, seed
+        self._initial_weights = as_initial_weights(initial_weights, self._layers)
+        self._schedule = MergeSchedule(config.merge, total_steps)
+        self._order = StepOrder(StepWatch(self._optimizers))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
+        self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
         self._sent_before = 0  # bytes, by the search, before this merge step
-        self._seed = seed
         self._first_due: set[str] = set()  # layers; of others P of zeros tells it
+        if self._editing.comm.is_main:
+            warn_of_rounding(factors, self._editing, self._optimizers)
 
     @property
     def steps(self) -> list[int]:
-        """All merge steps of the run, ascending."""
-        return sorted(self._steps)
+        """All merge steps of the run, ascending; of a run without a known end those up to the next."""
+        return self._schedule.steps
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self._editing.comm.is_main
+
+    @property
+    def position(self) -> int:
+        """The next step."""
+        return self._order.position
 
     def begin(self) -> StartReport | None:
         """Before the first step of a run: the start that `loqt.init` asks for; nothing if that is zero. Every rank.
@@ -104,117 +132,198 @@ class MergeCoordinator:
         owners, source = self._search.owners, self._initial_weights
         return start_compensated(self._layers, owners, source, self._config, self._editing, seed=self._seed)
 
+    def go_on(self, step: int) -> None:
+        """Says that a run goes on at a step, with the merges before it made or named by `require`. Local."""
+        self._order.position, self._order.known = step, True
+
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
         self._first_due = set(self._layers)
 
+    def has_merged(self) -> bool:
+        """Whether P has values: after the first merge, or a start that makes up for quantization. Every rank."""
+        self._editing.settle()
+        layer = next(iter(self._layers.values()))
+        with torch.no_grad(), self._editing.open(layer.merged_parameters()):
+            return bool(PlacedLayer(layer, self._editing).basis().any())
+
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
-        return step in self._steps
+        return step in self._schedule
 
     def require(self, step: int) -> None:
         """Makes a step a merge step, if it is none (a merge was postponed to it before a resume). Local."""
-        self._steps.add(step)
+        self._schedule.require(step)
 
     def postpone(self, step: int) -> None:
         """Moves the merge of a step that was skipped to the next step, and drops what was collected. Every rank.
 
         If the next step ends in a merge anyway, the two are one.
         """
-        self._steps.remove(step)
-        self._steps.add(step + 1)
+        self._schedule.postpone(step)
         self._search.drop()
+        self._order.leave(step)
 
-    def prepare(self, step: int, *, backward_passes: int | None = None) -> None:
-        """Before the forward passes of a step: attaches probes if the step ends in a merge.
+    def prepare(self, step: int | None = None, *, backward_passes: int | None = None) -> None:
+        """Before the forward passes of a step: attaches probes if the step ends in a merge. Every rank.
+
+        Again for the same step it does nothing. A merge step that was left out, or the first one if a run counts from
+        1, say, is made up for: its merge follows this step.
 
         Args:
-            step: The step.
+            step: The step, from 0 over the whole run; default: the steps are counted here.
             backward_passes: How many will follow. If given, each sends what it has collected to the layers' owners,
                 which factorise it in the last one: every rank, and all must agree that this is a merge step. If not,
                 this is done in `finish`, and until then every rank holds what all layers have collected.
+
+        Raises:
+            RuntimeError: The merge of an earlier step was never finished, or steps go back.
         """
-        if self.is_merge_step(step):
+        before, known = self._order.position, self._order.known
+        step = self._order.prepare(step)
+        self._make_up(step, before if known else None)
+        if self.is_merge_step(step) and self._order.open != step:
+            self._order.open = step
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
 
     @torch.no_grad()
-    def finish(self, step: int) -> MergeReport | None:
-        """After the optimizer step: merges all layers if the step is a merge step, else does nothing. Every rank."""
+    def finish(self, step: int | None = None) -> MergeReport | None:
+        """After the optimizer step: merges all layers if the step is a merge step, else does nothing. Every rank.
+
+        A merge whose gradients are not finite, or zero in all layers, or whose update the optimizer has skipped, is
+        postponed to the next step, with a warning.
+
+        Args:
+            step: The step; default: the one that was prepared.
+
+        Raises:
+            RuntimeError: The step was not prepared, or a layer was in no backward pass.
+            UserError: The optimizer keeps something of the factors that cannot be carried over.
+        """
+        step = self._order.finish(step)
         if not self.is_merge_step(step):
+            self._order.leave(step)
             return None
+        self._check_states()
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}
         sketch_bytes = self._search.sent_bytes - self._sent_before
-        seen, blank, kept = self._search.finish(), 0, []
+        seen = self._search.finish()
+        if reason := self._reason_to_wait(seen):
+            self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
+            self.postpone(step)
+            return None
+        self._editing.settle()
+        kept, merging = [], self._merging()
         for name, owner in self._search.owners.items():
             with self._editing.open(self._layers[name].merged_parameters()):
-                merged, is_blank = self._merge_layer(name, owner, self._search.take(name))
-            blank += is_blank
+                merged = merging.run(name, owner, self._search.take(name))
             if merged is None:
                 kept.append(name)
-            diagnostics[name] = (
-                torch.full((6,), float("nan"), device=self._editing.device) if merged is None else merged
-            )
-        if not seen and blank == len(self._layers):
-            raise RuntimeError(NOTHING_SEEN)
+                merged = torch.full((6,), float("nan"), device=self._editing.device)
+            diagnostics[name] = merged
         self._first_due &= set(kept)
+        self._order.leave(step)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
             step=step,
-            index=bisect_right(self._schedule, step) - 1,
+            index=self._schedule.index(step),
             seconds=time.perf_counter() - started,
             sketch_bytes=sketch_bytes,
             layers=layers,
             kept=tuple(kept),
         )
 
-    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, bool]:
-        """Merges one layer; returns its diagnostics, None if it stays as it is, and whether it has no gradient.
+    # ---- a run that goes on ------------------------------------------------------------------------------------------
 
-        They have the order of `MERGE_DIAGNOSTICS`; in place of the last, the survival of updates, stand this shard's
-        two sums for it (see `_read`). Every rank.
+    def state_dict(self) -> dict[str, Any]:
+        """The next step, merges that were moved, the settings: plain data, the same on all ranks. Local.
+
+        Raises:
+            RuntimeError: Inside a merge step, whose gradients are not part of any state.
         """
-        layer, editing = self._layers[name], self._editing
-        spec, placed = layer.spec, PlacedLayer(layer, editing)
-        old_basis, found = placed.basis(), self._share_basis(layer, owner, mine)
-        # until a layer's first merge P is zero, also after skips and a resume
-        had_basis, is_blank = torch.stack([old_basis.any(), found.is_blank]).tolist()
-        if had_basis and is_blank:
-            return None, True
-        first = name in self._first_due or not had_basis
-        old_factor = placed.factor()
-        weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
-        placed.store_basis(found.codes, found.scales)
-        new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
-        local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
+        if self._order.open is not None:
+            raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
+        state = {"position": self.position, "moved": self._schedule.moved, "first_due": sorted(self._first_due)}
+        return {"version": STATE_VERSION, **state, "settings": copy.deepcopy(self._settings)}
 
-        result = compensate(
-            weight,
-            spec.base,
-            local_new,
-            new_basis.T @ new_basis,
-            side=spec.side,
-            scale=spec.scale,
-            rounds=self._config.merge.compensation_rounds,
-            sum_over_shards=editing.sum,
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Goes on where a state was saved; the model's and the optimizer's own states are loaded beside it. Local.
+
+        Args:
+            state: What `state_dict` returned.
+            strict: Whether all settings must be as they were. If not, a warning says what differs; what the layers'
+                stored tensors mean (rank, scale, side, quantization) must be the same all the same.
+
+        Raises:
+            UserError: Settings differ; each with both values. Nothing has been changed.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise UserError(f"this is no state of a MergeCoordinator of version {STATE_VERSION}: {sorted(state)}")
+        for text in check_settings(state["settings"], self._settings, strict=strict):
+            self._warn(text)
+        for step in state["moved"]:
+            if step >= state["position"]:
+                self._schedule.require(step)
+        self._first_due = set(state["first_due"])
+        self.go_on(state["position"])
+
+    # ---- what could go wrong in silence ------------------------------------------------------------------------------
+
+    def _make_up(self, step: int, position: int | None) -> None:
+        """Makes a step a merge step if one before it was left out. Every rank, if nothing is known of the run yet."""
+        if self.is_merge_step(step) or step == position:
+            return
+        missed = self._schedule.between(position, step) if position is not None else []
+        if missed:
+            self._warn(f"the merge of step {missed[-1]} follows step {step}: no step {missed[-1]} was prepared")
+        elif position is None and not self.has_merged():
+            self._warn(f"the first merge, which belongs to step 0, follows step {step}, with which the run begins")
+        else:
+            return
+        self.require(step)
+
+    def _check_states(self) -> None:
+        """Refuses an optimizer whose states of the factors cannot be carried over, before anything is changed."""
+        if self._config.merge.optimizer_state == "transport":
+            for layer in self._layers.values():
+                self._editing.check_states(self._optimizer_of(layer), layer.factor)
+
+    def _reason_to_wait(self, seen: bool) -> str:
+        """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce.
+
+        Raises:
+            RuntimeError: No rank has seen (`seen`: this one has) a layer in a backward pass; on all ranks.
+        """
+        own = self._search.quality
+        told = torch.cat([own, own.new_tensor([float(self._order.was_skipped), float(seen)])])
+        broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
+        if not seeing:
+            raise RuntimeError(NOTHING_SEEN)
+        if broken:
+            return f"the gradients of {broken:.0f} layer(s) were not finite"
+        if not alive:
+            return "the gradients of all layers were zero"
+        if without:
+            return "the optimizer made no step between prepare and finish (call finish after optimizer.step())"
+        return ""
+
+    def _warn(self, text: str) -> None:
+        if self._editing.comm.is_main:
+            warnings.warn(f"LoQT: {text}", stacklevel=3)
+
+    def _optimizer_of(self, layer: LoQTLinear) -> torch.optim.Optimizer:
+        if len(self._optimizers) == 1:
+            return self._optimizers[0]
+        return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))
+
+    def _merging(self) -> LayerMerge:
+        merge = self._config.merge
+        return LayerMerge(
+            self._layers, self._editing, merge, self._initial_weights, self._first_due, optimizer_of=self._optimizer_of
         )
-        sums = update_survival(
-            weight,
-            spec.base,
-            result,
-            new_basis=local_new,
-            old_basis=local_old,
-            old_factor=torch.zeros_like(old_factor) if first else old_factor,
-            side=spec.side,
-            scale=spec.scale,
-        )
-        placed.store(result)
-        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
-        nan = found.energy.new_full((), float("nan"))
-        energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
-        return torch.stack([result.error_before, result.error, energy, overlap, *sums]), is_blank
 
     def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
@@ -223,41 +332,3 @@ class MergeCoordinator:
         survival = torch.where(square > 0, 1.0 + change / square, float("nan"))
         rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
         return dict(zip(diagnostics, rows, strict=True))
-
-    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> FoundBasis:
-        """Broadcasts an owner's P, packed. Every rank."""
-        layout, comm = layer.spec.projection, self._editing.comm
-        if comm.rank == owner:
-            assert mine is not None
-            row = mine.to_bytes()
-        else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
-        comm.broadcast(row, owner)
-        return FoundBasis.from_bytes(row, layout)
-
-    def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
-        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
-
-        Then W is read from its source, and what training has added to B is added to it: B less what had made up for
-        the first quantization (`loqt.init: loftq`), which was the best fit to it.
-        """
-        spec = placed.layer.spec
-        if first and self._initial_weights is not None:
-            weight = self._initial_weights.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
-            if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
-                return weight
-            residual = Residual(placed.shard(), weight, placed.packed_base())
-            factor = factor - residual.fit(basis_FR)
-        else:
-            weight = placed.base()
-        add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
-        return weight
-
-    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
-        """Applies the state policy to B's moments. Every rank."""
-        policy = self._config.merge.optimizer_state
-        self._editing.edit_moments(
-            self._optimizer,
-            layer.factor,
-            lambda first, second=None: apply_state_policy(first, second, rotation, policy),
-        )

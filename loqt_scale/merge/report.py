@@ -18,7 +18,8 @@ class MergeReport:
         sketch_bytes: Payload of what was reduced to the layers' owners before `finish`, in the backward passes.
         layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
             kept by P, `subspace_overlap` with the old P, `update_survival` (see `compensation.update_survival`); the
-            last two are nan in the first merge, and all are of a layer that was kept.
+            last two are nan in the first merge, and so are the errors if the weights before quantization are not known;
+            all are of a layer that was kept.
         kept: Layers that were in no backward pass of any rank, and stay as they are until the next merge.
     """
 

@@ -16,8 +16,9 @@ from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLinear
-from loqt_scale.merge.basis import FoundBasis, find_bases
-from loqt_scale.merge.collection import CALL_PREPARE, NOTHING_SEEN, GradientCollection
+from loqt_scale.merge.basis import BLANK, FoundBasis, find_bases
+from loqt_scale.merge.collection import GradientCollection
+from loqt_scale.merge.order import CALL_PREPARE
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.strategies import Comm
 
@@ -49,7 +50,7 @@ class SubspaceSearch:
         self._layers, self._config, self._seed = layers, config, seed
         self._device, self._reducer = comm.device, comm.open_reducer()
         specs = [layer.spec for layer in layers.values()]
-        self._world_size = world_size = comm.world_size
+        world_size = comm.world_size
         device_type = comm.device.type
         largest = max(4 * math.prod(probe_shape(spec, config)) for spec in specs)
         self._budget = max(AIR_BYTES, largest) if world_size > 1 else 0
@@ -97,15 +98,21 @@ class SubspaceSearch:
             Whether any layer has seen a backward pass on this rank.
 
         Raises:
-            RuntimeError: `attach` was not called; or no layer has, and there is no other rank.
+            RuntimeError: `attach` was not called.
         """
         if self._collection is None:
             raise RuntimeError(f"no gradients were collected for this merge; {CALL_PREPARE}")
         seen = self._collection.finish()
         self._collection = None
-        if not seen and self._world_size == 1:
-            raise RuntimeError(NOTHING_SEEN)
         return seen
+
+    @property
+    def quality(self) -> Tensor:
+        """Of the layers that this rank has found P of: how many gradients were not finite, how many not zero. (2,)."""
+        energies = [found.energy.reshape(()) for found in self._found.values()]
+        stacked = torch.stack(energies) if energies else torch.zeros(0, device=self._device)
+        finite = stacked.isfinite()
+        return torch.stack([(~finite).sum(), (finite & (stacked != BLANK)).sum()]).float()
 
     def drop(self) -> None:
         """Forgets what this step has collected. Every rank."""

@@ -2,6 +2,7 @@
 
 from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
+from loqt_scale.optim.held import check_held, parameters_of
 from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
 from loqt_scale.optim.muon import StreamedMuon
@@ -9,6 +10,7 @@ from loqt_scale.optim.optimizers import create_optimizer, low_rank_parameters, m
 from loqt_scale.optim.per_layer import UpdateInBackward
 from loqt_scale.optim.schedule import LearningRates, create_scheduler, describe_rates, set_schedule_position
 from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.states import forget_states, open_states, state_kinds
 from loqt_scale.optim.streamed import StreamedAdamW
 
 __all__ = [
@@ -19,16 +21,21 @@ __all__ = [
     "StreamedAdamW",
     "StreamedMuon",
     "UpdateInBackward",
+    "check_held",
     "create_optimizer",
     "create_scheduler",
     "describe_rates",
     "ensure_state",
+    "forget_states",
     "low_rank_parameters",
     "moment_names",
     "momentum_only",
     "open_moments",
+    "open_states",
+    "parameters_of",
     "set_schedule_position",
     "set_update_count",
+    "state_kinds",
     "step_if_finite",
     "when_gradient_is_complete",
 ]

@@ -14,12 +14,15 @@ that one is lost: `rendezvous`, `roll_call`. To add a strategy: docs/strategies.
 
 from torch.distributed.distributed_c10d import Store
 
+from loqt_scale.strategies.adopt import Adopted, adopt, alone, replicas, unwrapped, unwrapped_optimizers
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.ddp import DDP
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
 from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep, ShardEditing
+from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
+from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.placement import Placement, Replicated
 from loqt_scale.strategies.process_group import GroupComm
@@ -28,6 +31,7 @@ from loqt_scale.strategies.rendezvous import StoreLine, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 from loqt_scale.strategies.single import SINGLE, single_process
 from loqt_scale.strategies.step import OptimizerStep, Step
+from loqt_scale.strategies.zero.adopted import engine_of
 from loqt_scale.strategies.zero.strategy import ZERO
 
 __all__ = [
@@ -36,12 +40,14 @@ __all__ = [
     "FSDP",
     "SINGLE",
     "ZERO",
+    "Adopted",
     "Channel",
     "Comm",
     "Editing",
     "FSDPPlacement",
     "FSDPStep",
     "GroupComm",
+    "HybridEditing",
     "LostRankError",
     "OptimizerStep",
     "Placement",
@@ -58,12 +64,19 @@ __all__ = [
     "Strategy",
     "StrategyKind",
     "StrategyRequest",
+    "adopt",
+    "alone",
     "create_strategy",
+    "engine_of",
     "find_strategy",
     "is_offloaded",
     "open_store",
+    "packed_bytes_may_be_sharded",
     "register_strategy",
+    "replicas",
     "resolve_device",
     "resolve_strategy",
     "single_process",
+    "unwrapped",
+    "unwrapped_optimizers",
 ]

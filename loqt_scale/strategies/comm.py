@@ -54,7 +54,7 @@ class Reducer:
         """
         if self._group is None:
             return lambda: None
-        work = dist.reduce(tensor, dst=owner, group=self._group, async_op=True)
+        work = dist.reduce(tensor, group_dst=owner, group=self._group, async_op=True)
         assert work is not None
         self.payload_bytes += tensor.nbytes
         wait: Callable[[], object] = work.wait

@@ -14,7 +14,7 @@ The rows of a tensor are shared out over ranks, whoever stores them. A rank read
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,9 +23,20 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from loqt_scale.functional.shares import shard_range
-from loqt_scale.optim import ensure_state, open_moments
+from loqt_scale.functional.transport import StateKind
+from loqt_scale.optim import (
+    check_held,
+    ensure_state,
+    forget_states,
+    open_moments,
+    open_states,
+    parameters_of,
+    state_kinds,
+)
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.placement import Placement
+
+EditStates = Callable[[Sequence[tuple[StateKind, Tensor]]], None]
 
 
 class Editing(ABC):
@@ -37,7 +48,10 @@ class Editing(ABC):
     Attributes:
         work_rank: This rank's place among those that share out rows.
         work_size: How many these are.
+        keeps_masters: Whether what trains has float32 copies that are updated in its place.
     """
+
+    keeps_masters = False
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
@@ -87,6 +101,10 @@ class Editing(ABC):
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Before a merge: puts parameters back to where they are stored, if they are elsewhere. Local."""
+        return
+
     def open(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """Context in which these parameters can be read and replaced by the methods below. Every rank."""
         return nullcontext()
@@ -113,9 +131,21 @@ class Editing(ABC):
 
     # ---- the optimizer's moments -------------------------------------------------------------------------------------
 
+    def check_held(self, optimizers: Sequence[Optimizer], factors: Mapping[str, nn.Parameter]) -> None:
+        """Refuses factors that train, by layer's name, and that no optimizer holds (`optim.check_held`). Local."""
+        check_held(factors, parameters_of(*optimizers))
+
+    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        """Refuses states of a parameter that a merge could not carry (`optim.state_kinds`). Local."""
+        state_kinds(optimizer, parameter)
+
+    def forget_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        """Has the optimizer begin anew with a parameter, whatever it keeps of it. Every rank."""
+        forget_states(optimizer, parameter)
+
     @abstractmethod
-    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
-        """Applies `edit` in place to a parameter's moments (see `open_moments`), if it has them yet. Every rank.
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
+        """Applies `edit` in place to a parameter's states (see `open_states`), if it has them yet. Every rank.
 
         `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
         """
@@ -141,6 +171,10 @@ class ReplicaEditing(Editing):
         super().__init__(comm)
         self.placement = placement
 
+    def settle(self) -> None:
+        """See `Editing.settle`."""
+        self.placement.settle()
+
     def read(self, parameter: Tensor) -> Tensor:
         """A view. Local."""
         start, stop = self.rows(parameter.shape[0])
@@ -159,12 +193,10 @@ class ReplicaEditing(Editing):
         """The parameter. Local."""
         return parameter.detach()
 
-    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
         """Each rank edits the rows that it stores. Local."""
-        local = self.placement.local
-        with open_moments(optimizer, parameter, local) as moments:
-            if moments is not None:
-                edit(*(local(moment) for moment in moments))
+        with open_states(optimizer, parameter, self.placement.local) as states:
+            edit(states)
 
     def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
         """See `Editing.read_moments`."""

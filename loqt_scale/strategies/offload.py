@@ -12,7 +12,7 @@ device and out of FSDP's hands. Everything else is as with one process (`single`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from loqt_scale.config import Offload
-from loqt_scale.optim import open_moments
+from loqt_scale.optim import open_states
 from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.comm import SingleComm
-from loqt_scale.strategies.editing import ReplicaEditing
+from loqt_scale.strategies.editing import EditStates, ReplicaEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
 
@@ -139,12 +139,10 @@ class OffloadEditing(ReplicaEditing):
         """All of it, on the device."""
         return self.read(parameter)
 
-    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
         """Edits copies on the device."""
-        local = self.placement.local
-        with open_moments(optimizer, parameter, local) as moments:
-            if moments is not None:
-                copies = [self.read(moment) for moment in moments]
-                edit(*copies)
-                for moment, edited in zip(moments, copies, strict=True):
-                    local(moment).copy_(edited)
+        with open_states(optimizer, parameter, self.placement.local) as states:
+            copies = [(kind, self.read(state)) for kind, state in states]
+            edit(copies)
+            for (_, state), (_, edited) in zip(states, copies, strict=True):
+                state.copy_(edited)

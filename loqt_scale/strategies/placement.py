@@ -54,6 +54,10 @@ class Placement(ABC):
         """Rows [start, stop) of `parameter` that this rank keeps in memory."""
         return shard_range(parameter.shape[0], self.shard_rank, self.shard_size)
 
+    def settle(self) -> None:
+        """Puts parameters back to where they are stored, if a forward pass has left them elsewhere. Local."""
+        return
+
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
         """The stored rows of a parameter, gradient or optimizer state, as a plain tensor that shares its memory."""

@@ -83,6 +83,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _expect_merges(merges: MergeCoordinator, manifest: Manifest) -> None:
+    merges.go_on(manifest.step)
     if manifest.merge_is_due:
         merges.require(manifest.step)
     if manifest.updates == 0:  # the first update is followed by the first merge

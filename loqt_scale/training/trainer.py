@@ -297,7 +297,8 @@ class Trainer:
         assert self.merges is not None
         with self._changing("a merge"), self.wire.first("wire/merge") as sent:
             report = self.merges.finish(step)
-        assert report is not None
+        if report is None:  # postponed, as it has warned
+            return {}
         self.wire.add_reduced(sent, "wire/merge", report.sketch_bytes)
         self.progress.line(merge_line(report))
         self.diagnosis.take_merge(report)

@@ -24,7 +24,9 @@ def test_an_old_checkpoint_goes_on(run: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "format-1")
     old = Path(run, "step-00000003")
     words = ["--config", str(old / "config.yaml"), "--checkpoint.resume", str(old), "--train.run_dir", "new"]
-    assert run_command("train", [*words, "--parallel.strategy", "single", "--train.log_every", "1"], prog="train.py") == 0
+    assert (
+        run_command("train", [*words, "--parallel.strategy", "single", "--train.log_every", "1"], prog="train.py") == 0
+    )
     records = map(json.loads, Path("new", "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = {str(record["step"]): record["train/loss"] for record in records if "train/loss" in record}
     expected = json.loads(Path(run, "losses.json").read_text(encoding="utf-8"))["losses"]

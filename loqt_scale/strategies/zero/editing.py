@@ -11,7 +11,7 @@ rank's flat masters hold (`flat`): decoded, summed into a whole and encoded agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loqt_scale.optim import StreamedAdamW, ensure_state, moment_names
+from loqt_scale.errors import UserError
+from loqt_scale.functional.transport import StateKind
+from loqt_scale.optim import StreamedAdamW, check_held, ensure_state, moment_names, state_kinds
 from loqt_scale.strategies.comm import Comm
-from loqt_scale.strategies.editing import Editing
-from loqt_scale.strategies.zero.engine import ZeroEngine
-from loqt_scale.strategies.zero.flat import link_states, masters
+from loqt_scale.strategies.editing import Editing, EditStates
+from loqt_scale.strategies.zero.engine import RunningEngine
+from loqt_scale.strategies.zero.flat import held_parameters, link_states, masters
 
 
 class ZeroEditing(Editing):
@@ -34,7 +36,9 @@ class ZeroEditing(Editing):
         engine: DeepSpeed's.
     """
 
-    def __init__(self, comm: Comm, engine: ZeroEngine) -> None:
+    keeps_masters = True
+
+    def __init__(self, comm: Comm, engine: RunningEngine) -> None:
         super().__init__(comm)
         self._engine, self._linked = engine, False
 
@@ -69,15 +73,48 @@ class ZeroEditing(Editing):
         if self._has_master(parameter):
             self._set_state(parameter, whole, None)
 
-    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: Callable[..., None]) -> None:
-        """Gathers the moments of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
+    def check_held(self, optimizers: Sequence[Optimizer], factors: Mapping[str, nn.Parameter]) -> None:
+        """See `Editing.check_held`: the engine's groups count, once it has taken the optimizer's over."""
+        if self._engine.running is not None:
+            then = "engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=...)"
+            check_held(factors, held_parameters(self._engine.running, self._engine.stage), then)
+
+    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        """See `Editing.check_states`: of the flat tensors, which have no rows and no columns."""
+        self._kinds(optimizer, parameter)
+
+    def forget_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+        """See `Editing.forget_states`: of flat tensors, of which a parameter's values are set to zero.
+
+        Raises:
+            UserError: They are kept in whole bytes.
+        """
+        self._link(optimizer)
+        flat = next(each for each in optimizer.state if optimizer.state[each])
+        for key, value in optimizer.state[flat].items():
+            if isinstance(value, Tensor) and value.dim() and not value.is_floating_point():
+                raise UserError(f"{type(optimizer).__name__} keeps '{key}' in {value.dtype}, which merges cannot set")
+            if isinstance(value, Tensor) and value.dim():
+                whole = self._whole_moment(optimizer, parameter, key)
+                self._keep_moment(optimizer, parameter, key, torch.zeros_like(whole))
+
+    def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
+        """Gathers the states of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
         if not _has_moments(optimizer):
             return
-        names = moment_names(optimizer, parameter)
-        moments = [self._whole_moment(optimizer, parameter, key) for key in names]
-        edit(*moments)
-        for key, moment in zip(names, moments, strict=True):
-            self._keep_moment(optimizer, parameter, key, moment)
+        self._link(optimizer)
+        kinds = self._kinds(optimizer, parameter)
+        states = [(kind, self._whole_moment(optimizer, parameter, key)) for key, kind in kinds.items()]
+        edit(states)
+        for key, (_, state) in zip(kinds, states, strict=True):
+            self._keep_moment(optimizer, parameter, key, state)
+
+    def _kinds(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, StateKind]:
+        """Names of a parameter's states, and what they are made of. Local."""
+        if isinstance(optimizer, StreamedAdamW):
+            return state_kinds(optimizer, parameter)
+        flat = next((each for each in optimizer.state if optimizer.state[each]), None)
+        return {} if flat is None else state_kinds(optimizer, flat, shaped=False)
 
     def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
         """Work shares of the moments, gathered whole one after the other. Every rank."""
@@ -122,7 +159,12 @@ class ZeroEditing(Editing):
         if not optimizer.state:
             for flat in masters(self._engine.running, self._engine.stage):
                 ensure_state(optimizer, flat)
-        if self._engine.stage < 3 and not self._linked:
+        self._link(optimizer)
+
+    def _link(self, optimizer: Optimizer) -> None:
+        """Stages 1 and 2: lets DeepSpeed find the states of every group, once. Local."""
+        streamed = isinstance(optimizer, StreamedAdamW)
+        if self._engine.stage < 3 and not self._linked and not streamed:
             link_states(self._engine.running)
             self._linked = True
 

@@ -54,7 +54,32 @@ def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
     return deepspeed
 
 
-class ZeroEngine:
+class RunningEngine:
+    """DeepSpeed's own engine, and what merges must know of it.
+
+    Args:
+        deepspeed: DeepSpeed.
+        stage: 1, 2 or 3.
+        running: DeepSpeed's own engine; None: it is not started yet.
+
+    Attributes:
+        fragments: By id of the parameter, what this rank's flat tensors hold of it, if the moments are a
+            StreamedAdamW's.
+    """
+
+    def __init__(self, deepspeed: Any, stage: int, running: Any = None) -> None:
+        self.deepspeed, self.stage, self.running = deepspeed, stage, running
+        self.fragments: dict[int, Fragment] = {}
+
+    def tell_fragments(self, optimizer: Optimizer, rank: int) -> None:
+        """Lets a StreamedAdamW know what the flat tensors hold that the running engine gave it. Local."""
+        if isinstance(optimizer, StreamedAdamW):
+            for flat, fragments in master_fragments(self.running, self.stage, rank):
+                optimizer.adopt(flat, fragments)
+                self.fragments |= {id(fragment.parameter): fragment for fragment in fragments if fragment.values}
+
+
+class ZeroEngine(RunningEngine):
     """An engine to be: `settle` its configuration for a model, then `start` it.
 
     Args:
@@ -67,20 +92,13 @@ class ZeroEngine:
         ConfigError: They cannot.
 
     Attributes:
-        stage: 1, 2 or 3.
         settings: DeepSpeed's configuration; sizes of buckets once there is a model.
-        running: DeepSpeed's own engine, once it is started; then the parameters that train have masters.
-        fragments: By id of the parameter, what this rank's flat tensors hold of it, if the moments are a
-            StreamedAdamW's.
     """
 
     def __init__(self, deepspeed: Any, config: RunConfig, file: Mapping[str, Any], *, world_size: int) -> None:
-        self.deepspeed = deepspeed
         self.settings = deepspeed_config(config, file, world_size=world_size)
-        self.stage = int(self.settings["zero_optimization"]["stage"])
-        self.running: Any = None
+        super().__init__(deepspeed, int(self.settings["zero_optimization"]["stage"]))
         self.scheduler: Any = None
-        self.fragments: dict[int, Fragment] = {}
 
     def settle(self, trained_values: int) -> None:
         """Sizes buckets, which need not be larger than what trains. Local."""
@@ -91,10 +109,7 @@ class ZeroEngine:
         self.running, _, _, self.scheduler = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
-        if isinstance(optimizer, StreamedAdamW):
-            for flat, fragments in master_fragments(self.running, self.stage, rank):
-                optimizer.adopt(flat, fragments)
-                self.fragments |= {id(fragment.parameter): fragment for fragment in fragments if fragment.values}
+        self.tell_fragments(optimizer, rank)
 
     def stop(self) -> None:
         """Takes the engine's hooks off. Every rank."""

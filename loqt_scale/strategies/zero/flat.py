@@ -27,6 +27,12 @@ def masters(engine: Any, stage: int) -> list[Tensor]:
     return flats
 
 
+def held_parameters(engine: Any, stage: int) -> list[Tensor]:
+    """The parameters that the engine's optimizer updates, on all ranks together. Local."""
+    groups = engine.optimizer.fp16_groups if stage == 3 else engine.optimizer.bit16_groups
+    return [parameter for group in groups for parameter in group]
+
+
 def master_fragments(engine: Any, stage: int, rank: int) -> list[tuple[Tensor, list[Fragment]]]:
     """What each of this rank's flat tensors holds of each parameter, if only nothing; padding is in no fragment. Local.
 

@@ -32,7 +32,12 @@ def read_zero_json(path: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"parallel.zero_config is '{path}', which cannot be read: {error}") from None
     with naming(path):
-        return {key: value for key, value in _leaves(_parse(text)) if value is not None and value != "auto"}
+        return flattened(_parse(text))
+
+
+def flattened(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values of what a file says, or of a dict as DeepSpeed takes it; without "auto" and null."""
+    return {key: value for key, value in _leaves(tree) if value is not None and value != "auto"}
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

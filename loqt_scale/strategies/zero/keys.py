@@ -100,6 +100,34 @@ RULES = (
 )
 """What holds whatever a run's settings are."""
 
+_OF_ENGINES = (
+    "bf16.bf16_master_weights_and_grads",
+    "bf16.bf16_optimizer_states",
+    "fp16.fp16_master_weights_and_grads",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "zero_optimization.round_robin_gradients",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+    "zero_optimization.use_all_reduce_for_fetch_params",
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.zenflow",
+    "expert_parallel.enabled",
+    "hybrid_engine.enabled",
+    "compile.deepcompile",
+    "sequence_parallel_size",
+    "tensor_parallel.autotp_size",
+    "pipeline",
+    "weight_quantization",
+)
+ENGINE_RULES = (
+    *(rule for rule in RULES if any(rule.key == key or rule.key.startswith(f"{key}.") for key in _OF_ENGINES)),
+    Rule("zero_optimization.mics_shard_size", (-1,), "a merge would miss the other copies of each shard", _NO),
+)
+"""What an engine that somebody else made may say: what merges rely on, and nothing of how the rest is trained."""
+
 
 def check_rules(file: Mapping[str, Any], rules: Iterable[Rule]) -> None:
     """Refuses what the rules do not allow.

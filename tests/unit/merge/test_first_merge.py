@@ -74,6 +74,7 @@ def test_a_postponed_merge_later_on_reads_them_no_more(resumed: bool) -> None:
         merges.require(6)
     merges.prepare(6)
     loss_of(model, 6).backward()
+    optimizer.step()
     report = merges.finish(6)
     assert report is not None and report.index == 1 and report.means()["subspace_overlap"] >= 0.0
     assert not resumed or not source.read

@@ -1,0 +1,137 @@
+"""One layer's merge: its new P, what W_q and B become, what the optimizer keeps of B. Every rank, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loqt_scale.config import MergeConfig
+from loqt_scale.errors import UserError
+from loqt_scale.functional.compensation import add_low_rank, compensate, update_survival
+from loqt_scale.functional.loftq import Residual
+from loqt_scale.functional.projection import subspace_overlap
+from loqt_scale.functional.quantization import unpack
+from loqt_scale.functional.transport import basis_rotation, carry_states
+from loqt_scale.layers import LoQTLinear
+from loqt_scale.merge.basis import FoundBasis
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.strategies import Editing
+
+
+class LayerMerge:
+    """See the module's docstring.
+
+    Args:
+        layers: By name.
+        editing: How they are spread over ranks.
+        merge: Rounds of compensation, and what becomes of the optimizer's states.
+        source: The weights before quantization, if they are known.
+        first_due: Layers whose first merge this is, though their P has values.
+        optimizer_of: Who updates a layer's B.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LoQTLinear],
+        editing: Editing,
+        merge: MergeConfig,
+        source: InitialWeights | None,
+        first_due: Set[str],
+        *,
+        optimizer_of: Callable[[LoQTLinear], torch.optim.Optimizer],
+    ) -> None:
+        self._layers, self._editing, self._merge = layers, editing, merge
+        self._source, self._first_due, self._optimizer_of = source, first_due, optimizer_of
+
+    def run(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor | None:
+        """Merges one layer; returns its diagnostics, or None if it stays as it is. Every rank.
+
+        They have the order of `MERGE_DIAGNOSTICS`; in place of the last, the survival of updates, stand this shard's
+        two sums for it (see `MergeCoordinator.finish`).
+        """
+        layer, editing = self._layers[name], self._editing
+        spec, placed = layer.spec, PlacedLayer(layer, editing)
+        old_basis, found = placed.basis(), self._share_basis(layer, owner, mine)
+        # until a layer's first merge P is zero, also after skips and a resume
+        had_basis, is_blank = torch.stack([old_basis.any(), found.is_blank]).tolist()
+        if had_basis and is_blank:
+            return None
+        first = name in self._first_due or not had_basis
+        old_factor = placed.factor()
+        weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
+        placed.store_basis(found.codes, found.scales)
+        new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
+        local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
+
+        result = compensate(
+            weight,
+            spec.base,
+            local_new,
+            new_basis.T @ new_basis,
+            side=spec.side,
+            scale=spec.scale,
+            rounds=self._merge.compensation_rounds,
+            sum_over_shards=editing.sum,
+        )
+        sums = update_survival(
+            weight,
+            spec.base,
+            result,
+            new_basis=local_new,
+            old_basis=local_old,
+            old_factor=torch.zeros_like(old_factor) if first else old_factor,
+            side=spec.side,
+            scale=spec.scale,
+        )
+        placed.store(result)
+        lost = first and self._source is None and not spec.base.kind.exact
+        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
+        nan = found.energy.new_full((), float("nan"))
+        errors = (nan, nan) if lost else (result.error_before, result.error)  # of what is not known any more
+        energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
+        return torch.stack([*errors, energy, overlap, *sums])
+
+    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> FoundBasis:
+        """Broadcasts an owner's P, packed. Every rank."""
+        layout, comm = layer.spec.projection, self._editing.comm
+        if comm.rank == owner:
+            assert mine is not None
+            row = mine.to_bytes()
+        else:
+            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
+        comm.broadcast(row, owner)
+        return FoundBasis.from_bytes(row, layout)
+
+    def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
+        """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
+
+        Then W is read from its source, and what training has added to B is added to it: B less what had made up for
+        the first quantization (`loqt.init: loftq`), which was the best fit to it.
+        """
+        spec = placed.layer.spec
+        if first and self._source is not None:
+            weight = self._source.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
+            if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
+                return weight
+            residual = Residual(placed.shard(), weight, placed.packed_base())
+            factor = factor - residual.fit(basis_FR)
+        else:
+            weight = placed.base()
+        add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
+        return weight
+
+    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
+        """Applies the state policy to B's moments. Every rank."""
+        policy, optimizer = self._merge.optimizer_state, self._optimizer_of(layer)
+        if policy == "keep":
+            return
+        try:
+            self._editing.check_states(optimizer, layer.factor)
+        except UserError:  # under `reset` only, else the coordinator has refused
+            self._editing.forget_states(optimizer, layer.factor)
+        else:
+            edit = partial(carry_states, rotation_RR=rotation, policy=policy)
+            self._editing.edit_moments(optimizer, layer.factor, edit)

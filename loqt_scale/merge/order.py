@@ -1,0 +1,94 @@
+"""In which order a training loop calls `prepare`, the optimizer and `finish`; what it forgets is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
+NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
+
+
+class StepWatch:
+    """Counts the updates of optimizers, by hooks that torch calls after each.
+
+    Args:
+        optimizers: Any.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.updates = 0
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.updates += 1
+
+
+class StepOrder:
+    """Where the loop is, and whether it called what it should have.
+
+    Args:
+        watch: Of the optimizers.
+
+    Attributes:
+        position: The next step.
+        open: The merge step that has been prepared and not finished; None: there is none.
+        known: Whether it is known what was before `position`; not before the first call.
+    """
+
+    def __init__(self, watch: StepWatch) -> None:
+        self._watch, self.position, self.known = watch, 0, False
+        self.open: int | None = None
+        self._prepared: int | None = None
+        self._updates_before = 0
+
+    def prepare(self, step: int | None) -> int:
+        """The step that begins.
+
+        Raises:
+            RuntimeError: An earlier merge step was not finished, or steps go back.
+        """
+        self._refuse_unfinished(step)
+        step = self.position if step is None else step
+        if step < (self.position if self._prepared is None else self._prepared):
+            raise RuntimeError(
+                f"step {step} comes after step {self.position - 1}; steps count optimizer steps over the whole run, "
+                "not over an epoch: leave them out, prepare() and finish() count by themselves"
+            )
+        if step != self.open:
+            self._updates_before = self._watch.updates
+        self._prepared = step
+        return step
+
+    def finish(self, step: int | None) -> int:
+        """The step that ends.
+
+        Raises:
+            RuntimeError: It was not prepared.
+        """
+        if step is None and self._prepared is None:
+            raise RuntimeError(f"finish() came without prepare(); {CALL_PREPARE}")
+        if step is None:
+            assert self._prepared is not None
+            step = self._prepared
+        return step
+
+    def leave(self, step: int) -> None:
+        """A step is over."""
+        self.position, self.known, self.open, self._prepared = max(self.position, step + 1), True, None, None
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the optimizer, which has been seen to update, has not done so since `prepare`."""
+        return self._watch.updates > 0 and self._watch.updates == self._updates_before
+
+    def _refuse_unfinished(self, step: int | None) -> None:
+        updated = self._watch.updates > self._updates_before
+        if self.open is not None and (updated if step is None else step != self.open):
+            raise RuntimeError(
+                f"step {self.open} ends in a merge, but finish({self.open}) was never called, and B stays as it is; "
+                f"{CALL_PREPARE}"
+            )

@@ -1,0 +1,79 @@
+"""Which steps of a run end in a merge: as planned (`functional.schedule`), or moved because something went wrong."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from loqt_scale.config import MergeConfig
+from loqt_scale.errors import UserError
+from loqt_scale.functional.schedule import gap_after, merge_steps
+
+
+class MergeSchedule:
+    """See the module's docstring.
+
+    Args:
+        merge: Gap, its growth, the last step.
+        total_steps: Of the run; None: it has no end that is known, and the plan grows with it.
+
+    Raises:
+        UserError: The last step is a fraction of a run without an end.
+    """
+
+    def __init__(self, merge: MergeConfig, total_steps: int | None) -> None:
+        self._merge, self._endless = merge, total_steps is None
+        if total_steps is None:
+            if merge.last_step_fraction < 1.0:
+                raise UserError(
+                    f"loqt.merge.last_step_fraction is {merge.last_step_fraction}, a part of a run whose length is not "
+                    "known; give total_steps, or leave last_step_fraction out"
+                )
+            self._planned = [0]
+        else:
+            gaps = {"gap": merge.gap, "schedule": merge.schedule, "growth": merge.growth}
+            self._planned = merge_steps(total_steps, **gaps, last_step=merge.last_step(total_steps))  # type: ignore[arg-type]
+        self._due = set(self._planned)
+
+    def __contains__(self, step: int) -> bool:
+        self._plan(step)
+        return step in self._due
+
+    @property
+    def steps(self) -> list[int]:
+        """All merge steps that are planned by now, ascending; of a run without an end those up to the next."""
+        return sorted(self._due)
+
+    @property
+    def moved(self) -> list[int]:
+        """Merge steps that were not planned, ascending."""
+        return sorted(self._due - set(self._planned))
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """Merge steps in [start, stop), ascending."""
+        self._plan(stop)
+        return [step for step in self.steps if start <= step < stop]
+
+    def index(self, step: int) -> int:
+        """How many merges were planned up to a step, less one."""
+        self._plan(step)
+        return bisect_right(self._planned, step) - 1
+
+    def require(self, step: int) -> None:
+        """Makes a step a merge step, if it is none."""
+        self._plan(step)
+        self._due.add(step)
+
+    def postpone(self, step: int) -> None:
+        """Moves the merge of a step to the next one; if that ends in a merge anyway, the two are one."""
+        self._plan(step + 1)
+        self._due.remove(step)
+        self._due.add(step + 1)
+
+    def _plan(self, step: int) -> None:
+        """Plans beyond a step."""
+        merge = self._merge
+        while self._endless and self._planned[-1] <= step:
+            index = len(self._planned) - 1
+            gap = gap_after(index, gap=merge.gap, schedule=merge.schedule, growth=merge.growth)
+            self._planned.append(self._planned[-1] + gap)
+            self._due.add(self._planned[-1])

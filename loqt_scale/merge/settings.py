@@ -1,0 +1,107 @@
+"""What a run's merges depend on, as plain data: kept with the position, and compared when a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from loqt_scale.config import LoQTConfig
+from loqt_scale.errors import UserError
+from loqt_scale.layers import LoQTLinear
+
+_OF_TENSORS = ("layers",)  # what no run may change: it says what stored tensors mean
+
+
+def settings_of(
+    layers: Mapping[str, LoQTLinear], config: LoQTConfig, *, seed: int, total_steps: int | None
+) -> dict[str, Any]:
+    """All that merges depend on, as JSON could hold it.
+
+    Args:
+        layers: By name.
+        config: The method's settings.
+        seed: Of the sketches.
+        total_steps: Of the run, if it is known.
+    """
+    settings = {
+        "seed": seed,
+        "total_steps": total_steps,
+        "subspace": dataclasses.asdict(config.subspace),
+        "merge": dataclasses.asdict(config.merge),
+        "layers": {name: layer_settings(layer) for name, layer in layers.items()},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def layer_settings(layer: LoQTLinear) -> dict[str, Any]:
+    """What a layer's stored tensors mean."""
+    spec = layer.spec
+    return {
+        "shape": [spec.base.rows, spec.base.cols],
+        "rank": spec.projection.cols,
+        "scale": spec.scale,
+        "side": spec.side,
+        "weight": spec.base.scheme,
+        "projection": spec.projection.scheme,
+        "block_size": spec.base.block_size,
+    }
+
+
+def check_settings(saved: Mapping[str, Any], ours: Mapping[str, Any], *, strict: bool) -> list[str]:
+    """Refuses settings with which a run cannot go on.
+
+    Args:
+        saved: `settings_of` when the state was saved.
+        ours: Now.
+        strict: Whether nothing may differ; else only what stored tensors mean may not.
+
+    Returns:
+        What differs and may, in words.
+
+    Raises:
+        UserError: What differs and may not, with both values.
+    """
+    differing = [
+        (key, f"{key} was {saved.get(key)!r} and is {ours[key]!r}") for key in ours if saved.get(key) != ours[key]
+    ]
+    fatal = [_of_layers(saved.get(key) or {}, ours[key]) for key, _ in differing if key in _OF_TENSORS]
+    if fatal:
+        raise UserError(f"the saved state is of other layers: {fatal[0]}; convert the model as it was then")
+    words = [text for _, text in differing]
+    if words and strict:
+        raise UserError(
+            f"the saved state is of other settings: {'; '.join(words)}; write them as they were, or say "
+            "load_state_dict(state, strict=False) to go on with the new ones"
+        )
+    return words
+
+
+def check_config(layers: Mapping[str, LoQTLinear], config: LoQTConfig) -> None:
+    """Refuses a config that is not the one by which the model was converted.
+
+    Raises:
+        UserError: The setting and both values.
+    """
+    quantization = config.quantization
+    wanted = {"scale": config.scale, "weight": quantization.weight, "projection": quantization.projection}
+    for name, layer in layers.items():
+        found = layer_settings(layer)
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise UserError(
+                    f"{name} was converted with {key} {found[key]!r}, but the config says {value!r}; give "
+                    "convert_to_loqt and the merges one config"
+                )
+
+
+def _of_layers(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    for name in ours.keys() | saved.keys():
+        if name not in saved or name not in ours:
+            return f"{name} is a LoQT layer {'now, and was none' if name in ours else 'no more'}"
+        for key, value in ours[name].items():
+            if saved[name].get(key) != value:
+                return f"{name} had {key} {saved[name].get(key)!r} and has {value!r}"
+    return "something that is not known here"

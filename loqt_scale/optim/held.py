@@ -1,0 +1,39 @@
+"""Whether an optimizer holds what it should train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from loqt_scale.errors import UserError
+
+_MAKE = "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=...)"
+
+
+def parameters_of(*optimizers: Optimizer) -> list[Tensor]:
+    """What optimizers update, of all their groups."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_held(factors: Mapping[str, Tensor], held: Iterable[Tensor], then: str = "") -> None:
+    """Refuses factors that train and that no optimizer holds.
+
+    Args:
+        factors: By layer's name; those that require no gradient may be anywhere.
+        held: What the optimizer updates.
+        then: The line that follows the optimizer's.
+
+    Raises:
+        UserError: The lines to write.
+    """
+    ids = {id(parameter) for parameter in held}
+    missing = [name for name, factor in factors.items() if factor.requires_grad and id(factor) not in ids]
+    if missing:
+        lines = "\n    ".join(filter(None, ["convert_to_loqt(model, config)", _MAKE, then]))
+        raise UserError(
+            f"the optimizer does not hold the factors of {len(missing)} of {len(factors)} LoQT layers ({missing[0]}, "
+            "say), which would never train: was it made before convert_to_loqt, or before fully_shard? Make it after "
+            f"them:\n    {lines}"
+        )

@@ -1,0 +1,179 @@
+"""How somebody else spread a model over ranks: found from the model itself, and made an `Editing` for merges.
+
+    found                                     editing                    ranks that share out rows
+    a DeepSpeed engine, stages 1 to 3         `zero.editing`             all
+    `fully_shard`, 1-D mesh                   `fsdp.ShardEditing`        the mesh
+    `fully_shard`, 2-D mesh (HSDP)            `hybrid.HybridEditing`     a row of the mesh
+    DistributedDataParallel                   `editing.ReplicaEditing`   its process group
+    one process                               `editing.ReplicaEditing`   none
+
+Wrappers that change no parameter are seen through: torch.compile's, Accelerate's. Whatever else several ranks may be is
+refused: left to itself each would take P from its own gradients, and the ranks would drift apart without a word.
+Process groups are the user's: used, never made nor destroyed, but for one beside them in which sketches travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from loqt_scale.errors import UserError
+from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.process.environment import is_launched, launched_world_size
+from loqt_scale.strategies.adopt_mesh import adopt_mesh
+from loqt_scale.strategies.editing import Editing, ReplicaEditing
+from loqt_scale.strategies.placement import Replicated
+from loqt_scale.strategies.process_group import GroupComm
+from loqt_scale.strategies.single import single_process
+from loqt_scale.strategies.zero.adopted import adopt_engine, base_optimizer, is_engine, is_held_by_engine
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What was found.
+
+    Args:
+        description: In a few words, for people.
+        model: The model inside of all wrappers.
+        optimizers: What updates it, inside of all wrappers.
+        editing: Its parameters and moments, for merges.
+    """
+
+    description: str
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    editing: Editing
+
+
+def adopt(model: nn.Module, optimizer: Any) -> Adopted:
+    """Finds out how a model is spread. Every rank.
+
+    Args:
+        model: A converted model, or what wraps it: the DeepSpeed engine, the DistributedDataParallel object.
+        optimizer: What updates it, or several in a list; of an engine, its own counts instead.
+
+    Raises:
+        UserError: What was found, and the line to write.
+    """
+    if is_engine(model):
+        inner = unwrapped(model)
+        description, editing = adopt_engine(model)
+        return Adopted(description, inner, (base_optimizer(model),), editing)
+    inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
+    description, editing = _adopt_module(model, inner, dict(loqt_layers(inner)))
+    return Adopted(description, inner, optimizers, editing)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of a DeepSpeed engine, DistributedDataParallel and torch.compile, in whatever order. Local."""
+    wraps = isinstance(model, DistributedDataParallel) or is_engine(model)
+    inner = getattr(model, "module" if wraps else "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def unwrapped_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
+    """The optimizers inside of Accelerate's and of torch's ZeroRedundancyOptimizer. Local.
+
+    Raises:
+        UserError: It is no optimizer.
+    """
+    if isinstance(optimizer, (list, tuple)):
+        return tuple(one for each in optimizer for one in unwrapped_optimizers(each))
+    while True:
+        inner = (
+            optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else getattr(optimizer, "optimizer", 0)
+        )
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or a list of them"
+        )
+    return (optimizer,)
+
+
+def replicas(device: torch.device, group: Any = None) -> Editing:
+    """For a loop that sums gradients over ranks by itself, each of which holds the whole model. Every rank.
+
+    Args:
+        device: Where this rank computes.
+        group: The ranks; default: all.
+    """
+    return ReplicaEditing(GroupComm(device, group=group or dist.group.WORLD), Replicated(device))
+
+
+def alone(device: torch.device) -> Editing:
+    """For a rank that trains a model of its own, whatever the others do. Local."""
+    return single_process(device).editing
+
+
+def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLinear]) -> tuple[str, Editing]:
+    device = next(iter(layers.values())).factor.device
+    _refuse_fsdp1(model)
+    for module in inner.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without a backward pass leaves the root's parameters whole
+    parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        return adopt_mesh(inner, parameters)
+    if any(map(is_held_by_engine, parameters.values())):
+        raise UserError(
+            "the model's parameters are in a DeepSpeed engine's hands; give the engine that deepspeed.initialize "
+            "returned (under Accelerate: what accelerator.prepare(model) returned) in the place of the model"
+        )
+    group = _ddp_group(model, layers)
+    if group is not None:
+        comm = GroupComm(device, group=group)
+        return f"DistributedDataParallel, {comm.world_size} rank(s)", ReplicaEditing(comm, Replicated(device))
+    _refuse_strangers()
+    return "one process", alone(device)
+
+
+def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLinear]) -> Any:
+    """The process group of the DistributedDataParallel that holds all layers; None: there is no such thing."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            inside = {id(layer) for _, layer in loqt_layers(module)}
+            outside = [name for name, layer in layers.items() if id(layer) not in inside]
+            if outside:
+                raise UserError(
+                    f"{outside[0]} is outside of the DistributedDataParallel that holds other LoQT layers, so its "
+                    "gradient would not be averaged; wrap the whole model: DistributedDataParallel(model)"
+                )
+            return module.process_group
+    return None
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UserError(
+            "the model is in FullyShardedDataParallel (FSDP1), which flattens parameters: codes, scales and factors "
+            "could not be told apart; use FSDP2, `for block in blocks: fully_shard(block)` and `fully_shard(model)` "
+            "(torch.distributed.fsdp), under Accelerate fsdp_version: 2"
+        )
+
+
+def _refuse_strangers() -> None:
+    """Several ranks, and nothing that sums their gradients."""
+    joined = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if joined else (launched_world_size() if is_launched() else 1)
+    if world_size == 1:
+        return
+    raise UserError(
+        f"there are {world_size} ranks, but the model is neither in DistributedDataParallel, nor sharded by "
+        "fully_shard, nor a DeepSpeed engine: each rank would find its own P, and they would drift apart in silence. "
+        "Give the wrapped model (the DistributedDataParallel object or the engine itself, not what is inside of it); "
+        "or, if your loop sums gradients over ranks by itself, editing=loqt_scale.strategies.replicas(device); or, if "
+        "each rank trains a model of its own, editing=loqt_scale.strategies.alone(device)"
+    )
