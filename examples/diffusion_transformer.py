@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from loqt_scale import LoQTConfig, MergeConfig
 
 WIDTH, PATCH, DEPTH = 64, 4, 3
-CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=50), exclude_modules=["embed", "out"])
+CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=40), exclude_modules=["embed", "out"])
 
 
 class Block(nn.Module):
@@ -77,11 +77,11 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     model = DiffusionTransformer()
 
     def loss_of() -> Tensor:
-        rows = torch.randint(len(images), (64,))
+        rows = torch.randint(len(images), (32,))
         return flow_loss(model, images[rows], labels[rows])
 
     low_rank = CONFIG if method == "loqt" else None
-    optimizer, curve = fit(model, loss_of, low_rank, steps=4 if short else 500, rate=rate, seed=seed)
+    optimizer, curve = fit(model, loss_of, low_rank, steps=4 if short else 400, rate=rate, seed=seed)
     with torch.no_grad():
         score = flow_loss(model, held_out, held_out_labels, torch.Generator().manual_seed(0)).item()
     if not short:

@@ -7,55 +7,23 @@ out). With `--glue sst2` (and a hub that can be reached): microsoft/deberta-v3-b
 
 import argparse
 import csv
-import random
-import sysconfig
 from pathlib import Path
 
 import torch
 from compare import Result, compare, measured
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
-from transformers import DebertaV2ForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from passages import PACKAGES, Passages, make_csv, make_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from loqt_scale import LoQTCallback, LoQTConfig, MergeConfig
 
-PACKAGES = ["asyncio", "email", "unittest", "multiprocessing", "importlib", "xml"]
 CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=25))
-TOKENS, LINES = 24, 2
-
-
-def make_csv(file: Path, held_out: bool) -> None:
-    """(passage, package): three lines each, every fifth file of a package held out; as many of each package."""
-    library = Path(sysconfig.get_path("stdlib"))
-    with file.open("w", newline="") as out:
-        for label, package in enumerate(PACKAGES):
-            passages = []
-            for index, source in enumerate(sorted((library / package).rglob("*.py"))):
-                lines = [line.strip() for line in source.read_text(errors="ignore").splitlines() if len(line) > 8]
-                if (index % 5 == 0) == held_out:
-                    passages += ["\n".join(lines[at : at + LINES]) for at in range(0, len(lines) - LINES, LINES)]
-            random.Random(0).shuffle(passages)
-            csv.writer(out).writerows((passage, label) for passage in passages[: 60 if held_out else 800])
-
-
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=["[PAD]", "[UNK]"]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-
-
-class Passages(torch.utils.data.Dataset):
-    def __init__(self, rows: list[tuple[str, int]], tokenizer) -> None:
-        texts = [text for text, _ in rows]
-        cut = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
-        self.tokens, self.labels = tokenizer(texts, **cut), torch.tensor([int(label) for _, label in rows])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: self.tokens[key][index] for key in ("input_ids", "attention_mask")} | {"labels": self.labels[index]}
 
 
 def load(glue: str | None, folder: Path):
@@ -64,7 +32,9 @@ def load(glue: str | None, folder: Path):
         from datasets import load_dataset
 
         name, rows = "microsoft/deberta-v3-base", load_dataset("nyu-mll/glue", glue)
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=rows["train"].features["label"].num_classes)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=rows["train"].features["label"].num_classes
+        )
         sets = [[(row["sentence"], row["label"]) for row in rows[split]] for split in ("train", "validation")]
         tokenizer = AutoTokenizer.from_pretrained(name)
         return model, *(Passages(split, tokenizer) for split in sets)
@@ -84,9 +54,9 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     model, training, held_out = load(OPTIONS.glue, Path("runs/examples"))
     args = TrainingArguments(
-        "runs/examples/trainer", per_device_train_batch_size=16, max_steps=4 if short else 200, learning_rate=rate, seed=seed,
-        lr_scheduler_type="cosine", warmup_steps=20, logging_steps=1 if short else 20, save_strategy="no", report_to=[],
-        disable_tqdm=True, per_device_eval_batch_size=256,
+        "runs/examples/trainer", per_device_train_batch_size=16, max_steps=4 if short else 200, learning_rate=rate,
+        seed=seed, lr_scheduler_type="cosine", warmup_steps=20, logging_steps=1 if short else 20, save_strategy="no",
+        report_to=[], disable_tqdm=True, per_device_eval_batch_size=256,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=args, train_dataset=training, eval_dataset=held_out,

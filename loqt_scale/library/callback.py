@@ -1,11 +1,11 @@
 """`LoQTCallback`: LoQT in transformers' Trainer, and in every class that is derived from it (TRL's, say).
 
-    Trainer's event       what happens
-    on_init_end           the model is converted, before there is an optimizer or a wrapper
-    on_train_begin        Trainer has wrapped both, and has loaded its checkpoint: merges are attached to them
-    on_step_begin         `prepare`: before the first forward pass of a step
-    on_optimizer_step     `finish`: after the update, before gradients are zeroed; a skipped step's merge is put off
-    state()               what Trainer writes of us into each checkpoint's trainer_state.json
+Trainer's event       what happens
+on_init_end           the model is converted, before there is an optimizer or a wrapper
+on_train_begin        Trainer has wrapped both, and has loaded its checkpoint: merges are attached to them
+on_step_begin         `prepare`: before the first forward pass of a step
+on_optimizer_step     `finish`: after the update, before gradients are zeroed; a skipped step's merge is put off
+state()               what Trainer writes of us into each checkpoint's trainer_state.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,7 +33,7 @@ CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=...)
     Trainer(model, args, ..., optimizers=(optimizer, scheduler), callbacks=[LoQTCallback(config)])"""
-CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), which was not converted; convert it there:
+CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), and it is not converted; do so there:
     def model_init():
         model = ...
         convert_to_loqt(model, config)
@@ -59,9 +59,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         reports: Of all merges since then.
     """
 
-    def __init__(
-        self, config: LoQTConfig | Mapping[str, Any], *, seed: int = 0, initial_weights: Given = None
-    ) -> None:
+    def __init__(self, config: LoQTConfig | Mapping[str, Any], *, seed: int = 0, initial_weights: Given = None) -> None:
         self.config = config if isinstance(config, LoQTConfig) else _config_of(config)
         self.seed, self.initial_weights = seed, initial_weights
         self.merges: MergeCoordinator | None = None
@@ -119,7 +117,9 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step > 0:
             self.merges.load_state_dict(self._stored(state))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Before the forward passes of a step."""
         assert self.merges is not None
         self.merges.prepare(state.global_step, backward_passes=self._passes)
@@ -157,7 +157,9 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         merges = None if self.merges is None else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
-    def _attach(self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState) -> MergeCoordinator:
+    def _attach(
+        self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState
+    ) -> MergeCoordinator:
         engine = engine_of(model)
         replicated = args.world_size > 1 and engine is None and not _is_sharded(model)
         return attach(

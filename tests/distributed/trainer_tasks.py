@@ -1,4 +1,4 @@
-"""Runs of transformers' Trainer with LoQTCallback on ranks of the pool: plain, DDP, Accelerate's FSDP2 and DeepSpeed."""
+"""Trainer with LoQTCallback on ranks of the pool: plain, DDP, Accelerate's FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import AutoModelForCausalLM, Trainer
@@ -60,7 +62,8 @@ def train(folder: str, spread: str, scheme: str, *, resume: str | None = None, *
 
 def _saved_loss(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """The loss of what was saved, read by `from_pretrained`, on rank 0; nothing where Trainer saves shards only."""
-    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     if not (folder / "model.safetensors").exists() or not trainer.is_world_process_zero():
         return {}
     rows = Progressions(16, seed=3).rows
@@ -75,6 +78,7 @@ def _one_accelerator(spread: str) -> Iterator[None]:
     Accelerate 1 makes nothing of an FSDP configuration on CPUs; torch's `fully_shard` works on them as on GPUs.
     """
     kept = dict(os.environ)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first run, and kept in /dev/shm
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if spread.startswith("zero") else "true"}
     made = AcceleratorState.__init__
 
