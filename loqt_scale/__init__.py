@@ -7,6 +7,7 @@ torch.
     MergeCoordinator   runs the merges of a training loop of your own
     LoQTCallback       all of it in transformers' Trainer
     attach             gives a training loop of your own its merges: a MergeCoordinator
+    to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
     from loqt_scale.library.attach import attach
     from loqt_scale.library.callback import LoQTCallback
+    from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -34,6 +36,8 @@ _HOMES = {
     "SubspaceConfig": "config",
     "attach": "library.attach",
     "convert_to_loqt": "layers",
+    "save_merged": "library.dense",
+    "to_dense": "library.dense",
     "train": "training.job",
 }
 
@@ -49,6 +53,8 @@ __all__ = [
     "SubspaceConfig",
     "attach",
     "convert_to_loqt",
+    "save_merged",
+    "to_dense",
     "train",
 ]
 __version__ = "0.1.0"

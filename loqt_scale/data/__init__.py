@@ -16,6 +16,7 @@ Nothing here knows about ranks: each asks for its share of a step's global batch
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Corpus:
         eval: (N, T) held-out sequences, 1 <= N <= `DataConfig.max_eval_sequences`; the same ones every time.
         description: One line: source, tokenizer, tokens in train and eval.
         fingerprint: What must be the same on every rank: lines that change with the tokenizer's ids and with the text.
+        occurring: Reads how many rows of an embedding its ids need: one more than the greatest. Of a stream, which
+            cannot be read beforehand, the tokenizer's greatest.
     """
 
     tokenizer: Tokenizer
@@ -48,6 +51,7 @@ class Corpus:
     eval: Batch
     description: str
     fingerprint: tuple[str, ...]
+    occurring: Callable[[], int]
 
 
 def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:
@@ -105,7 +109,15 @@ def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
         )
     )
     fingerprint = (_tokenizer_line(tokenizer), *text_lines)
-    return Corpus(tokenizer, train, held_out, description, fingerprint)
+    sides = (store.train, store.eval)
+    return Corpus(
+        tokenizer,
+        train,
+        held_out,
+        description,
+        fingerprint,
+        lambda: 1 + max(tokenizer.eos_token_id, *(int(side.max()) for side in sides if len(side))),
+    )
 
 
 def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
@@ -126,7 +138,7 @@ def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
         f"{config.eval_split!r}, {int((held_out.labels >= 0).sum()):,} tokens scored"
     )
     fingerprint = (_tokenizer_line(tokenizer), *split_lines(config, train_split, eval_split), _batch_line(held_out))
-    return Corpus(tokenizer, train, held_out, description, fingerprint)
+    return Corpus(tokenizer, train, held_out, description, fingerprint, lambda: tokenizer.token_count)
 
 
 def _tokenizer_line(tokenizer: Tokenizer) -> str:

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """Rows of an embedding for it: above every id, and a multiple of `VOCAB_MULTIPLE`."""
 
     @property
+    def token_count(self) -> int:
+        """One more than the greatest id."""
+
+    @property
     def eos_token_id(self) -> int:
         """Follows every document."""
 
@@ -65,6 +69,7 @@ class ByteTokenizer:
     name = "bytes"
     fingerprint = "bytes-1"
     vocab_size = 320
+    token_count = _BYTE_EOS + 1
     eos_token_id = _BYTE_EOS
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -109,7 +114,8 @@ class HuggingFaceTokenizer:
         ids = tokenizer.get_vocab().values()
         self.name = name
         self.eos_token_id: int = int(eos)
-        self.vocab_size = _round_up(max(len(tokenizer), max(ids) + 1, self.eos_token_id + 1))
+        self.token_count = max(len(tokenizer), max(ids) + 1, self.eos_token_id + 1)
+        self.vocab_size = _round_up(self.token_count)
         self.fingerprint = _fingerprint(tokenizer, self.eos_token_id)
         self._tokenizer = tokenizer
 

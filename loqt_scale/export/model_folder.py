@@ -85,10 +85,12 @@ def export_checkpoint(
         _check_four_bit(config)
     saved = open_saved(opened, config, SingleComm(torch.device("cpu")))
     parts, torch_dtype = Parts(saved), DTYPES[dtype]
+    if format == "nf4":
+        _refuse_transposed(parts)
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = torch_dtype
     vars(hf_config).pop("auto_map", None)
-    with _published(out) as folder:
+    with published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
         _drop_code(folder)
         shutil.copy(opened.documents / CONFIG, folder / RUN_SETTINGS)
@@ -157,7 +159,7 @@ def _refuse_not_finite(tensors: Tensors) -> None:
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` if all goes well and is removed otherwise."""
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
@@ -202,6 +204,15 @@ def _write_adapter_config(folder: Path, parts: Parts, rank: int) -> None:
         alpha_pattern=others,
     )
     (folder / ADAPTER_SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
+
+
+def _refuse_transposed(parts: Parts) -> None:
+    turned = [part.layer for part in parts.all.values() if part.spec is not None and part.spec.transposed]
+    if turned:
+        raise UserError(
+            f"format is nf4, but the model stores the weight of {turned[0]} transposed (GPT-2's Conv1D, experts of "
+            "gpt_oss), and 4-bit layers do not; write --format dense"
+        )
 
 
 def _check_four_bit(config: RunConfig) -> None:

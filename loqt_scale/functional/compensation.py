@@ -26,8 +26,9 @@ or of B and two numbers (output). The caller passes it as `sum_over_shards`; wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from torch import Tensor
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 
 SumOverShards = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
 CHUNK_VALUES = 2**20  # dense values in flight: 4 MiB a buffer
 
 
@@ -127,6 +129,33 @@ def compensate(
 ) -> Compensated:
     """Runs the alternating rounds on one shard. Every rank must call it, ranks without rows too.
 
+    The arguments are those of `compensation`; `sum_over_shards` adds a tensor up over the shards, giving the same
+    result on all.
+    """
+    rounds_of_one = compensation(weight_NI, layout, basis, gram_RR, side=side, scale=scale, rounds=rounds)
+    return in_step([rounds_of_one], sum_over_shards)[0]
+
+
+def in_step(generators: Sequence[Generator[Tensor, Tensor, Result]], sum_over_shards: SumOverShards) -> list[Result]:
+    """Runs computations that all ask for equally many sums of one shape: those of a turn are one sum. Every rank."""
+    results: list[Result] = []
+    asked = [next(generator) for generator in generators]
+    while asked:
+        sums = sum_over_shards(asked[0]).unsqueeze(0) if len(asked) == 1 else sum_over_shards(torch.stack(asked))
+        asked = []
+        for generator, total in zip(generators, sums, strict=True):
+            try:
+                asked.append(generator.send(total))
+            except StopIteration as end:
+                results.append(end.value)
+    return results
+
+
+def compensation(
+    weight_NI: Tensor, layout: MatrixLayout, basis: Tensor, gram_RR: Tensor, *, side: str, scale: float, rounds: int
+) -> Generator[Tensor, Tensor, Compensated]:
+    """`compensate` of one matrix as a generator: it yields what shards have to add up, and is sent the sum.
+
     Args:
         weight_NI: This shard's rows of W, float32; left unchanged.
         layout: Layout of the whole W.
@@ -135,7 +164,6 @@ def compensate(
         side: `input` or `output`.
         scale: s.
         rounds: c; 0 returns plain quantization with B = 0.
-        sum_over_shards: Adds a tensor up over the shards, giving the same result on all.
     """
     pinv = basis @ gram_inverse(gram_RR)  # P^+T: (I, r), or this shard's rows of it
     shape = (weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1])
@@ -151,10 +179,10 @@ def compensate(
         codes, scales, own_squares = _quantize_round(weight_NI, layout, basis, pinv, factor, side, scale, new_factor)
         if side == "input":
             taken = taken_squares(new_factor, gram_RR, scale)
-            squares, norm, taken = sum_over_shards(torch.stack([own_squares, own_norm, taken]))
+            squares, norm, taken = yield torch.stack([own_squares, own_norm, taken])
         else:
             torch.stack([own_squares, own_norm], out=buffer[-2:])
-            buffer = sum_over_shards(buffer)
+            buffer = yield buffer
             new_factor = buffer[:-2].view(shape)
             (squares, norm), taken = buffer[-2:], taken_squares(new_factor, gram_RR, scale)
         norm = norm.clamp_min(1e-30)

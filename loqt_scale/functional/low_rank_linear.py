@@ -21,7 +21,7 @@ here only `unpack` and the dense probe transpose, and `applied_side` is looked a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class LowRankSpec:
         scale: s.
         compute: `fold`, `branch` or `auto`.
         transposed: Whether the stored weight is W^T.
+        experts: None, or how many matrices lie one below the other (see `low_rank_experts`); layouts are of all.
     """
 
     base: MatrixLayout
@@ -52,6 +53,22 @@ class LowRankSpec:
     scale: float
     compute: LowRankCompute = "auto"
     transposed: bool = False
+    experts: int | None = None
+
+    @property
+    def expert_count(self) -> int:
+        """Matrices: the experts, or 1."""
+        return 1 if self.experts is None else self.experts
+
+    @property
+    def each(self) -> LowRankSpec:
+        """The spec of one of the experts; itself if there are none."""
+        if self.experts is None:
+            return self
+        base, projection = (
+            replace(layout, rows=layout.rows // self.experts) for layout in (self.base, self.projection)
+        )
+        return replace(self, base=base, projection=projection, experts=None)
 
     @property
     def applied_side(self) -> Side:

@@ -2,7 +2,9 @@
 
 from loqt_scale.layers.candidates import Candidate
 from loqt_scale.layers.convert import convert, convert_to_loqt, loqt_layers, select_linears
-from loqt_scale.layers.linear import GradientProbe, LoQTLinear
+from loqt_scale.layers.experts import LoQTExperts
+from loqt_scale.layers.layer import GradientProbe, LoQTLayer
+from loqt_scale.layers.linear import LoQTLinear
 from loqt_scale.layers.report import ConversionReport, Left
 
 __all__ = [
@@ -10,6 +12,8 @@ __all__ = [
     "ConversionReport",
     "GradientProbe",
     "Left",
+    "LoQTExperts",
+    "LoQTLayer",
     "LoQTLinear",
     "convert",
     "convert_to_loqt",

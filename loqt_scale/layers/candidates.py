@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loqt_scale.config import LoQTConfig
+from loqt_scale.layers.experts import matrix_names, put_experts
+from loqt_scale.layers.layer import layer_spec
 from loqt_scale.layers.linear import LoQTLinear, is_conv1d
 
 
@@ -27,6 +29,7 @@ class Candidate:
         weights: The parameters that go into the layer's packed base. Biases and what else moves along are not listed.
         obstacle: Why it cannot be converted, whatever the settings; None if it can.
         convert: Called with the model, the settings and the rank: puts the layer into the model, in place.
+        misfit: Called with the settings and the rank: why it cannot be converted with these; None if it can.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Candidate:
     weights: tuple[nn.Parameter, ...]
     obstacle: str | None
     convert: Callable[[nn.Module, LoQTConfig, int], None] = field(repr=False)
+    misfit: Callable[[LoQTConfig, int], str | None] = field(repr=False, default=lambda config, rank: None)
 
     @property
     def values(self) -> int:
@@ -60,7 +64,47 @@ def linear_candidates(name: str, module: nn.Module) -> list[Candidate]:
     return [Candidate(name, (cols, rows) if conv else (rows, cols), (weight,), _obstacle(module), convert)]
 
 
-KINDS: list[Kind] = [linear_candidates]
+def experts_candidates(name: str, module: nn.Module) -> list[Candidate]:
+    """The 3-D parameters of a mixture's experts, each with the name of the parameter."""
+    return [_experts_candidate(name, module, leaf) for leaf in matrix_names(module)]
+
+
+def _experts_candidate(name: str, module: nn.Module, leaf: str) -> Candidate:
+    weight, transposed = getattr(module, leaf), bool(module.is_transposed)
+    _, rows, cols = weight.shape
+    out_features, in_features = (cols, rows) if transposed else (rows, cols)
+
+    def convert(model: nn.Module, config: LoQTConfig, rank: int) -> None:
+        put_experts(module, leaf, config, rank)
+
+    def misfit(config: LoQTConfig, rank: int) -> str | None:
+        each = layer_spec(in_features, out_features, config, rank, transposed=transposed)
+        for layout in (each.base, each.projection):
+            if layout.rows % layout.group_rows:
+                return (
+                    f"experts of {layout.rows} rows, which are no multiple of the {layout.group_rows} rows that "
+                    f"{layout.cols} columns need for whole blocks (loqt.quantization.block_size, loqt.rank)"
+                )
+        return None
+
+    path = f"{name}.{leaf}".lstrip(".")
+    obstacle = _experts_obstacle(module, weight)
+    return Candidate(path, (out_features, in_features), (weight,), obstacle, convert, misfit)
+
+
+def _experts_obstacle(module: nn.Module, weight: nn.Parameter) -> str | None:
+    if not weight.requires_grad:
+        return "frozen (requires_grad is False)"
+    if getattr(module, "_is_expert_parallel", False):
+        return "experts spread over ranks by transformers' own expert parallelism"
+    if not weight.is_floating_point():
+        return f"a {type(module).__name__} that is quantized already"
+    if "forward" in vars(module):
+        return "a replaced forward, which would be lost"
+    return None
+
+
+KINDS: list[Kind] = [linear_candidates, experts_candidates]
 
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:

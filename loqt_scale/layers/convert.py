@@ -9,8 +9,9 @@ from torch import nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers.linear import LoQTLinear
+from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.report import ConversionReport
+from loqt_scale.layers.saving import save_merged_weights
 from loqt_scale.layers.select import select
 
 LEAST_SHARE = 0.5
@@ -49,6 +50,7 @@ def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     report = selection.report(model)
     for candidate, rank in selection.chosen:
         candidate.convert(model, config, rank)
+    save_merged_weights(model)
     return report
 
 
@@ -61,9 +63,9 @@ def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
     return [candidate.name for candidate, _ in select(model, config).chosen]
 
 
-def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLinear]]:
+def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
     """(name, layer) of every LoQT layer of a model, in module order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLayer))
 
 
 def _refuse_second(model: nn.Module) -> None:

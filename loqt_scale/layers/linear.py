@@ -7,22 +7,12 @@ follows, a `GradientProbe` that the merge coordinator has attached; everything e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.config import LoQTConfig, Side
-from loqt_scale.errors import UserError
-from loqt_scale.functional.low_rank_linear import (
-    OTHER_SIDE,
-    LowRankLinear,
-    LowRankSpec,
-    effective_weight,
-    resolve_side,
-)
-from loqt_scale.functional.quantization import MatrixLayout
-from loqt_scale.layers.frozen import FrozenMatrix
+from loqt_scale.config import LoQTConfig
+from loqt_scale.functional.low_rank_linear import LowRankLinear, effective_weight
+from loqt_scale.layers.layer import LoQTLayer, layer_spec
 from loqt_scale.layers.weight import LazyWeight, dense_weight
 
 
@@ -32,26 +22,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-@dataclass
-class GradientProbe:
-    """Collects a weight gradient, dense or sketched, in `leaf.grad` while it is attached to a layer.
-
-    Args:
-        leaf: Leaf tensor whose *gradient* is wanted; its values are never read. (O, I) dense, or (F, l) sketched.
-        omega: The sketch's test matrix, (O, l) on side input, (I, l) on side output; None collects the dense gradient.
-    """
-
-    leaf: Tensor
-    omega: Tensor | None
-
-    @classmethod
-    def collecting(cls, shape: tuple[int, int], omega: Tensor | None, device: torch.device) -> GradientProbe:
-        """A probe whose leaf takes no memory of its own (stride 0)."""
-        leaf = torch.zeros((), dtype=torch.float32, device=device).expand(shape).detach().requires_grad_()
-        return cls(leaf=leaf, omega=omega)
-
-
-class LoQTLinear(nn.Module):
+class LoQTLinear(LoQTLayer):
     """y = x (dequant(W_q) + s L(B))^T + bias; see `functional.low_rank_linear` for L and the gradients.
 
     Args:
@@ -69,15 +40,8 @@ class LoQTLinear(nn.Module):
         ValueError: The rank exceeds the smaller side.
 
     Attributes:
-        base: W_q, a FrozenMatrix (O x I).
-        projection: P, a FrozenMatrix (F x r), F = I on side input, O on side output. Zero until the first merge, or
-            until a start that makes up for quantization (`loqt.init`).
-        factor: B, trainable, (O, r) on side input, (I, r) on side output: always rows x rank, so that it shards like
-            its layer and the optimizer's state rotates from the right on both sides.
-        probe: None, or what collects the weight gradient before a merge.
+        bias: Or None; the others are those of `LoQTLayer`.
     """
-
-    probe: GradientProbe | None
 
     def __init__(
         self,
@@ -91,31 +55,10 @@ class LoQTLinear(nn.Module):
         dtype: torch.dtype | None = None,
         transposed: bool = False,
     ) -> None:
-        super().__init__()
-        rank = config.rank if rank is None else rank
-        if rank > min(in_features, out_features):
-            raise UserError(
-                f"loqt.rank is {rank}, but the layer is {out_features} x {in_features}; "
-                f"write {min(in_features, out_features)} or less, or name the layer in loqt.exclude_modules"
-            )
+        spec = layer_spec(in_features, out_features, config, rank, transposed=transposed)
+        super().__init__(spec, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        side = resolve_side(config.side, out_features, in_features)
-        proj_rows, factor_rows = (in_features, out_features) if side == "input" else (out_features, in_features)
-        block = config.quantization.block_size
-        stored = (in_features, out_features) if transposed else (out_features, in_features)
-        self.spec = LowRankSpec(
-            base=MatrixLayout(*stored, config.quantization.weight, block),
-            projection=MatrixLayout(proj_rows, rank, config.quantization.projection, block),
-            side=OTHER_SIDE[side] if transposed else side,
-            scale=config.scale,
-            compute=config.compute,
-            transposed=transposed,
-        )
-        self.base = FrozenMatrix(self.spec.base, device)
-        self.projection = FrozenMatrix(self.spec.projection, device)
-        self.factor = nn.Parameter(torch.zeros(factor_rows, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.probe = None
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: LoQTConfig, *, rank: int | None = None) -> LoQTLinear:
@@ -146,23 +89,9 @@ class LoQTLinear(nn.Module):
         return layer.train(linear.training)
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.spec.projection.cols
-
-    @property
     def weight(self) -> Tensor:
         """W_eff, for code that reads it: dtype, device and shape are free, values are computed when they are used."""
         return dense_weight(self) if torch.compiler.is_compiling() else LazyWeight(self)
-
-    def merged_parameters(self) -> list[nn.Parameter]:
-        """What a merge replaces: codes and scales of W_q and P, and B."""
-        return [*self.base.parameters(), *self.projection.parameters(), self.factor]
-
-    @property
-    def side(self) -> Side:
-        """Side of the stored weight on which P stands."""
-        return self.spec.side
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer.
@@ -188,6 +117,8 @@ class LoQTLinear(nn.Module):
             omega,
             self.spec,
         )
+        if not torch.compiler.is_compiling():
+            self.count_pass()
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         # as nn.Linear ends: y is nobody's view, so that it may be changed in place, also behind FSDP2's hooks

@@ -43,7 +43,7 @@ class LazyWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: LoQTLinear, *, detached: bool = False) -> LazyWeight:
         base, factor = layer.spec.base, layer.factor
-        view: LazyWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        view: LazyWeight = Tensor._make_wrapper_subclass(
             cls, (base.rows, base.cols), dtype=factor.dtype, device=factor.device
         )
         view.layer, view.detached = layer, detached
@@ -71,7 +71,9 @@ class LazyWeight(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise UserError(f"{func} cannot read the weight of a LoQT layer; give it layer.effective_weight()")
 
 

@@ -1,1 +1,1 @@
-"""LoQT in other people's loops: what is not needed by a run of our own."""
+"""At home in other people's code: a loop, a Trainer or an engine of one's own, without our trainer or settings file."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.layers import LoQTLayer, loqt_layers
 from loqt_scale.merge import InitialWeights, MergeCoordinator, plain_name
 from loqt_scale.model.weights import SafetensorsWeights
 from loqt_scale.strategies import Editing, unwrapped
@@ -77,7 +77,7 @@ def attach(
     return merges
 
 
-def weights_in_folder(folder: Path, layers: Mapping[str, LoQTLinear], prefix: str) -> InitialWeights:
+def weights_in_folder(folder: Path, layers: Mapping[str, LoQTLayer], prefix: str) -> InitialWeights:
     """A folder's weights, read by rows.
 
     Args:
@@ -94,11 +94,12 @@ def weights_in_folder(folder: Path, layers: Mapping[str, LoQTLinear], prefix: st
             "(huggingface_hub.snapshot_download(name) returns it)"
         )
     stored = SafetensorsWeights(folder).shapes
-    names = {f"{name}.weight": _stored_name(f"{name}.weight", prefix, stored) for name in layers}
-    for name, layer in layers.items():
-        found, wanted = stored[names[f"{name}.weight"]], (layer.spec.base.rows, layer.spec.base.cols)
+    shapes = {layer.weight_name(name): layer.weight_shape() for name, layer in layers.items()}
+    names = {name: _stored_name(name, prefix, stored) for name in shapes}
+    for name, wanted in shapes.items():
+        found = stored[names[name]]
         if found != wanted:
-            raise UserError(f"initial_weights: {folder} holds {name}.weight as {found}, but the layer is {wanted}")
+            raise UserError(f"initial_weights: {folder} holds {name} as {found}, but the layer is {wanted}")
     return SafetensorsWeights(folder, names)
 
 

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import captured_energy, randomized_basis, sketch_basis, sketched_energy, svd_basis
-from loqt_scale.functional.quantization import MatrixLayout, pack
+from loqt_scale.functional.quantization import pack
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 
 BLANK = -1.0
+EXPERTS_VALUES = 2**22  # of sketches of one layer's experts that are factorised in one batch
 
 
 @dataclass(frozen=True)
 class FoundBasis:
     """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps.
+
+    Of experts they are those of all, one below the other, and there is an energy of each, (E,).
 
     An energy of `BLANK` says that the gradient is zero: the layer was in no backward pass of any rank (an expert
     without tokens, a dropped layer, an unused head), and its P is a random one.
@@ -36,24 +40,28 @@ class FoundBasis:
 
     def to_bytes(self) -> Tensor:
         """All of it as one row of bytes, to be sent."""
-        tensors = (self.energy.float().reshape(1), self.codes, self.scales)
+        tensors = (self.energy.float(), self.codes, self.scales)
         return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
 
     @staticmethod
-    def count_bytes(layout: MatrixLayout) -> int:
-        """Length of that row."""
-        return 4 + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
+    def count_bytes(spec: LowRankSpec) -> int:
+        """Length of that row, of a layer of `spec`."""
+        layout = spec.projection
+        return 4 * spec.expert_count + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
 
     @classmethod
-    def from_bytes(cls, row: Tensor, layout: MatrixLayout) -> FoundBasis:
+    def from_bytes(cls, row: Tensor, spec: LowRankSpec) -> FoundBasis:
         """What was sent. Copies: inside the row, scales need not lie where float32 may."""
-        end = 4 + layout.codes_shape[0] * layout.codes_shape[1]
+        layout, start = spec.projection, 4 * spec.expert_count
+        end = start + layout.codes_shape[0] * layout.codes_shape[1]
+        energies = row[:start].view(torch.float32)
         scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
-        return cls(row[4:end].view(layout.codes_shape).clone(), scales, row[:4].view(torch.float32).squeeze(0))
+        codes = row[start:end].view(layout.codes_shape).clone()
+        return cls(codes, scales, energies[0] if spec.experts is None else energies)
 
 
 def find_bases(
-    layers: Mapping[str, LoQTLinear], collected: Mapping[str, Tensor], config: SubspaceConfig, *, seed: int
+    layers: Mapping[str, LoQTLayer], collected: Mapping[str, Tensor], config: SubspaceConfig, *, seed: int
 ) -> dict[str, FoundBasis]:
     """The new P of several layers. Layers whose sketches have one shape and rank share a batched call. Local.
 
@@ -68,9 +76,12 @@ def find_bases(
         seed: Of the run and step, for the background (see `functional.projection`) and for `randomized`.
     """
     alike: dict[tuple[int, ...], list[str]] = {}
-    for name, gradient in collected.items():
-        alike.setdefault((*gradient.shape, layers[name].rank), []).append(name)
     found: dict[str, FoundBasis] = {}
+    for name, gradient in collected.items():
+        if layers[name].spec.experts is not None:
+            found[name] = _find_experts(layers[name], gradient, config, name, seed)
+            continue
+        alike.setdefault((*gradient.shape, layers[name].rank), []).append(name)
     for names in alike.values():
         finite = [collected[name].isfinite().all() for name in names]
         blank = [~collected[name].any() for name in names]
@@ -89,6 +100,23 @@ def find_bases(
     return found
 
 
+def _find_experts(layer: LoQTLayer, gradients: Tensor, config: SubspaceConfig, name: str, seed: int) -> FoundBasis:
+    """The new P of each expert of a layer, from (E, F, l) or (E, O, I). Local."""
+    blank, good = ~gradients.flatten(1).any(1), gradients.flatten(1).isfinite().all(1)
+    gradients.nan_to_num_(0.0, 0.0, 0.0)
+    if config.method == "sketch":
+        parts = gradients.split(max(1, EXPERTS_VALUES // gradients[0].numel()))
+        found = [_from_sketches(list(part), layer.rank, seed) for part in parts]
+        bases = [basis for some, _ in found for basis in some]
+        energies = [energy for _, some in found for energy in some]
+    else:
+        seeds = [stable_seed("randomized", seed, f"{name}[{expert}]") for expert in range(len(gradients))]
+        pairs = [_from_dense(layer, part, config, own) for part, own in zip(gradients, seeds, strict=True)]
+        bases, energies = [basis for basis, _ in pairs], [energy for _, energy in pairs]
+    energy = torch.where(blank, BLANK, torch.where(good, torch.stack(energies), float("nan")))
+    return FoundBasis(*pack(torch.cat(bases), layer.spec.projection), energy)
+
+
 def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """(P, kept energy) of sketches of one shape."""
     stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
@@ -96,7 +124,7 @@ def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> tuple[list[T
     return list(bases), list(sketched_energy(stacked, bases))
 
 
-def _from_dense(layer: LoQTLinear, gradient: Tensor, config: SubspaceConfig, seed: int) -> tuple[Tensor, Tensor]:
+def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed: int) -> tuple[Tensor, Tensor]:
     """(P (F, r) float32, share of gradient energy it keeps) by the methods that need the whole gradient."""
     if config.method == "svd":
         basis = svd_basis(gradient, layer.rank, layer.side, seed=seed)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.strategies import Reducer
 
 Collected = dict[str, Tensor]
@@ -50,7 +50,7 @@ class GradientCollection:
 
     def __init__(
         self,
-        layers: Mapping[str, LoQTLinear],
+        layers: Mapping[str, LoQTLayer],
         owners: Mapping[str, int],
         *,
         wave: int,

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLinear, loqt_layers
-from loqt_scale.merge.one_layer import LayerMerge
+from loqt_scale.layers import LoQTLayer, loqt_layers
+from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
@@ -93,7 +93,9 @@ class MergeCoordinator:
         self._editing.check_held(self._optimizers, factors)
         check_config(self._layers, config)
         self._config, self._seed = config, seed
-        self._initial_weights = as_initial_weights(initial_weights, self._layers)
+        self._initial_weights = as_initial_weights(
+            initial_weights, [layer.weight_name(name) for name, layer in self._layers.items()]
+        )
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._order = StepOrder(StepWatch(self._optimizers))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
@@ -138,7 +140,7 @@ class MergeCoordinator:
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
-        self._first_due = set(self._layers)
+        self._first_due = {own for name, layer in self._layers.items() for own in own_names(name, layer)}
 
     def has_merged(self) -> bool:
         """Whether P has values: after the first merge, or a start that makes up for quantization. Every rank."""
@@ -215,13 +217,12 @@ class MergeCoordinator:
             self.postpone(step)
             return None
         self._editing.settle()
-        kept, merging = [], self._merging()
+        kept: list[str] = []
+        merging = self._merging()
         for name, owner in self._search.owners.items():
             with self._editing.open(self._layers[name].merged_parameters()):
-                merged = merging.run(name, owner, self._search.take(name))
-            if merged is None:
-                kept.append(name)
-                merged = torch.full((6,), float("nan"), device=self._editing.device)
+                merged, stayed = merging.run(name, owner, self._search.take(name))
+            kept += stayed
             diagnostics[name] = merged
         self._first_due &= set(kept)
         self._order.leave(step)
@@ -289,7 +290,7 @@ class MergeCoordinator:
         """Refuses an optimizer whose states of the factors cannot be carried over, before anything is changed."""
         if self._config.merge.optimizer_state == "transport":
             for layer in self._layers.values():
-                self._editing.check_states(self._optimizer_of(layer), layer.factor)
+                self._editing.check_states(self._optimizer_of(layer), layer.factor, shaped=layer.spec.experts is None)
 
     def _reason_to_wait(self, seen: bool) -> str:
         """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce.
@@ -314,7 +315,7 @@ class MergeCoordinator:
         if self._editing.comm.is_main:
             warnings.warn(f"LoQT: {text}", stacklevel=3)
 
-    def _optimizer_of(self, layer: LoQTLinear) -> torch.optim.Optimizer:
+    def _optimizer_of(self, layer: LoQTLayer) -> torch.optim.Optimizer:
         if len(self._optimizers) == 1:
             return self._optimizers[0]
         return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +14,11 @@ from loqt_scale.functional.loftq import Residual
 from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.transport import basis_rotation, carry_states
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.basis import FoundBasis
-from loqt_scale.merge.placed import InitialWeights, PlacedLayer
-from loqt_scale.strategies import Editing
+from loqt_scale.merge.experts import ExpertsMerge, expert_names
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.strategies import Editing, EditStates
 
 
 class LayerMerge:
@@ -35,23 +35,56 @@ class LayerMerge:
 
     def __init__(
         self,
-        layers: Mapping[str, LoQTLinear],
+        layers: Mapping[str, LoQTLayer],
         editing: Editing,
         merge: MergeConfig,
         source: InitialWeights | None,
         first_due: Set[str],
         *,
-        optimizer_of: Callable[[LoQTLinear], torch.optim.Optimizer],
+        optimizer_of: Callable[[LoQTLayer], torch.optim.Optimizer],
     ) -> None:
         self._layers, self._editing, self._merge = layers, editing, merge
         self._source, self._first_due, self._optimizer_of = source, first_due, optimizer_of
 
-    def run(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor | None:
-        """Merges one layer; returns its diagnostics, or None if it stays as it is. Every rank.
+    def run(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor, list[str]]:
+        """Merges one layer, inside `editing.open` of its parameters. Every rank.
 
-        They have the order of `MERGE_DIAGNOSTICS`; in place of the last, the survival of updates, stand this shard's
-        two sums for it (see `MergeCoordinator.finish`).
+        Args:
+            name: The layer's.
+            owner: Rank that has found its P.
+            mine: That P, there.
+
+        Returns:
+            Diagnostics in the order of `MERGE_DIAGNOSTICS`, nan if the layer stays as it is; in place of the last, the
+            survival of updates, stand this shard's two sums for it (see `MergeCoordinator.finish`). And the names of
+            what stays: the layer, or some of its experts.
         """
+        if self._layers[name].spec.experts is not None:
+            merged, stays = self._merge_experts(name, owner, mine)
+        else:
+            merged = self._merge_layer(name, owner, mine)
+            stays = [name] if merged is None else []
+        nan = torch.full((6,), float("nan"), device=self._editing.device)
+        return nan if merged is None else merged, stays
+
+    def _merge_experts(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, list[str]]:
+        """Diagnostics, None if all experts stay as they are, and the names of those that do. Every rank."""
+        layer, editing = self._layers[name], self._editing
+        names = own_names(name, layer)
+        merged = ExpertsMerge(
+            name,
+            PlacedLayer(layer, editing),
+            self._share_basis(layer, owner, mine),
+            first_due=[expert for expert, own in enumerate(names) if own in self._first_due],
+            source=self._source,
+            config=self._merge,
+            editing=editing,
+        ).run()
+        self._edit_states(layer, merged.edit)
+        return merged.diagnostics, [names[expert] for expert in merged.kept]
+
+    def _merge_layer(self, name: str, owner: int, mine: FoundBasis | None) -> Tensor | None:
+        """Diagnostics, None if the layer stays as it is. Every rank."""
         layer, editing = self._layers[name], self._editing
         spec, placed = layer.spec, PlacedLayer(layer, editing)
         old_basis, found = placed.basis(), self._share_basis(layer, owner, mine)
@@ -94,16 +127,16 @@ class LayerMerge:
         energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
         return torch.stack([*errors, energy, overlap, *sums])
 
-    def _share_basis(self, layer: LoQTLinear, owner: int, mine: FoundBasis | None) -> FoundBasis:
+    def _share_basis(self, layer: LoQTLayer, owner: int, mine: FoundBasis | None) -> FoundBasis:
         """Broadcasts an owner's P, packed. Every rank."""
-        layout, comm = layer.spec.projection, self._editing.comm
+        spec, comm = layer.spec, self._editing.comm
         if comm.rank == owner:
             assert mine is not None
             row = mine.to_bytes()
         else:
-            row = torch.empty(FoundBasis.count_bytes(layout), dtype=torch.uint8, device=comm.device)
+            row = torch.empty(FoundBasis.count_bytes(spec), dtype=torch.uint8, device=comm.device)
         comm.broadcast(row, owner)
-        return FoundBasis.from_bytes(row, layout)
+        return FoundBasis.from_bytes(row, spec)
 
     def _merged_rows(self, name: str, placed: PlacedLayer, basis_FR: Tensor, factor: Tensor, *, first: bool) -> Tensor:
         """This rank's rows of W = dequant(W_q) + s L(B), float32; in the first merge what that stands for. Every rank.
@@ -113,7 +146,7 @@ class LayerMerge:
         """
         spec = placed.layer.spec
         if first and self._source is not None:
-            weight = self._source.rows(f"{name}.weight", *placed.rows).to(self._editing.device)
+            weight = initial_rows(self._source, name, placed.layer, *placed.rows).to(self._editing.device)
             if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
                 return weight
             residual = Residual(placed.shard(), weight, placed.packed_base())
@@ -123,15 +156,24 @@ class LayerMerge:
         add_low_rank(weight, spec.base, placed.rows_of_basis(basis_FR), factor, spec.side, spec.scale)
         return weight
 
-    def _carry_state(self, layer: LoQTLinear, rotation: Tensor | None) -> None:
+    def _carry_state(self, layer: LoQTLayer, rotation: Tensor | None) -> None:
         """Applies the state policy to B's moments. Every rank."""
+        policy = self._merge.optimizer_state
+        self._edit_states(layer, lambda _, states: carry_states(states, rotation, policy))
+
+    def _edit_states(self, layer: LoQTLayer, edit: EditStates) -> None:
+        """Edits what the optimizer keeps of B; what has no rule is forgotten. Every rank."""
         policy, optimizer = self._merge.optimizer_state, self._optimizer_of(layer)
         if policy == "keep":
             return
         try:
-            self._editing.check_states(optimizer, layer.factor)
+            self._editing.check_states(optimizer, layer.factor, shaped=layer.spec.experts is None)
         except UserError:  # under `reset` only, else the coordinator has refused
             self._editing.forget_states(optimizer, layer.factor)
         else:
-            edit = partial(carry_states, rotation_RR=rotation, policy=policy)
             self._editing.edit_moments(optimizer, layer.factor, edit)
+
+
+def own_names(name: str, layer: LoQTLayer) -> list[str]:
+    """Names of the matrices of a layer that are merged each by itself: the layer, or its experts."""
+    return [name] if layer.spec.experts is None else expert_names(name, layer.spec.experts)

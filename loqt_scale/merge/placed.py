@@ -14,7 +14,7 @@ from torch import Tensor
 from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.loftq import Packed, Shard
 from loqt_scale.functional.quantization import unpack
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.strategies import Editing
 
 
@@ -24,6 +24,27 @@ class InitialWeights(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter, float32."""
         ...
+
+
+def initial_rows(source: InitialWeights, name: str, layer: LoQTLayer, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a layer's W before quantization, float32, the caller's own; of experts, of all of them.
+
+    Args:
+        source: Knows them under the names of the unconverted model.
+        name: The layer's.
+        layer: The layer.
+        start: First row of W.
+        stop: One past the last.
+    """
+    weight, spec = layer.weight_name(name), layer.spec
+    if spec.experts is None:
+        return source.rows(weight, start, stop)
+    rows = spec.each.base.rows
+    pieces = [
+        source.rows(weight, expert, expert + 1)[0][max(start - expert * rows, 0) : stop - expert * rows]
+        for expert in range(start // rows, -(-stop // rows) if stop > start else 0)
+    ]
+    return torch.cat(pieces) if pieces else torch.empty(0, spec.base.cols)
 
 
 class PlacedLayer:
@@ -37,7 +58,7 @@ class PlacedLayer:
         rows: Rows [start, stop) of W that this rank works on: whole groups.
     """
 
-    def __init__(self, layer: LoQTLinear, editing: Editing) -> None:
+    def __init__(self, layer: LoQTLayer, editing: Editing) -> None:
         self.layer, self._editing = layer, editing
         self.rows = self._rows_of(editing.work_rank)
 
@@ -45,8 +66,8 @@ class PlacedLayer:
         """P as this rank's rows of W need it: all of it on side input, those rows on side output. Local."""
         return basis_FR if self.layer.side == "input" else basis_FR[slice(*self.rows)]
 
-    def shard(self, owner: int = 0) -> Shard:
-        """This rank's rows as `functional.loftq` wants them described; `owner`'s bits count. Local."""
+    def shard(self, owner: int = 0, expert: int | None = None) -> Shard:
+        """This rank's rows, of an expert, as `functional.loftq` wants them described; `owner`'s bits count. Local."""
 
         def agree(packed: Packed) -> Packed:
             for part in packed:
@@ -54,7 +75,11 @@ class PlacedLayer:
                     self._editing.comm.broadcast(part, owner)
             return packed
 
-        return Shard(self.layer.spec, self.rows[0], self._editing.sum, agree)
+        if expert is None:
+            return Shard(self.layer.spec, self.rows[0], self._editing.sum, agree)
+        each = self.layer.spec.each
+        start = min(max(self.rows[0] - expert * each.base.rows, 0), each.base.rows)
+        return Shard(each, start, self._editing.sum, agree)
 
     def packed_base(self) -> tuple[Tensor, Tensor | None]:
         """Codes and scales of this rank's rows of W_q. Every rank."""
@@ -68,9 +93,13 @@ class PlacedLayer:
 
     def basis(self) -> Tensor:
         """P on every rank, (F, r) float32. Every rank."""
+        return unpack(*self.packed_basis(), self.layer.spec.projection, torch.float32)
+
+    def packed_basis(self) -> Packed:
+        """Codes and scales of P on every rank. Every rank."""
         packed = [self.layer.projection.codes, self.layer.projection.scales]
         codes, *scales = self._editing.gather_together([part for part in packed if part is not None])
-        return unpack(codes, scales[0] if scales else None, self.layer.spec.projection, torch.float32)
+        return codes, scales[0] if scales else None
 
     def factor(self) -> Tensor:
         """B as this rank's rows of W need it: those rows (input side) or all (output side), a float32 copy.

@@ -11,18 +11,22 @@ from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import sketch_width, test_matrix
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.layers import GradientProbe, LoQTLinear
+from loqt_scale.layers import GradientProbe, LoQTLayer
 
 
-def probe_shape(spec: LowRankSpec, config: SubspaceConfig) -> tuple[int, int]:
-    """Shape of what a layer's probe collects: a sketch (F, l), or under the exact methods the dense gradient (O, I)."""
-    base, projection = spec.base, spec.projection
+def probe_shape(spec: LowRankSpec, config: SubspaceConfig) -> tuple[int, ...]:
+    """Shape of what a layer's probe collects: a sketch (F, l), or under the exact methods the dense gradient (O, I).
+
+    Of experts one of each: (E, F, l) or (E, O, I).
+    """
+    experts = () if spec.experts is None else (spec.experts,)
+    base, projection = spec.each.base, spec.each.projection
     if config.method != "sketch":
-        return base.rows, base.cols
-    return projection.rows, sketch_width(projection.cols, base.rows, base.cols, config.oversampling)
+        return (*experts, base.rows, base.cols)
+    return (*experts, projection.rows, sketch_width(projection.cols, base.rows, base.cols, config.oversampling))
 
 
-def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
+def attach_probes(layers: Mapping[str, LoQTLayer], config: SubspaceConfig, *, seed: int, device: torch.device) -> None:
     """Gives every layer a probe for its gradient: a sketch of it, or under the exact methods the dense one. Local.
 
     Layers of one width share a test matrix: a sketch needs its Omega to be independent of its own gradient only.
@@ -37,8 +41,8 @@ def attach_probes(layers: Mapping[str, LoQTLinear], config: SubspaceConfig, *, s
     for layer in layers.values():
         shape, omega = probe_shape(layer.spec, config), None
         if config.method == "sketch":
-            features = layer.spec.base.rows + layer.spec.base.cols - shape[0]
-            key = features, shape[1]
+            each = layer.spec.each.base
+            key = each.rows + each.cols - shape[-2], shape[-1]
             if key not in omegas:
                 omegas[key] = test_matrix(*key, seed=stable_seed(seed, *key), device=device)
             omega = omegas[key]

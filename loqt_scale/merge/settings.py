@@ -9,13 +9,13 @@ from typing import Any
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 
 _OF_TENSORS = ("layers",)  # what no run may change: it says what stored tensors mean
 
 
 def settings_of(
-    layers: Mapping[str, LoQTLinear], config: LoQTConfig, *, seed: int, total_steps: int | None
+    layers: Mapping[str, LoQTLayer], config: LoQTConfig, *, seed: int, total_steps: int | None
 ) -> dict[str, Any]:
     """All that merges depend on, as JSON could hold it.
 
@@ -36,11 +36,11 @@ def settings_of(
     return plain
 
 
-def layer_settings(layer: LoQTLinear) -> dict[str, Any]:
+def layer_settings(layer: LoQTLayer) -> dict[str, Any]:
     """What a layer's stored tensors mean."""
     spec = layer.spec
     return {
-        "shape": [spec.base.rows, spec.base.cols],
+        "shape": list(layer.weight_shape()),
         "rank": spec.projection.cols,
         "scale": spec.scale,
         "side": spec.side,
@@ -79,7 +79,7 @@ def check_settings(saved: Mapping[str, Any], ours: Mapping[str, Any], *, strict:
     return words
 
 
-def check_config(layers: Mapping[str, LoQTLinear], config: LoQTConfig) -> None:
+def check_config(layers: Mapping[str, LoQTLayer], config: LoQTConfig) -> None:
     """Refuses a config that is not the one by which the model was converted.
 
     Raises:

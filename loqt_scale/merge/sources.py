@@ -51,12 +51,12 @@ def plain_name(name: str) -> str:
     return name.removeprefix(WRAPPERS[2])
 
 
-def as_initial_weights(given: Any, layers: Iterable[str]) -> InitialWeights | None:
+def as_initial_weights(given: Any, names: Iterable[str]) -> InitialWeights | None:
     """What `initial_weights` may be, as a source of rows.
 
     Args:
         given: A source already, an unconverted model, a state dict; None.
-        layers: Names of the layers whose weights will be asked for.
+        names: Of the parameters that will be asked for.
 
     Raises:
         UserError: Anything else, or a layer's weight is not there.
@@ -68,7 +68,7 @@ def as_initial_weights(given: Any, layers: Iterable[str]) -> InitialWeights | No
         given = dict(given.named_parameters(remove_duplicate=False))
     if isinstance(given, Mapping):
         found = WeightsInMemory(given)
-        found.check(f"{name}.weight" for name in layers)
+        found.check(names)
         return found
     raise UserError(
         f"initial_weights is a {type(given).__name__}; give a state dict or an unconverted model (attach: or a folder)"

@@ -15,15 +15,16 @@ import torch
 from loqt_scale.config import LoQTConfig
 from loqt_scale.functional.loftq import loftq
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.layers import LoQTLinear
-from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.layers import LoQTLayer
+from loqt_scale.merge.experts import start_experts
+from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.report import StartReport
 from loqt_scale.strategies import Editing
 
 
 @torch.no_grad()
 def start_compensated(
-    layers: Mapping[str, LoQTLinear],
+    layers: Mapping[str, LoQTLayer],
     owners: Mapping[str, int],
     source: InitialWeights,
     config: LoQTConfig,
@@ -47,9 +48,12 @@ def start_compensated(
         if layer.spec.base.kind.exact:
             continue
         with editing.open(layer.merged_parameters()):
-            placed = PlacedLayer(layer, editing)
-            weight = source.rows(f"{name}.weight", *placed.rows).to(editing.device)
-            rounds = config.merge.compensation_rounds
+            placed, rounds = PlacedLayer(layer, editing), config.merge.compensation_rounds
+            if layer.spec.experts is not None:
+                how = {"owner": owner, "rounds": rounds, "seed": seed}
+                errors[name] = start_experts(name, placed, source, **how, device=editing.device)
+                continue
+            weight = initial_rows(source, name, layer, *placed.rows).to(editing.device)
             result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
             placed.store_basis(*packed)
             placed.store(result)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.basis import BLANK, FoundBasis, find_bases
 from loqt_scale.merge.collection import GradientCollection
 from loqt_scale.merge.order import CALL_PREPARE
@@ -46,7 +46,7 @@ class SubspaceSearch:
         seed: Of the sketches.
     """
 
-    def __init__(self, layers: Mapping[str, LoQTLinear], config: SubspaceConfig, comm: Comm, seed: int) -> None:
+    def __init__(self, layers: Mapping[str, LoQTLayer], config: SubspaceConfig, comm: Comm, seed: int) -> None:
         self._layers, self._config, self._seed = layers, config, seed
         self._device, self._reducer = comm.device, comm.open_reducer()
         specs = [layer.spec for layer in layers.values()]
@@ -109,8 +109,8 @@ class SubspaceSearch:
     @property
     def quality(self) -> Tensor:
         """Of the layers that this rank has found P of: how many gradients were not finite, how many not zero. (2,)."""
-        energies = [found.energy.reshape(()) for found in self._found.values()]
-        stacked = torch.stack(energies) if energies else torch.zeros(0, device=self._device)
+        energies = [found.energy.flatten() for found in self._found.values()]
+        stacked = torch.cat([torch.zeros(0, device=self._device), *energies])
         finite = stacked.isfinite()
         return torch.stack([(~finite).sum(), (finite & (stacked != BLANK)).sum()]).float()
 
@@ -131,7 +131,7 @@ class SubspaceSearch:
         self._found |= find_bases(self._layers, collected, self._config, seed=seed)
 
 
-def deal(names: Mapping[str, LoQTLinear], world_size: int) -> dict[str, int]:
+def deal(names: Mapping[str, LoQTLayer], world_size: int) -> dict[str, int]:
     """Owner of each layer, last layer first, as backward passes complete them.
 
     Every `world_size` layers each rank gets one, and each time another one: layers repeat from block to block, and

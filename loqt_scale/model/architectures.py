@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,20 +44,24 @@ PRESETS = {
 }
 
 
-def load_model_config(config: ModelConfig, *, vocab_size: int, seq_len: int) -> PreTrainedConfig:
+def load_model_config(
+    config: ModelConfig, *, vocab_size: int, seq_len: int, occurring: Callable[[], int] | None = None
+) -> PreTrainedConfig:
     """The Hugging Face config of the model that `config` asks for.
 
     A preset takes its vocabulary from the tokenizer. A config.json is used as it is, so its vocabulary must have room
-    for the tokenizer's.
+    for the ids that occur.
 
     Args:
         config: Preset or path, and overrides.
-        vocab_size: Tokens of the tokenizer.
+        vocab_size: Rows of an embedding for the tokenizer.
         seq_len: Tokens per sequence.
+        occurring: Called if a config.json's vocabulary is smaller than that: how many rows the ids need that occur.
+            Default: `vocab_size`.
 
     Raises:
-        ValueError: Unknown preset or override, a value that the model does not take, a vocabulary or number of
-            positions that is too small.
+        ValueError: Unknown preset or override, one that is lost, a value that the model does not take, weights that are
+            quantized already, a vocabulary or number of positions that is too small.
         FileNotFoundError: `model.path` is neither a folder with a config.json nor an id that can be read from the hub.
     """
     fields = _preset_fields(config.preset, vocab_size, seq_len) if config.path is None else _read_fields(config.path)
@@ -65,12 +69,38 @@ def load_model_config(config: ModelConfig, *, vocab_size: int, seq_len: int) -> 
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UserError(f"model.path: its config.json has model_type {model_type!r}, which transformers does not know")
     config_class = CONFIG_MAPPING[model_type]
-    fields = _override(fields, config_class, config.overrides)
+    _refuse_quantized(fields, config)
+    original, fields = fields, _override(fields, config_class, config.overrides)
     with explained(f"{model_source(config)} do not fit a {model_type} model"):
-        hf_config = config_class(**fields)
+        hf_config = config_class(**copy.deepcopy(fields))
         hf_config.use_cache = False
-    _check_sizes(hf_config, config, vocab_size, seq_len)
+        _refuse_lost_overrides(hf_config, original, config.overrides)
+    _check_sizes(hf_config, config, vocab_size, seq_len, occurring)
     return hf_config
+
+
+def _refuse_quantized(fields: dict[str, Any], config: ModelConfig) -> None:
+    """Weights that are quantized already cannot be read as numbers; of a shape alone nobody wants to know."""
+    quantization = fields.pop("quantization_config", None)
+    if quantization and config.weights == "pretrained":
+        method = quantization.get("quant_method", "some method") if isinstance(quantization, dict) else "some method"
+        raise UserError(
+            f"model.path is {config.path!r}, whose weights are quantized already ({method}), and LoQT quantizes by "
+            "itself; write a folder of unquantized weights (of a run of your own: loqt-scale export --format dense)"
+        )
+
+
+def _refuse_lost_overrides(hf_config: PreTrainedConfig, original: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Config classes ignore some fields where others are there as well, and say nothing."""
+    for key, value in overrides.items():
+        others = {name: other for name, other in overrides.items() if name != key}
+        without = type(hf_config)(**copy.deepcopy(_override(original, type(hf_config), others)))
+        without.use_cache = hf_config.use_cache
+        if without.to_dict() == hf_config.to_dict() and getattr(hf_config, key, None) != value:
+            raise UserError(
+                f"model.overrides.{key} has no effect beside the other fields of model.path's config.json; write it as "
+                "the folder does, or change its config.json"
+            )
 
 
 def declared_layers(path: str) -> int:
@@ -145,6 +175,8 @@ def _override(
             raise UserError(f"model.overrides.{key} is not a field of {config_class.__name__}; did you mean {near}?")
     changes = {aliases.get(key, key): value for key, value in overrides.items()}
     merged = {**fields, **changes}
+    if "rope_parameters" in overrides and "rope_scaling" not in overrides:
+        merged.pop("rope_scaling", None)  # of an older config.json: it would win in silence
     # A list with an entry per layer (saved by Qwen2, Gemma) has to follow the number of layers.
     layer_types, layers = merged.get("layer_types"), merged.get(aliases.get("num_hidden_layers", "num_hidden_layers"))
     if layer_types is not None and "layer_types" not in overrides and isinstance(layers, int):
@@ -155,16 +187,25 @@ def _override(
     return merged
 
 
-def _check_sizes(hf_config: PreTrainedConfig, config: ModelConfig, vocab_size: int, seq_len: int) -> None:
+def _check_sizes(
+    hf_config: PreTrainedConfig,
+    config: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    occurring: Callable[[], int] | None,
+) -> None:
     text = hf_config.get_text_config()
-    if text.vocab_size < vocab_size:
+    needed = vocab_size
+    if text.vocab_size < vocab_size and occurring is not None and config.path is not None:
+        needed = min(occurring(), vocab_size)
+    if text.vocab_size < needed:
         remedy = (
-            f"data.tokenizer: {config.path}"
+            f"data.tokenizer: {config.path}, or give the model more rows (transformers' resize_token_embeddings)"
             if config.weights == "pretrained"
             else f"model.overrides: {{vocab_size: {vocab_size}}}"
         )
         raise UserError(
-            f"the model's vocab_size is {text.vocab_size}, but the tokenizer has {vocab_size} tokens; write {remedy}"
+            f"the model's vocab_size is {text.vocab_size}, but the tokenizer has {needed} tokens; write {remedy}"
         )
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and positions < seq_len:

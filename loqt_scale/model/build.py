@@ -11,6 +11,8 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +20,22 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loqt_scale.config import ModelConfig, RunConfig
-from loqt_scale.errors import explained
+from loqt_scale.errors import UserError, explained
 from loqt_scale.functional.compensation import row_chunks
+from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.quantization import pack
-from loqt_scale.layers import LoQTLinear, convert, loqt_layers, select_linears
+from loqt_scale.layers import LoQTLayer, convert, loqt_layers, select_linears
+from loqt_scale.merge.placed import initial_rows
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
+from loqt_scale.model.causality import check_causal
 from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
+
+MOST_SURPRISES = 0.1  # of the parameters, that stay in full precision though they are no embedding or head
 
 
 @dataclass(frozen=True)
@@ -66,31 +74,48 @@ class ModelDesign:
     hf_config: PreTrainedConfig
 
 
-def design_model(config: RunConfig, *, vocab_size: int) -> ModelDesign:
+def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], int] | None = None) -> ModelDesign:
     """Builds and converts the run's model on the meta device. Local.
 
     Args:
         config: The run.
         vocab_size: The tokenizer's.
+        occurring: As for `load_model_config`.
 
     Raises:
         ValueError: Settings that do not fit the model (see `architectures` and `layers.convert`).
     """
-    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    hf_config = load_model_config(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, occurring=occurring)
     with explained(f"no model can be built from {model_source(config.model)}"):
         model = build_meta_model(hf_config)
-    check_widths(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+    rows = vocab_size if config.model.path is None else min(vocab_size, hf_config.get_text_config().vocab_size)
+    check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
+    check_causal(config.model, hf_config)
+    if config.method == "loqt":
+        _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
     if config.method == "loqt":
-        convert(model, config.loqt)
+        report = convert(model, config.loqt)
+        if report.surprising_share > MOST_SURPRISES:
+            warnings.warn(str(report), stacklevel=2)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
+    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
     return ModelDesign(model, source, dense_layers, hf_config)
+
+
+def _refuse_rescaling(hf_config: PreTrainedConfig) -> None:
+    """RWKV divides weights in place at its first evaluation, against overflow in float16."""
+    if hf_config.model_type == "rwkv" and getattr(hf_config, "rescale_every", 0):
+        raise UserError(
+            "model.path: this rwkv model divides its weights in place when it is evaluated, which packed ones cannot "
+            "take; write model.overrides.rescale_every: 0 (the same outputs, but for float16)"
+        )
 
 
 def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:
@@ -164,7 +189,7 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
         parameters = layer.merged_parameters()
         filled |= {id(parameter) for parameter in parameters}
         with editing.open(parameters):
-            _fill_base(f"{name}.weight", layer, source, editing)
+            _fill_base(name, layer, source, editing)
             for parameter in (*layer.projection.parameters(), layer.factor):
                 editing.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=editing.device))
     for name, parameter in model.named_parameters():
@@ -174,13 +199,23 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
                 editing.write(parameter, rows.to(editing.device, parameter.dtype))
 
 
-def _fill_base(name: str, layer: LoQTLinear, source: WeightSource, editing: Editing) -> None:
+def _chunks(spec: LowRankSpec, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Cuts rows [first, last) of a layer's W into parts that are read at once: some rows, or those of one expert."""
+    if spec.experts is None:
+        yield from ((first + start, first + stop) for start, stop in row_chunks(last - first, spec.base))
+        return
+    rows = spec.each.base.rows
+    for expert in range(first // rows, -(-last // rows) if last > first else 0):
+        yield max(first, expert * rows), min(last, (expert + 1) * rows)
+
+
+def _fill_base(name: str, layer: LoQTLayer, source: WeightSource, editing: Editing) -> None:
     """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
     layout, base = layer.spec.base, layer.base
     first, last = layout.rows_of_groups(*editing.rows(layout.groups))
     chunks = [
-        pack(source.rows(name, first + start, first + stop).to(editing.device), layout)
-        for start, stop in row_chunks(last - first, layout)
+        pack(initial_rows(source, name, layer, start, stop).to(editing.device), layout)
+        for start, stop in _chunks(layer.spec, first, last)
     ]
     none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=editing.device)  # more ranks than rows
     editing.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))

@@ -21,7 +21,8 @@ def vocabulary_size(config: RunConfig, given: int | None) -> tuple[int, str]:
     if tokenizer == "bpe":
         return config.data.bpe_vocab_size, ""
     try:
-        return load_tokenizer(tokenizer).vocab_size, ""
+        loaded = load_tokenizer(tokenizer)
+        return loaded.vocab_size if config.model.path is None else loaded.token_count, ""
     except (OSError, ValueError):
         return (
             ASSUMED,

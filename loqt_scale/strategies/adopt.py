@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLinear, loqt_layers
+from loqt_scale.layers import LoQTLayer, loqt_layers
 from loqt_scale.process.environment import is_launched, launched_world_size
 from loqt_scale.strategies.adopt_mesh import adopt_mesh
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
@@ -118,7 +118,7 @@ def alone(device: torch.device) -> Editing:
     return single_process(device).editing
 
 
-def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLinear]) -> tuple[str, Editing]:
+def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]) -> tuple[str, Editing]:
     device = next(iter(layers.values())).factor.device
     _refuse_fsdp1(model)
     for module in inner.modules():
@@ -140,7 +140,7 @@ def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTL
     return "one process", alone(device)
 
 
-def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLinear]) -> Any:
+def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLayer]) -> Any:
     """The process group of the DistributedDataParallel that holds all layers; None: there is no such thing."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

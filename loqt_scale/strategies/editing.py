@@ -36,7 +36,7 @@ from loqt_scale.optim import (
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.placement import Placement
 
-EditStates = Callable[[Sequence[tuple[StateKind, Tensor]]], None]
+EditStates = Callable[[int, Sequence[tuple[StateKind, Tensor]]], None]  # index of the first row, rows of each state
 
 
 class Editing(ABC):
@@ -135,9 +135,9 @@ class Editing(ABC):
         """Refuses factors that train, by layer's name, and that no optimizer holds (`optim.check_held`). Local."""
         check_held(factors, parameters_of(*optimizers))
 
-    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter, *, shaped: bool = True) -> None:
         """Refuses states of a parameter that a merge could not carry (`optim.state_kinds`). Local."""
-        state_kinds(optimizer, parameter)
+        state_kinds(optimizer, parameter, shaped=shaped)
 
     def forget_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
         """Has the optimizer begin anew with a parameter, whatever it keeps of it. Every rank."""
@@ -147,7 +147,7 @@ class Editing(ABC):
     def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
         """Applies `edit` in place to a parameter's states (see `open_states`), if it has them yet. Every rank.
 
-        `edit` gets whole rows, but which of them, and how many at a time, is the strategy's affair.
+        `edit` gets the index of the first row, then rows of each state; which of them is the strategy's affair.
         """
 
     @abstractmethod
@@ -196,7 +196,7 @@ class ReplicaEditing(Editing):
     def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
         """Each rank edits the rows that it stores. Local."""
         with open_states(optimizer, parameter, self.placement.local) as states:
-            edit(states)
+            edit(self.placement.stored_rows(parameter)[0], states)
 
     def read_moments(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...] | None:
         """See `Editing.read_moments`."""

@@ -143,6 +143,6 @@ class OffloadEditing(ReplicaEditing):
         """Edits copies on the device."""
         with open_states(optimizer, parameter, self.placement.local) as states:
             copies = [(kind, self.read(state)) for kind, state in states]
-            edit(copies)
+            edit(self.placement.stored_rows(parameter)[0], copies)
             for (_, state), (_, edited) in zip(states, copies, strict=True):
                 state.copy_(edited)

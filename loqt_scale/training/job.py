@@ -101,7 +101,7 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy.comm)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
     check_same(strategy.comm, corpus.fingerprint)
-    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size, occurring=corpus.occurring)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, design, corpus, config, strategy.comm)
     with stop.patience():  # what has been moved is said, whatever signal comes

@@ -67,15 +67,17 @@ def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: st
 def merge_line(report: MergeReport) -> str:
     """One line of a merge's diagnostics, means over the layers."""
     means = report.means()
-    parts = [
-        f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s",
-        f"error {means['error_before']:.4f} -> {means['error_after']:.4f}",
-        f"gradient energy kept {means['gradient_energy']:.3f}",
-    ]
+    parts = [f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s"]
+    if "error_before" in means:
+        parts.append(f"error {means['error_before']:.4f} -> {means['error_after']:.4f}")
+    if "gradient_energy" in means:  # else no layer had a gradient
+        parts.append(f"gradient energy kept {means['gradient_energy']:.3f}")
     if "subspace_overlap" in means:
         parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}")
     if "update_survival" in means:
         parts.append(f"update that survived {means['update_survival']:.3f}")
+    if report.kept:
+        parts.append(f"{len(report.kept)} layers that no token reached stay as they are")
     return ", ".join(parts)
 
 

@@ -19,7 +19,11 @@ sys.path.insert(0, str(ROOT))
 # name -> (module, class or None, function): killed on entry
 POINTS = {
     "step": ("loqt_scale.training.trainer", "Trainer", "accumulate"),
-    "merge": ("loqt_scale.merge", "MergeCoordinator", "_carry_state"),  # W, P and B of a layer are written, moments not
+    "merge": (
+        "loqt_scale.merge.one_layer",
+        "LayerMerge",
+        "_carry_state",
+    ),  # W, P and B of a layer are written, moments not
     "save begins": ("loqt_scale.checkpoint.folder", "CheckpointFolder", "begin"),
     "save writes": ("loqt_scale.checkpoint.write", None, "file_digest"),
     "save publishes": ("loqt_scale.checkpoint.folder", "CheckpointFolder", "publish"),

@@ -79,7 +79,7 @@ class ZeroEditing(Editing):
             then = "engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=...)"
             check_held(factors, held_parameters(self._engine.running, self._engine.stage), then)
 
-    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    def check_states(self, optimizer: Optimizer, parameter: nn.Parameter, *, shaped: bool = False) -> None:
         """See `Editing.check_states`: of the flat tensors, which have no rows and no columns."""
         self._kinds(optimizer, parameter)
 
@@ -105,7 +105,7 @@ class ZeroEditing(Editing):
         self._link(optimizer)
         kinds = self._kinds(optimizer, parameter)
         states = [(kind, self._whole_moment(optimizer, parameter, key)) for key, kind in kinds.items()]
-        edit(states)
+        edit(0, states)
         for key, (_, state) in zip(kinds, states, strict=True):
             self._keep_moment(optimizer, parameter, key, state)
 

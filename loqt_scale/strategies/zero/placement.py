@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.optim import RowShards
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.placement import Placement
@@ -36,7 +36,7 @@ class ZeroPlacement(Placement):
         self._engine.settle(trained)
         if self._engine.stage == 3:
             # the layer reads the parameters of its two FrozenMatrix children: they are gathered as one unit with it
-            self._engine.deepspeed.utils.set_z3_leaf_modules(model, [LoQTLinear], raise_if_not_found=False)
+            self._engine.deepspeed.utils.set_z3_leaf_modules(model, [LoQTLayer], raise_if_not_found=False)
             self._allocate_shards(model)
         return model
 

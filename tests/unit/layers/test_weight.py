@@ -74,7 +74,7 @@ def test_facts_of_a_weight_cost_nothing_and_its_values_are_the_layers() -> None:
 def test_a_weight_that_is_computed_cannot_be_written(write: str) -> None:
     layer = layer_of(nn.Linear(32, 40), LoQTConfig(rank=4))
     weight = layer.weight
-    with pytest.raises((UserError, AttributeError), match="cannot be written|no setter"):
+    with pytest.raises((UserError, AttributeError), match=r"cannot be written|no setter"):
         if write == "normal_":
             weight.normal_()
         elif write == "data":

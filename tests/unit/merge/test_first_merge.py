@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt
 from loqt_scale.layers import LoQTLinear, loqt_layers
-from loqt_scale.merge import coordinator as coordination
+from loqt_scale.merge import one_layer
 from tests.unit.merge.small import RANK, SCALE, Dense, Small, config, loss_of, make, train
 
 
@@ -122,7 +122,7 @@ def test_its_first_merge_starts_from_the_true_weights_and_what_was_learnt(resume
     optimizer.step()
     learnt = {name: layer.effective_weight() - before[name] for name, layer in loqt_layers(model)}
     merged: dict[str, Tensor] = {}
-    original = coordination.compensate
+    original = one_layer.compensate
 
     def watched(weight: Tensor, *given: object, **more: object) -> object:
         merged[next(name for name, layer in loqt_layers(model) if name not in merged and same(layer, weight))] = (
@@ -134,7 +134,7 @@ def test_its_first_merge_starts_from_the_true_weights_and_what_was_learnt(resume
         return weight.shape == (layer.out_features, layer.in_features)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordination, "compensate", watched)
+        patch.setattr(one_layer, "compensate", watched)
         report = merges.finish(1)
     assert report is not None and "update_survival" not in report.means() and "subspace_overlap" not in report.means()
     for name, weight in merged.items():
@@ -143,6 +143,7 @@ def test_its_first_merge_starts_from_the_true_weights_and_what_was_learnt(resume
         assert learnt[name].norm() > 1e-3
     merges.prepare(5)
     loss_of(model, 5).backward()
+    optimizer.step()
     again = merges.finish(5)
     assert again is not None and again.means()["update_survival"] > 0.0
     assert len(source.read) == (len(merged) if resumed else 0)  # the second merge reads them no more

@@ -1,0 +1,77 @@
+"""Whole tensors of a model that somebody sharded, read one module at a time, and what the sharding left on its modules.
+
+Needs no `Editing`: it looks at the tensors themselves. FSDP2's are DTensors, ZeRO-3's know DeepSpeed by themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, a DeepSpeed engine and torch.compile's wrapper. Local."""
+    while True:
+        if isinstance(model, DistributedDataParallel) or type(model).__module__.startswith("deepspeed."):
+            model = cast(nn.Module, model.module)
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass left gathered, in the dtype of computation. Local."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part only."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+@contextmanager
+def whole(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """These tensors as whole plain ones, to be read until the context ends. Every rank, if any is sharded."""
+    gathered = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not gathered:
+        yield [tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(gathered):
+        yield [tensor.detach() for tensor in tensors]
+
+
+def unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what `fully_shard` mixed in."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, FSDPModule) and kind.__bases__[0] is FSDPModule else kind
+
+
+def is_of_engine(hook: Callable[..., Any]) -> bool:
+    """Whether a module's hook belongs to FSDP2 or DeepSpeed."""
+    return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes what is written once."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def all_succeeded(succeeded: bool, device: torch.device) -> bool:
+    """Whether all ranks say so; waits for them. Every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return succeeded
+    flag = torch.tensor(int(succeeded), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
