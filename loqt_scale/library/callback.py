@@ -25,7 +25,7 @@ from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, Subsp
 from loqt_scale.errors import UserError
 from loqt_scale.layers import convert_to_loqt, loqt_layers
 from loqt_scale.library.attach import Given, attach
-from loqt_scale.library.first_weights import FirstWeights, weights_of
+from loqt_scale.library.first_weights import FirstWeights
 from loqt_scale.library.model_files import check_loaded, forget_loaded, name_checkpoint, write_checkpoints
 from loqt_scale.merge import MergeCoordinator, MergeReport
 from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas
@@ -80,7 +80,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Converts the model.
 
         Raises:
-            UserError: There is an optimizer already, or Trainer would spread the model in a way that merges do not know.
+            UserError: There is an optimizer already, or Trainer would spread the model as merges do not know.
         """
         _refuse(args, model)
         if args.fsdp:
@@ -88,9 +88,9 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if not _is_converted(model):
             if optimizer is not None:
                 raise UserError(f"the optimizer was made before the model was converted; {CONVERT_FIRST}")
-            weights = weights_of(model)
-            report = convert_to_loqt(model, self.config)
-            self.initial_weights = FirstWeights(weights, report)
+            before = dict(model.named_parameters())
+            convert_to_loqt(model, self.config)
+            self.initial_weights = FirstWeights(before, model)
         write_checkpoints(model)
 
     def on_train_begin(
@@ -138,7 +138,8 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         report = self.merges.finish(step)
         if report is not None:
             self.reports.append(report)
-            self.initial_weights = None
+            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
+                self.initial_weights.release()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -189,18 +190,18 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
     """Refuses what Trainer would do to the model and merges do not know."""
     if args.n_gpu > 1:
         raise UserError(
-            f"Trainer would spread the model over {args.n_gpu} GPUs by DataParallel, which merges do not know; start the "
-            f"script by: torchrun --standalone --nproc-per-node {args.n_gpu} script.py"
+            f"Trainer would spread the model over {args.n_gpu} GPUs by DataParallel, which merges do not know; start "
+            f"the script by: torchrun --standalone --nproc-per-node {args.n_gpu} script.py"
         )
     if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
         raise UserError(
-            "fsdp_config asks for FSDP1, which flattens parameters, so that codes, scales and factors could not be told "
-            'apart; write fsdp_config={"version": 2}'
+            "fsdp_config asks for FSDP1, which flattens parameters, so that codes, scales and factors could not be "
+            'told apart; write fsdp_config={"version": 2}'
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "DeepSpeed has partitioned the model as it was loaded (ZeRO stage 3), so its weights cannot be converted; load "
-            "the model before you make TrainingArguments(deepspeed=...)"
+            "DeepSpeed has partitioned the model as it was loaded (ZeRO stage 3), so its weights cannot be converted; "
+            "load the model before you make TrainingArguments(deepspeed=...)"
         )
 
 

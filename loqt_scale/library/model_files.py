@@ -1,8 +1,8 @@
 """What transformers' Trainer writes of a converted model, and reads again.
 
-Trainer saves by `model.save_pretrained`, and goes on from a checkpoint by `model.load_state_dict(strict=False)`, which takes
-a missing tensor for a warning. A folder of a converted model holds merged weights (`layers.saving`). A checkpoint of
-Trainer's needs the packed tensors too, from which a run goes on to the last bit:
+Trainer saves by `model.save_pretrained`, and goes on from a checkpoint by `model.load_state_dict(strict=False)`, which
+takes a missing tensor for a warning. A folder of a converted model holds merged weights (`layers.saving`). A checkpoint
+of Trainer's needs the packed tensors too, from which a run goes on to the last bit:
 
     save_model("out")      q_proj.weight
     out/checkpoint-500     q_proj.weight   q_proj.base.codes   q_proj.base.scales   ...   q_proj.factor
