@@ -25,8 +25,7 @@ _SMALL = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
-    "head_dim": 16,
-    "vocab_size": _VOCABULARY,
+    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "vocab_size": _VOCABULARY},
 }
 
 
@@ -61,7 +60,9 @@ def _try(hf_config: PreTrainedConfig) -> bool:
     with isolated_rng(0), torch.no_grad():
         for small in (True, False):
             model = _copy_of(hf_config, small=small)
-            for dtype in _LEAK if model is not None else ():  # grouped products of experts do not know float64
+            if model is None:
+                continue
+            for dtype in _LEAK:  # grouped products of experts do not know float64
                 answer = _leaks(model.to(dtype), dtype)
                 if answer is not None:
                     return answer
@@ -71,7 +72,7 @@ def _try(hf_config: PreTrainedConfig) -> bool:
 def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
     """A model of a few layers, and if asked small ones, with random weights; None if there is none."""
     fields = hf_config.to_dict()
-    changes = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
+    changes: dict[str, Any] = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
     if not small:
         changes = {key: value for key, value in changes.items() if value in (_LAYERS, _VOCABULARY)}
     kinds = fields.get("layer_types")
