@@ -182,6 +182,8 @@ def _describe(module: nn.Module, parameter: nn.Parameter) -> str:
         return "parametrized (weight norm or the like)"
     if parameter.dim() == 2:
         return f"a matrix that {kind} holds itself, outside of any linear layer"
+    if parameter.dim() == 3 and "Expert" in kind:
+        return f"experts whose own forward reads their matrices ({kind}, without transformers' marks of such modules)"
     return f"a {parameter.dim()}-dimensional parameter of {kind}"
 
 

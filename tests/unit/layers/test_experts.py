@@ -98,6 +98,18 @@ def test_experts_whose_rows_do_not_fill_blocks_are_left_and_named() -> None:
     assert "no multiple of the 64 rows" in report.left[0].why
 
 
+def test_experts_of_an_unknown_form_are_left_with_the_reason() -> None:
+    class OwnExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(4, 96, 32))
+
+    model = nn.ModuleDict({"experts": OwnExperts(), "linear": nn.Linear(32, 32)})
+    with pytest.warns(UserWarning, match="experts whose own forward reads their matrices"):
+        report = convert_to_loqt(model, LoQTConfig(rank=8))
+    assert list(report) == ["linear"] and report.left[0].name == "experts.gate_up_proj"
+
+
 def test_grouped_products_of_every_dtype() -> None:
     ends = group_ends(torch.tensor([0] * 3 + [2] * 6), 4)
     assert ends.tolist() == [3, 3, 9, 9]
