@@ -21,8 +21,8 @@ from loqt_scale.layers.frozen import FrozenMatrix
 BLANK_PASSES = 32
 NO_MERGES = (
     f"LoQT: P is still zero after {BLANK_PASSES} training passes, so B does not train: nothing merges. Attach a "
-    "coordinator, merges = attach(model, optimizer, config), and call merges.prepare() before the forward passes of every "
-    "step and merges.finish() after its optimizer.step()"
+    "coordinator, merges = attach(model, optimizer, config), and call merges.prepare() before the forward passes of "
+    "every step and merges.finish() after its optimizer.step()"
 )
 
 
