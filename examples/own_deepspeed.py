@@ -1,6 +1,6 @@
 """One's own DeepSpeed engine, ZeRO stage 1, 2 or 3; `own_loop.py`'s model and text.
 
-    torchrun --nproc-per-node 2 examples/own_deepspeed.py [--stage 2] [--short]
+torchrun --nproc-per-node 2 examples/own_deepspeed.py [--stage 2] [--short]
 """
 
 import argparse

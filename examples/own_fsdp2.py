@@ -1,6 +1,6 @@
 """One's own FSDP2: `fully_shard` on the blocks and the model, one's own mesh; `own_loop.py`'s model and text.
 
-    torchrun --nproc-per-node 2 examples/own_fsdp2.py [--short]
+torchrun --nproc-per-node 2 examples/own_fsdp2.py [--short]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A loop of one's own: a small language model on the text of Python's manual, LoQT against full rank.
 
-    python examples/own_loop.py [--short] [--seeds 3]
+python examples/own_loop.py [--short] [--seeds 3]
 """
 
 import argparse
