@@ -4,6 +4,7 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
+    LoQTCallback       all of it in transformers' Trainer
     attach             gives a training loop of your own its merges: a MergeCoordinator
     to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     LoQTConfig         the method's settings
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, RunConfig, SubspaceConfig
     from loqt_scale.layers import LoQTLinear, convert_to_loqt
     from loqt_scale.library.attach import attach
+    from loqt_scale.library.callback import LoQTCallback
     from loqt_scale.library.dense import save_merged, to_dense
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
 _HOMES = {
+    "LoQTCallback": "library.callback",
     "LoQTConfig": "config",
     "LoQTLinear": "layers",
     "MergeConfig": "config",
@@ -38,6 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LoQTCallback",
     "LoQTConfig",
     "LoQTLinear",
     "MergeConfig",

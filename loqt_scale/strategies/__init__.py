@@ -31,6 +31,7 @@ from loqt_scale.strategies.rendezvous import StoreLine, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 from loqt_scale.strategies.single import SINGLE, single_process
 from loqt_scale.strategies.step import OptimizerStep, Step
+from loqt_scale.strategies.zero.adopted import engine_of
 from loqt_scale.strategies.zero.strategy import ZERO
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "adopt",
     "alone",
     "create_strategy",
+    "engine_of",
     "find_strategy",
     "is_offloaded",
     "open_store",

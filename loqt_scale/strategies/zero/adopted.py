@@ -25,6 +25,19 @@ def is_engine(model: nn.Module) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
+def engine_of(model: nn.Module) -> nn.Module | None:
+    """The DeepSpeed engine in whose hands a model is, if it is: the owner of its hooks on the model. Local.
+
+    For programs that hand over what is inside of the engine only, as transformers' Trainer does.
+    """
+    if is_engine(model):
+        return model
+    hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
+    cells = [cell.cell_contents for hook in hooks for cell in getattr(hook, "__closure__", None) or ()]
+    owners = (owner for owner in cells if isinstance(owner, nn.Module) and is_engine(owner) and owner.module is model)
+    return next(owners, None)
+
+
 def is_held_by_engine(parameter: Tensor) -> bool:
     """Whether a DeepSpeed engine has taken a parameter over. Local."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

@@ -1,0 +1,61 @@
+"""What the examples share: LoQT against full rank over seeds, as a table and a figure.
+
+    python examples/NAME.py            both methods, three seeds: the table, and NAME.png in runs/examples
+    python examples/NAME.py --sweep    one seed of every learning rate that was tried
+    python examples/NAME.py --short    seconds: to see that it works
+
+Finished runs are kept in `results.jsonl`; the same command goes on after the last of them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from report import Result, draw, measured, table
+
+__all__ = ["Result", "compare", "measured"]
+
+
+def compare(
+    train: Callable[[str, int, float, bool], Result],
+    *,
+    name: str,
+    score: str,
+    curve: str,
+    rates: dict[str, list[float]],
+) -> dict[str, list[Result]]:
+    """Runs `train(method, seed, rate, short)` for all; `rates`: by method, the best first, the rest for `--sweep`."""
+    parser = argparse.ArgumentParser(description=name)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sweep", action="store_true", help="every learning rate, one seed")
+    parser.add_argument("--short", action="store_true", help="seconds")
+    parser.add_argument("--out", type=Path, default=Path("runs/examples"))
+    args, _ = parser.parse_known_args()
+    folder = args.out / (f"{name}-short" if args.short else name)
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(1 if args.sweep or args.short else args.seeds)
+    runs = [(m, rate, seed) for m in rates for rate in (rates[m] if args.sweep else rates[m][:1]) for seed in seeds]
+    found: dict[str, list[Result]] = {}
+    for method, rate, seed in runs:
+        result = _kept_or_run(folder / "results.jsonl", train, method, seed, rate, args.short)
+        found.setdefault(f"{method} lr {rate:g}", []).append(result)
+    print(table(found, score))
+    draw(found, curve, args.out / f"{folder.name}.png")
+    return found
+
+
+def _kept_or_run(file: Path, train: Callable[..., Result], method: str, seed: int, rate: float, short: bool) -> Result:
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for line in lines:
+        if line["run"] == [method, seed, rate]:
+            return Result(**line["result"])
+    started = time.perf_counter()
+    result = train(method, seed, rate, short)
+    seconds = time.perf_counter() - started
+    print(f"{method}, seed {seed}, learning rate {rate:g}: {result.score:.4g} ({seconds:.0f} s)", flush=True)
+    with file.open("a") as out:
+        out.write(json.dumps({"run": [method, seed, rate], "seconds": seconds, "result": asdict(result)}) + "\n")
+    return result

@@ -1,0 +1,55 @@
+"""What a run of an example leaves: its result, the table and the figure of several."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Result:
+    """One run: its score, a curve of (step, value), bytes of the weights and the optimizer's states."""
+
+    score: float
+    curve: list[tuple[float, float]]
+    weight_bytes: int
+    state_bytes: int
+
+
+def measured(score: float, curve: list[tuple[float, float]], model: nn.Module, optimizer) -> Result:
+    """A result, with the bytes of a model and its optimizer."""
+    states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    weights, moments = (sum(t.numel() * t.element_size() for t in part) for part in (model.parameters(), states))
+    return Result(score, curve, weights, moments)
+
+
+def table(found: dict[str, list[Result]], score: str) -> str:
+    """Markdown: mean and standard deviation over seeds, bytes."""
+    lines = [f"| | {score} | seeds | weights, MB | optimizer's states, MB |", "| --- | --- | --- | --- | --- |"]
+    for label, results in found.items():
+        scores = [result.score for result in results]
+        spread = f" ± {stdev(scores):.2g}" if len(scores) > 1 else ""
+        weights, states = results[0].weight_bytes / 1e6, results[0].state_bytes / 1e6
+        lines.append(f"| {label} | {mean(scores):.4g}{spread} | {len(scores)} | {weights:.2f} | {states:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, list[Result]], curve: str, file: Path) -> None:
+    """One line for each run, one colour for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for index, (label, results) in enumerate(found.items()):
+        for result in results:
+            axes.plot(
+                *zip(*result.curve, strict=True), color=f"C{index}", label=label if result is results[0] else None
+            )
+    axes.set(xlabel="steps", ylabel=curve)
+    axes.legend()
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)

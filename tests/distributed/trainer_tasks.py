@@ -1,0 +1,97 @@
+"""Trainer with LoQTCallback on ranks of the pool: plain, DDP, Accelerate's FSDP2 and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from transformers import AutoModelForCausalLM, Trainer
+
+from loqt_scale import LoQTCallback, LoQTConfig, MergeConfig, QuantizationConfig
+from tests.integration.trainer_cases import Progressions, callback_of, losses, make_trainer, tiny_llama
+
+MICRO_BATCHES = 4  # of four rows, in a step
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def config_of(scheme: str) -> LoQTConfig:
+    """Merges at 0, 5 and 10 of eleven steps; packed by a scheme, or not (`none`)."""
+    quantization = QuantizationConfig(weight=scheme, projection=scheme)
+    return LoQTConfig(rank=8, merge=MergeConfig(gap=4), quantization=quantization)
+
+
+def settings_of(spread: str) -> dict[str, Any]:
+    """TrainingArguments of one way to spread a run."""
+    if spread.startswith("zero"):
+        stage = {"stage": int(spread[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        return {"deepspeed": {**ZERO, "zero_optimization": stage}, "use_cpu": False, "ddp_backend": "gloo"}
+    if spread.startswith("fsdp"):
+        kind = "SHARDED_STATE_DICT" if spread.endswith("sharded") else "FULL_STATE_DICT"
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}, "ddp_backend": "gloo"}
+    return {"ddp_backend": "gloo"} if spread == "ddp" else {}
+
+
+def train(folder: str, spread: str, scheme: str, *, resume: str | None = None, **changes: Any) -> dict[str, Any]:
+    """A whole run on this rank: losses of its steps, merge steps, the merged model's own loss."""
+    with _one_accelerator(spread):
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        accumulate = {"gradient_accumulation_steps": MICRO_BATCHES // ranks}
+        callback = LoQTCallback(config_of(scheme))
+        trainer = make_trainer(Path(folder), tiny_llama(), callback, **accumulate, **settings_of(spread), **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(f"{folder}/end-{spread}")
+        merges = callback_of(trainer).merges
+        assert merges is not None
+        steps = [report.step for report in callback_of(trainer).reports]
+        found = {"losses": losses(trainer), "merges": steps, "how": getattr(merges, "description", "")}
+        return found | _saved_loss(Path(folder) / f"end-{spread}", trainer)
+
+
+def _saved_loss(folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """The loss of what was saved, read by `from_pretrained`, on rank 0; nothing where Trainer saves shards only."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if not (folder / "model.safetensors").exists() or not trainer.is_world_process_zero():
+        return {}
+    rows = Progressions(16, seed=3).rows
+    with torch.no_grad():
+        return {"saved": AutoModelForCausalLM.from_pretrained(folder)(input_ids=rows, labels=rows).loss.item()}
+
+
+@contextmanager
+def _one_accelerator(spread: str) -> Iterator[None]:
+    """Accelerate's singletons and variables are this run's own; a CPU passes for what it shards on.
+
+    Accelerate 1 makes nothing of an FSDP configuration on CPUs; torch's `fully_shard` works on them as on GPUs.
+    """
+    kept = dict(os.environ)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first run, and kept in /dev/shm
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if spread.startswith("zero") else "true"}
+    made = AcceleratorState.__init__
+
+    def with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
+        if spread.startswith("fsdp") and PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        made(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = with_fsdp
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = made
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(kept)
