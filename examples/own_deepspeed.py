@@ -53,7 +53,8 @@ def train(stage: int, steps: int) -> list[float]:
         losses.append(total.item() / world_size)
         if rank == 0 and (report is not None or step % 50 == 0):
             print(f"step {step}: loss {losses[-1]:.3f}{', merged' if report is not None else ''}", flush=True)
-    dist.destroy_process_group()
+    engine.destroy()
+    deepspeed.comm.destroy_process_group()
     return losses
 
 

@@ -3,11 +3,11 @@
 python examples/own_loop.py [--short] [--seeds 3]
 """
 
-import argparse
 from pydoc_data.topics import topics
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
+from compare import Result, compare, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,41 +62,33 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(method: str, seed: int, steps: int) -> float:
-    """Held-out loss after so many steps, nats a byte."""
+def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     data, model, generator = text(), Model(), torch.Generator().manual_seed(seed)
-    training, held_out = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
+    training, held_out, curve = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :], []
     before = model.state_dict()
     if method == "loqt":
         convert_to_loqt(model, CONFIG)
-    rate = {"loqt": 4e-3, "full": 1e-3}[method]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed) if method == "loqt" else None
-    for _ in range(steps):
-        if merges is not None:
+    if method == "loqt":
+        merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed)
+    for step in range(4 if short else 400):
+        if method == "loqt":
             merges.prepare()
-        loss_of(model, batch(training, generator)).backward()
+        loss = loss_of(model, batch(training, generator))
+        loss.backward()
         optimizer.step()
-        if merges is not None:
+        if method == "loqt":
             merges.finish()
         optimizer.zero_grad()
+        if step % 10 == 0:
+            curve.append((step, loss.item()))
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(0)
-        return mean(loss_of(model, batch(held_out, fixed)).item() for _ in range(10))
-
-
-def main(*given: str) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--short", action="store_true")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args(given or None)
-    print("| | held-out loss | seeds |\n| --- | --- | --- |")
-    for method in ("loqt", "full"):
-        losses = [train(method, seed, 4 if args.short else 400) for seed in range(1 if args.short else args.seeds)]
-        spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
-        print(f"| {method} | {mean(losses):.3f}{spread} | {len(losses)} |", flush=True)
+        score = mean(loss_of(model, batch(held_out, fixed)).item() for _ in range(10))
+    return measured(score, curve, model, optimizer)
 
 
 if __name__ == "__main__":
-    main()
+    rates = {"loqt": [4e-3, 2e-3, 8e-3], "full": [1e-3, 5e-4, 2e-3]}
+    compare(train, name="own_loop", score="held-out loss, nats a byte", curve="training loss", rates=rates)

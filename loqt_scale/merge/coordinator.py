@@ -42,7 +42,7 @@ from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import check_config, check_settings, settings_of
-from loqt_scale.merge.sources import as_initial_weights, plain_name
+from loqt_scale.merge.sources import WeightsInMemory, as_initial_weights, plain_name
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
@@ -225,6 +225,8 @@ class MergeCoordinator:
             kept += stayed
             diagnostics[name] = merged
         self._first_due &= set(kept)
+        if not kept and isinstance(self._initial_weights, WeightsInMemory):
+            self._initial_weights = None  # no merge is a layer's first any more: the memory is somebody else's
         self._order.leave(step)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}

@@ -196,3 +196,16 @@ def refusals() -> dict[str, str]:
     merges = MergeCoordinator(model, torch.optim.AdamW(trained(model)), settings)
     assert merges.description.startswith("fully_shard") and isinstance(model.blocks[0].up.factor, DTensor)  # type: ignore[index,union-attr]
     return told
+
+
+def run_example(name: str, **arguments: Any) -> list[float]:
+    """The losses of an example for several ranks, in its short form. Every rank."""
+    import importlib
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    if name == "own_deepspeed":
+        _join("zero1")
+    losses: list[float] = importlib.import_module(name).train(steps=4, **arguments)
+    return losses

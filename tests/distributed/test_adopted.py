@@ -51,3 +51,9 @@ def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:
     assert "is not sharded" in told["partly sharded"] and "fully_shard(model, mesh=mesh)" in told["partly sharded"]
     assert "2 meshes" in told["two meshes"] and "(1, 2)" in told["two meshes"]
     assert "before fully_shard" in told["optimizer before fully_shard"]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("own_fsdp2", {}), ("own_deepspeed", {"stage": 3})])
+def test_the_examples_for_several_ranks_run(ranks: RankPool, name: str, arguments: dict[str, Any]) -> None:
+    losses = ranks.run(2, f"{TASKS}:run_example", name=name, **arguments)
+    assert losses[0] == losses[1] and 5.0 < losses[0][0] < 7.0  # log 256 is 5.5
