@@ -250,6 +250,7 @@ class MergeCoordinator:
         if self._order.open is not None:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
         state = {"position": self.position, "moved": self._schedule.moved, "first_due": sorted(self._first_due)}
+        state["watched"] = self._order.watch.works
         return {"version": STATE_VERSION, **state, "settings": copy.deepcopy(self._settings)}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -271,6 +272,7 @@ class MergeCoordinator:
             if step >= state["position"]:
                 self._schedule.require(step)
         self._first_due = set(state["first_due"])
+        self._order.watch.works = state["watched"]
         self.go_on(state["position"])
 
     # ---- what could go wrong in silence ------------------------------------------------------------------------------

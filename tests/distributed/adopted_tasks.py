@@ -183,7 +183,7 @@ def refusals() -> dict[str, str]:
         MergeCoordinator(model, optimizer, settings, editing=editing)
     compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
     told["compiled ddp"] = MergeCoordinator(compiled, optimizer, settings).description
-    one, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    one, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
     fully_shard(model.blocks[0], mesh=one)  # type: ignore[index]
     refused("partly sharded", model, torch.optim.AdamW(trained(model)))
     fully_shard(model.blocks[1], mesh=other)  # type: ignore[index]

@@ -175,9 +175,7 @@ def test_an_optimizer_from_before_the_conversion_is_refused(tmp_path: Path) -> N
         )
 
 
-@pytest.mark.parametrize(
-    "optim", ["adamw_torch", "adamw_torch_fused"]
-)  # the latter skips unseen
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])  # the latter skips unseen
 def test_a_merge_step_that_the_scaler_skips_is_put_off(optim: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_grad_norm=0.0, optim=optim)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

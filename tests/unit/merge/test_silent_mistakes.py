@@ -53,7 +53,7 @@ def test_an_optimizer_from_before_the_conversion_is_refused() -> None:
     model = Small()
     optimizer = adamw(model)
     convert_to_loqt(model, CONFIG)
-    with pytest.raises(UserError, match=r"factors of 3 of 3 LoQT layers .* torch\.optim\.AdamW\(\[p for p in"):
+    with pytest.raises(UserError, match=r"(?s)factors of 3 of 3 LoQT layers .* torch\.optim\.AdamW\(\[p for p in"):
         attach(model, optimizer, CONFIG)
     attach(model, torch.optim.AdamW(model.parameters()), CONFIG)  # frozen ones in it do no harm
     factors = [layer.factor for _, layer in loqt_layers(model)]
@@ -96,20 +96,20 @@ def test_steps_that_are_left_out_or_go_back() -> None:
 
 
 def test_prepare_and_finish_that_are_forgotten() -> None:
-    model = converted()
-    optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG)
-    with pytest.raises(RuntimeError, match="call prepare"):
-        merges.finish()
     for number in (None, 1):  # counted here, and by the loop
+        model = converted()
+        optimizer = adamw(model)
+        merges = attach(model, optimizer, CONFIG)
+        with pytest.raises(RuntimeError, match="call prepare"):
+            merges.finish()
         merges.prepare()
         merges.prepare()  # again: the step is the same, and so are the probes
         loss_of(model, 0).backward()
         optimizer.step()
         with pytest.raises(RuntimeError, match=r"finish\(0\) was never called"):
             merges.prepare(number)
-    assert merges.finish() is not None and merges.position == 1
-    assert all(layer.probe is None for _, layer in loqt_layers(model))
+        assert merges.finish() is not None and merges.position == 1
+        assert all(layer.probe is None for _, layer in loqt_layers(model))
 
 
 def test_passes_that_do_not_come_as_they_were_told() -> None:
@@ -271,7 +271,7 @@ def test_states_are_carried_by_their_rule(name: str) -> None:
             expected = was.double() if kind == "rows" else was.double() @ rule
             coarse = {"atol": float(0.02 * expected.abs().max()), "rtol": 0.07}  # an 8-bit state is coded again
             torch.testing.assert_close(
-                now.double(), expected, **(coarse if "8 bits" in name else {"atol": 1e-7, "rtol": 1e-4})
+                now.double(), expected, **(coarse if "8 bits" in name else {"atol": 1e-6, "rtol": 1e-4})
             )
     assert step(model, merges, optimizer, None, 6) is None  # and trains on
 
@@ -284,7 +284,7 @@ def test_states_without_a_rule_are_refused_or_forgotten(policy: str) -> None:
     merges = attach(model, optimizer, settings)
     before = bases(model)
     if policy == "transport":
-        with pytest.raises(UserError, match=r"Rprop keeps 'prev' .* optimizer_state: reset"):
+        with pytest.raises(UserError, match=r"Rprop keeps 'prev' .*optimizer_state: reset"):
             step(model, merges, optimizer, None, 0)
         assert all(torch.equal(a, b) for a, b in zip(before, bases(model), strict=True))
         return
@@ -390,4 +390,4 @@ def test_a_run_without_an_end_merges_on() -> None:
     assert [step for step in range(200) if endless.is_merge_step(step)] == ending.steps
     with pytest.raises(UserError, match="last_step_fraction"):
         part = LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9))
-        attach(converted(part), adamw(model), part)
+        attach(other := converted(part), adamw(other), part)
