@@ -249,9 +249,14 @@ class MergeCoordinator:
         """
         if self._order.open is not None:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
-        state = {"position": self.position, "moved": self._schedule.moved, "first_due": sorted(self._first_due)}
-        state["watched"] = self._order.watch.works
-        return {"version": STATE_VERSION, **state, "settings": copy.deepcopy(self._settings)}
+        return {
+            "version": STATE_VERSION,
+            "position": self.position,
+            "moved": self._schedule.moved,
+            "first_due": sorted(self._first_due),
+            "watched": self._order.watch.works,
+            "settings": copy.deepcopy(self._settings),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Goes on where a state was saved; the model's and the optimizer's own states are loaded beside it. Local.
