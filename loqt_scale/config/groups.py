@@ -40,6 +40,8 @@ class ModelConfig:
             lost (it needs dtype: bfloat16; not under zero).
         activation_checkpointing: Recompute each transformer block in the backward pass instead of storing it.
         compile: Run each transformer block through torch.compile.
+        loss_chunk_tokens: The loss is taken by chunks of so many tokens, whose logits alone are then held. Default: as
+            many as fill 256 MiB; 0: no chunks. (Architectures whose head is not known here have no chunks.)
     """
 
     preset: str = "llama_tiny"
@@ -50,9 +52,14 @@ class ModelConfig:
     trained_dtype: Dtype = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
+    loss_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_values(self, "model")
+        require(
+            self.loss_chunk_tokens is None or 0 <= self.loss_chunk_tokens <= _MANY,
+            f"model.loss_chunk_tokens is {self.loss_chunk_tokens}; write 0 to {_MANY} tokens, or null",
+        )
         require(
             not (self.weights == "pretrained" and self.path is None),
             "model.weights is 'pretrained' but model.path is not set; write model.path: FOLDER or a Hugging Face id",

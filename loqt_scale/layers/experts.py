@@ -136,6 +136,23 @@ def put_experts(module: nn.Module, name: str, config: LoQTConfig, rank: int) -> 
         module.__class__ = _converted(type(module))
 
 
+@torch.no_grad()
+def restore_experts(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turns a converted module of experts back into its own class, with merged weights. Only where it is not sharded.
+
+    Args:
+        module: What `put_experts` has changed.
+        dtype: Of the weights; default: that of the factors.
+    """
+    for name, layer in list(module.named_children()):
+        if isinstance(layer, LoQTExperts):
+            weight = layer.effective_weight().to(layer.factor.dtype if dtype is None else dtype)
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(weight))
+    if isinstance(module, ExpertsForward):
+        module.__class__ = type(module).__mro__[2]
+
+
 class ExpertsForward:
     """The forward of a converted module of experts; mixed into its class."""
 

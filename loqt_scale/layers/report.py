@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 NAMES_SHOWN = 4
+# reasons: what everybody expects, or has asked for
+VECTORS, EMBEDDING, HEAD = "no matrices", "an embedding", "the model's head"
+EXCLUDED, NOT_TARGETED = "in loqt.exclude_modules", "not in loqt.target_modules"
+EXPECTED = (VECTORS, EMBEDDING, HEAD, EXCLUDED, NOT_TARGETED)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class ConversionReport(list[str]):
     def share(self) -> float:
         """Converted elements among all, 0 to 1."""
         return self.converted_values / max(self.values, 1)
+
+    @property
+    def surprising_share(self) -> float:
+        """Elements among all, 0 to 1, that were left for another reason than that they always are, or by request."""
+        return sum(left.values for left in self.left if left.why not in EXPECTED) / max(self.values, 1)
 
     def reasons(self) -> dict[str, list[Left]]:
         """What was left, by reason; the reason that holds most elements comes first."""

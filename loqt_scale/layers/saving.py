@@ -7,6 +7,7 @@ can be saved in this way a `save_pretrained` of its own, which writes merged wei
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.errors import UserError
+from loqt_scale.functional.low_rank_experts import expert_bases, expert_matrices, expert_weights
 from loqt_scale.functional.low_rank_linear import effective_weight
 from loqt_scale.functional.quantization import unpack
-from loqt_scale.layers.linear import LoQTLinear
+from loqt_scale.layers.layer import LoQTLayer
 
 PACKED = ("base.codes", "base.scales", "projection.codes", "projection.scales", "factor")
 
@@ -36,10 +38,16 @@ class SavePretrained:
         """As `PreTrainedModel.save_pretrained`.
 
         Raises:
-            UserError: The model's parameters are sharded, and no whole ones were given as `state_dict`.
+            UserError: The model's parameters are sharded, and no whole ones were given as `state_dict`; or the class's
+                own `save_pretrained` takes none (diffusers').
         """
         state = kwargs.pop("state_dict", None)
         model: Any = self._model
+        if "state_dict" not in inspect.signature(type(model).save_pretrained).parameters:
+            raise UserError(
+                f"the save_pretrained of {type(model).__name__} would write packed weights, which nothing loads; write "
+                "loqt_scale.to_dense(model).save_pretrained(folder)"
+            )
         merged = merged_state(model, model.state_dict() if state is None else state)
         return type(model).save_pretrained(model, save_directory, *args, state_dict=merged, **kwargs)
 
@@ -62,19 +70,20 @@ def merged_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: The tensors are sharded.
     """
-    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_layer(module)}
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, LoQTLayer)}
     merged: dict[str, Any] = {}
     for key, value in state.items():
         name, part = _owner(key)
         if part is None or name not in layers:
             merged[key] = value
-        elif f"{name}.weight" not in merged:
+        elif (whole := layers[name].weight_name(name)) not in merged:
             parts = {part: state[f"{name}.{part}"] for part in PACKED if f"{name}.{part}" in state}
-            merged[f"{name}.weight"] = merged_weight(layers[name], parts)
+            merged[whole] = merged_weight(layers[name], parts)
     return merged
 
 
-def merged_weight(layer: nn.Module, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+def merged_weight(layer: LoQTLayer, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """W_eff, computed in float32, from a layer's whole tensors by their names (`PACKED`).
 
     Args:
@@ -85,20 +94,25 @@ def merged_weight(layer: nn.Module, parts: Mapping[str, Tensor], dtype: torch.dt
     Raises:
         UserError: They are not whole.
     """
-    assert isinstance(layer, LoQTLinear)
     spec, factor = layer.spec, parts["factor"]
     if hasattr(factor, "placements") or parts["base.codes"].shape != spec.base.codes_shape:
         raise UserError(
             "this model is sharded, so its save_pretrained cannot merge it; write loqt_scale.save_merged(model, "
             "folder) on every rank, or give save_pretrained a state_dict of whole tensors"
         )
-    base = unpack(parts["base.codes"], parts.get("base.scales"), spec.base, torch.float32)
-    projection = unpack(parts["projection.codes"], parts.get("projection.scales"), spec.projection, torch.float32)
-    return effective_weight(base, projection, factor.float(), spec).to(dtype or factor.dtype)
+    base = parts["base.codes"], parts.get("base.scales")
+    projection = parts["projection.codes"], parts.get("projection.scales")
+    if spec.experts is not None:
+        stacked = expert_matrices(*base, spec, torch.float32), expert_bases(*projection, spec, torch.float32)
+        weight = expert_weights(*stacked, factor.float().view(spec.experts, -1, layer.rank), spec)
+    else:
+        dense, basis = unpack(*base, spec.base, torch.float32), unpack(*projection, spec.projection, torch.float32)
+        weight = effective_weight(dense, basis, factor.float(), spec)
+    return weight.to(dtype or factor.dtype)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, LoQTLinear)
+    return isinstance(module, LoQTLayer)
 
 
 def _owner(key: str) -> tuple[str, str | None]:

@@ -11,9 +11,16 @@ from torch import nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers.candidates import Candidate, candidates
-from loqt_scale.layers.report import ConversionReport, Left
+from loqt_scale.layers.report import (
+    EMBEDDING,
+    EXCLUDED,
+    HEAD,
+    NOT_TARGETED,
+    VECTORS,
+    ConversionReport,
+    Left,
+)
 
-HEAD = "the model's head"
 _EVERYTHING = "*"
 
 
@@ -66,9 +73,9 @@ def select(model: nn.Module, config: LoQTConfig) -> Selection:
 def _why_left(candidate: Candidate, config: LoQTConfig, shared: set[int], heads: set[str]) -> str | None:
     name = candidate.name
     if not any(fnmatchcase(name, pattern) for pattern in config.target_modules):
-        return "not in loqt.target_modules"
+        return NOT_TARGETED
     if any(fnmatchcase(name, pattern) for pattern in config.exclude_modules):
-        return "in loqt.exclude_modules"
+        return EXCLUDED
     if any(id(weight) in shared for weight in candidate.weights):
         return "tied to another parameter"
     if candidate.obstacle is not None:
@@ -134,7 +141,7 @@ def _check_ranks(chosen: list[Candidate], small: list[Candidate], config: LoQTCo
 def _nothing(model: nn.Module, found: list[Candidate], left: dict[str, str], config: LoQTConfig) -> str:
     names = ", ".join(f"{candidate.name} ({left[candidate.name]})" for candidate in found[:4]) or "none"
     if not found:
-        reasons = {item.why: item.name for item in _left(model, set(), {}) if item.name != VECTORS}
+        reasons = {item.why: item.name for item in _left(model, set(), {}) if item.why != VECTORS}
         names += "".join(f"; {name} is {why}" for why, name in list(reasons.items())[:4])
     return (
         f"loqt.target_modules {config.target_modules} (without loqt.exclude_modules {config.exclude_modules}) "
@@ -144,7 +151,7 @@ def _nothing(model: nn.Module, found: list[Candidate], left: dict[str, str], con
 
 # ---- what is left --------------------------------------------------------------------------------------------------
 
-VECTORS = "norms, biases and other vectors"
+NORMS_AND_BIASES = "norms, biases and other vectors"
 
 
 def _left(model: nn.Module, converted: set[int], reasons: dict[str, str]) -> Iterator[Left]:
@@ -162,13 +169,13 @@ def _left(model: nn.Module, converted: set[int], reasons: dict[str, str]) -> Ite
                 why = reasons.get(name) or reasons.get(layer) or _describe(module, parameter)
                 yield Left(layer, why, parameter.numel())
     if vectors:
-        yield Left(VECTORS, "no matrices", vectors)
+        yield Left(NORMS_AND_BIASES, VECTORS, vectors)
 
 
 def _describe(module: nn.Module, parameter: nn.Parameter) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Embedding) or "Embedding" in kind:
-        return "an embedding"
+        return EMBEDDING
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
     if hasattr(module, "parametrizations") or kind == "ParametrizationList":

@@ -43,7 +43,7 @@ class LazyWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: LoQTLinear, *, detached: bool = False) -> LazyWeight:
         base, factor = layer.spec.base, layer.factor
-        view: LazyWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        view: LazyWeight = Tensor._make_wrapper_subclass(
             cls, (base.rows, base.cols), dtype=factor.dtype, device=factor.device
         )
         view.layer, view.detached = layer, detached

@@ -11,6 +11,7 @@ state()               what Trainer writes of us into each checkpoint's trainer_s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -24,10 +25,10 @@ from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, Subsp
 from loqt_scale.errors import UserError
 from loqt_scale.layers import convert_to_loqt, loqt_layers
 from loqt_scale.library.attach import Given, attach
-from loqt_scale.library.first_weights import FirstWeights, weights_of
-from loqt_scale.library.model_files import check_loaded, forget_loaded, name_checkpoint, write_merged_files
+from loqt_scale.library.first_weights import FirstWeights
+from loqt_scale.library.model_files import check_loaded, forget_loaded, name_checkpoint, write_checkpoints
 from loqt_scale.merge import MergeCoordinator, MergeReport
-from loqt_scale.strategies import engine_of, replicas
+from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas
 
 CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
@@ -65,6 +66,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.merges: MergeCoordinator | None = None
         self.reports: list[MergeReport] = []
         self._passes: int | None = None
+        self._bytes = ExitStack()
 
     def on_init_end(
         self,
@@ -78,20 +80,18 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Converts the model.
 
         Raises:
-            UserError: There is an optimizer already, or Trainer would use DataParallel.
+            UserError: There is an optimizer already, or Trainer would spread the model as merges do not know.
         """
-        if args.n_gpu > 1:
-            raise UserError(
-                f"Trainer would spread the model over {args.n_gpu} GPUs by DataParallel, which merges do not know; "
-                f"start the script by: torchrun --standalone --nproc-per-node {args.n_gpu} script.py"
-            )
+        _refuse(args, model)
+        if args.fsdp:
+            self._bytes.enter_context(packed_bytes_may_be_sharded())
         if not _is_converted(model):
             if optimizer is not None:
                 raise UserError(f"the optimizer was made before the model was converted; {CONVERT_FIRST}")
-            weights = weights_of(model)
-            report = convert_to_loqt(model, self.config)
-            self.initial_weights = FirstWeights(weights, report)
-        write_merged_files(model)
+            before = dict(model.named_parameters())
+            convert_to_loqt(model, self.config)
+            self.initial_weights = FirstWeights(before, model)
+        write_checkpoints(model)
 
     def on_train_begin(
         self,
@@ -110,6 +110,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """
         if not _is_converted(model):
             raise UserError(CONVERT_IN_INIT)
+        self._bytes.close()
         check_loaded(model)
         self.reports.clear()
         self._passes = _backward_passes(args, train_dataloader)
@@ -137,7 +138,8 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         report = self.merges.finish(step)
         if report is not None:
             self.reports.append(report)
-            self.initial_weights = None
+            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
+                self.initial_weights.release()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -149,7 +151,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """What is saved from now on is no checkpoint."""
-        name_checkpoint(model, None)
+        name_checkpoint(model, "")
         forget_loaded(model)
 
     def state(self) -> dict[str, Any]:
@@ -182,6 +184,25 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "its weights by from_pretrained and begin a new run with them"
             )
         return {**stored, "settings": {**stored["settings"], "total_steps": state.max_steps}}
+
+
+def _refuse(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuses what Trainer would do to the model and merges do not know."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"Trainer would spread the model over {args.n_gpu} GPUs by DataParallel, which merges do not know; start "
+            f"the script by: torchrun --standalone --nproc-per-node {args.n_gpu} script.py"
+        )
+    if args.fsdp and int(args.fsdp_config.get("version", 2)) == 1:
+        raise UserError(
+            "fsdp_config asks for FSDP1, which flattens parameters, so that codes, scales and factors could not be "
+            'told apart; write fsdp_config={"version": 2}'
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "DeepSpeed has partitioned the model as it was loaded (ZeRO stage 3), so its weights cannot be converted; "
+            "load the model before you make TrainingArguments(deepspeed=...)"
+        )
 
 
 def _is_sharded(model: nn.Module) -> bool:

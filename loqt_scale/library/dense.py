@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from loqt_scale.errors import UserError
 from loqt_scale.export.model_folder import published
 from loqt_scale.layers import LoQTLinear
+from loqt_scale.layers.experts import ExpertsForward
 from loqt_scale.layers.frozen import FrozenMatrix
+from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.saving import PACKED, merged_weight
 from loqt_scale.strategies.whole import (
     all_succeeded,
@@ -99,7 +101,7 @@ def save_merged(
 
 def _opened(model: nn.Module) -> nn.Module:
     inner = inside(model)
-    if not any(isinstance(module, LoQTLinear) for module in inner.modules()):
+    if not any(isinstance(module, LoQTLayer) for module in inner.modules()):
         raise UserError("the model has no LoQT layer, so there is nothing to merge; save it as it is")
     reshard(inner)
     return inner
@@ -124,7 +126,8 @@ def _dense_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype | 
         for key, tensor, read in _reads(module):
             if id(tensor) not in seen:
                 seen[id(tensor)] = _moved(read(dtype), device, dtype)
-            yield f"{name}.{key}".lstrip("."), seen[id(tensor)]
+            is_weight = isinstance(module, LoQTLayer) and key == "weight"
+            yield (module.weight_name(name) if is_weight else f"{name}.{key}").lstrip("."), seen[id(tensor)]
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
@@ -140,7 +143,7 @@ def _reads(module: nn.Module) -> Iterator[tuple[str, Tensor, Read]]:
     if isinstance(module, FrozenMatrix):
         return  # part of a layer
     named: dict[str, Tensor] = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-    if isinstance(module, LoQTLinear):
+    if isinstance(module, LoQTLayer):
         yield "weight", named.pop("factor"), partial(_merged, module)
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     named |= {key: buffer for key, buffer in buffers if key not in module._non_persistent_buffers_set}
@@ -153,10 +156,16 @@ def _whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return value.clone()
 
 
-def _merged(layer: LoQTLinear, dtype: torch.dtype | None) -> Tensor:
+def _merged(layer: LoQTLayer, dtype: torch.dtype | None) -> Tensor:
     named = {name: parameter for name, parameter in layer.named_parameters() if name in PACKED}
     with whole(list(named.values())) as values:
         return merged_weight(layer, dict(zip(named, values, strict=True)), dtype)
+
+
+def _class_before(module: nn.Module) -> type[nn.Module]:
+    """A module's class before sharding and conversion."""
+    kind = unsharded_class(module)
+    return kind.__bases__[1] if issubclass(kind, ExpertsForward) else kind
 
 
 class _Copy:
@@ -170,11 +179,12 @@ class _Copy:
 
     def make(self) -> nn.Module:
         for module in self._model.modules():
-            self._memo[id(module)] = (
-                self._dense(module) if isinstance(module, LoQTLinear) else object.__new__(unsharded_class(module))
-            )
+            if isinstance(module, LoQTLinear):
+                self._memo[id(module)] = self._dense(module)
+            elif not isinstance(module, (LoQTLayer, FrozenMatrix)):
+                self._memo[id(module)] = object.__new__(_class_before(module))
         for module in self._model.modules():
-            if not isinstance(module, LoQTLinear) and not isinstance(module, FrozenMatrix):
+            if not isinstance(module, (LoQTLayer, FrozenMatrix)):
                 self._fill(self._memo[id(module)], module)
         copied: nn.Module = self._memo[id(self._model)]
         return copied
@@ -184,7 +194,12 @@ class _Copy:
         for registry in ("_parameters", "_buffers"):
             own = getattr(module, registry).items()
             state[registry] = {key: None if value is None else self._tensor(value) for key, value in own}
-        state["_modules"] = {key: self._memo.get(id(child)) for key, child in module._modules.items()}
+        state["_modules"] = {}
+        for key, child in module._modules.items():
+            if isinstance(child, LoQTLayer) and not isinstance(child, LoQTLinear):  # in the place of a parameter
+                state["_parameters"][key] = self._weight(child)
+            else:
+                state["_modules"][key] = None if child is None else self._memo[id(child)]
         for key, value in module.__dict__.items():
             if key not in _OWN:
                 state[key] = self._attribute(key, value)
@@ -206,8 +221,11 @@ class _Copy:
         held: Tensor = self._memo[id(tensor)]
         return held
 
+    def _weight(self, layer: LoQTLayer) -> nn.Parameter:
+        return nn.Parameter(_moved(_merged(layer, self._dtype), self._device, self._dtype))
+
     def _dense(self, layer: LoQTLinear) -> nn.Module:
-        weight = _moved(_merged(layer, self._dtype), self._device, self._dtype)
+        weight = self._weight(layer)
         bias = None if layer.bias is None else cast(nn.Parameter, self._tensor(layer.bias))
         if layer.spec.transposed:
             from transformers.pytorch_utils import Conv1D
@@ -215,5 +233,5 @@ class _Copy:
             dense: nn.Module = Conv1D(*reversed(weight.shape))
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-        dense._parameters.update({"weight": nn.Parameter(weight), "bias": bias})
+        dense._parameters.update({"weight": weight, "bias": bias})
         return dense.train(layer.training)

@@ -7,35 +7,39 @@ to the end of the first merge, so that nobody needs a second copy of the model, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every module's `weight` by the parameter's name. Local."""
-    return {name: parameter.data for name, parameter in model.named_parameters() if name.endswith("weight")}
+from loqt_scale.layers import loqt_layers
+from loqt_scale.merge import InitialWeights
+from loqt_scale.merge.sources import as_initial_weights
 
 
 class FirstWeights:
     """Reads them by rows, as merges do.
 
     Args:
-        weights: By parameter's name, e.g. `model.layers.0.mlp.up_proj.weight`.
-        layers: Names of the layers that were converted; of others nothing is kept.
+        before: The model's parameters from before the conversion, by name; of layers that stayed nothing is kept.
+        model: The converted model.
     """
 
-    def __init__(self, weights: dict[str, Tensor], layers: Iterable[str]) -> None:
-        self._weights = {f"{layer}.weight": weights[f"{layer}.weight"] for layer in layers}
-        for name, weight in self._weights.items():
-            self._weights[name] = _of_rank_zero(weight)
+    def __init__(self, before: Mapping[str, Tensor], model: nn.Module) -> None:
+        names = [layer.weight_name(name) for name, layer in loqt_layers(model)]
+        kept = {name: _of_rank_zero(before[name].detach()) for name in names}
+        self._source: InitialWeights | None = as_initial_weights(kept, names)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a weight, float32."""
-        return self._weights[name][start:stop].float()
+        """See `InitialWeights.rows`."""
+        assert self._source is not None, "a layer's first merge came after all layers had been merged"
+        return self._source.rows(name, start, stop)
+
+    def release(self) -> None:
+        """Lets go of them: every layer has been merged."""
+        self._source = None
 
 
 def _of_rank_zero(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loqt_scale.config import ModelConfig, RunConfig
-from loqt_scale.errors import explained
+from loqt_scale.errors import UserError, explained
 from loqt_scale.functional.compensation import row_chunks
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.quantization import pack
@@ -29,9 +30,12 @@ from loqt_scale.model.architectures import load_model_config, model_source, reso
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
 from loqt_scale.model.fake_pass import check_widths
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
+
+MOST_SURPRISES = 0.1  # of the parameters, that stay in full precision though they are no embedding or head
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,31 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     rows = vocab_size if config.model.path is None else min(vocab_size, hf_config.get_text_config().vocab_size)
     check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
     check_causal(config.model, hf_config)
+    if config.method == "loqt":
+        _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]
     source = _weight_source(config, model)
     dense_layers: tuple[str, ...] = ()
     if config.method == "loqt":
-        convert(model, config.loqt)
+        report = convert(model, config.loqt)
+        if report.surprising_share > MOST_SURPRISES:
+            warnings.warn(str(report), stacklevel=2)
     else:
         dense_layers = tuple(select_linears(model, config.loqt))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
+    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
     return ModelDesign(model, source, dense_layers, hf_config)
+
+
+def _refuse_rescaling(hf_config: PreTrainedConfig) -> None:
+    """RWKV divides weights in place at its first evaluation, against overflow in float16."""
+    if hf_config.model_type == "rwkv" and getattr(hf_config, "rescale_every", 0):
+        raise UserError(
+            "model.path: this rwkv model divides its weights in place when it is evaluated, which packed ones cannot "
+            "take; write model.overrides.rescale_every: 0 (the same outputs, but for float16)"
+        )
 
 
 def build_model(design: ModelDesign, config: ModelConfig, strategy: Strategy) -> BuiltModel:

@@ -15,18 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from loqt_scale.config import ModelConfig
 from loqt_scale.errors import UserError
 from loqt_scale.functional.seeding import isolated_rng
-from loqt_scale.model.structure import build_meta_model
 
 _POSITIONS, _LAYERS, _VOCABULARY = 8, 2, 64
 _MOST_VALUES = 2**25  # of a copy whose widths could not be reduced: 256 MB in float64
-_LEAK = 1e-9  # relative, in float64; a token that is read moves the output by a thousand times that at least
+# A token that is read moves the output by more than this, relatively: tiny models with random weights do so by 1e-3.
+_LEAK = {torch.float64: 1e-9, torch.float32: 1e-5}
 _SMALL = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
-    "head_dim": 16,
-    "vocab_size": _VOCABULARY,
+    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "vocab_size": _VOCABULARY},
 }
 
 
@@ -61,34 +60,40 @@ def _try(hf_config: PreTrainedConfig) -> bool:
     with isolated_rng(0), torch.no_grad():
         for small in (True, False):
             model = _copy_of(hf_config, small=small)
-            answer = None if model is None else _leaks(model)
-            if answer is not None:
-                return answer
+            if model is None:
+                continue
+            for dtype in _LEAK:  # grouped products of experts do not know float64
+                answer = _leaks(model.to(dtype), dtype)
+                if answer is not None:
+                    return answer
     return False
 
 
 def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
     """A model of a few layers, and if asked small ones, with random weights; None if there is none."""
     fields = hf_config.to_dict()
-    changes = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
+    changes: dict[str, Any] = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
     if not small:
         changes = {key: value for key, value in changes.items() if value in (_LAYERS, _VOCABULARY)}
     kinds = fields.get("layer_types")
     if isinstance(kinds, list):
         changes["layer_types"] = (sorted(set(kinds), key=kinds.index) * _LAYERS)[:_LAYERS]
-    ends = {key: None for key in fields if key.endswith("_token_id")}
+    ends = {key: 0 if key == "pad_token_id" else None for key in fields if key.endswith("_token_id")}
     try:
         own = type(hf_config)(**{**fields, **changes, **ends, "use_cache": False})
-        if sum(parameter.numel() for parameter in build_meta_model(own).parameters()) > _MOST_VALUES:
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+        if sum(parameter.numel() for parameter in shapes.parameters()) > _MOST_VALUES:
             return None
         model: nn.Module = AutoModelForCausalLM.from_config(own, dtype=torch.float32, trust_remote_code=False)
-        return model.double().eval()
+        return model.eval()
     except Exception:  # widths that do not go together, whatever a model's code stumbles over
         return None
 
 
-def _leaks(model: nn.Module) -> bool | None:
-    tokens = torch.arange(1, _POSITIONS + 1).unsqueeze(0)
+def _leaks(model: nn.Module, dtype: torch.dtype) -> bool | None:
+    """Whether earlier outputs follow the last token; None if the copy does not compute, or ignores that token."""
+    tokens = torch.arange(10, 10 + _POSITIONS).unsqueeze(0)  # none of the first ids, which may stand for padding
     other = tokens.clone()
     other[0, -1] += _POSITIONS
     try:
@@ -98,7 +103,7 @@ def _leaks(model: nn.Module) -> bool | None:
     if torch.equal(first, second) or not bool(first.isfinite().all()):
         return None  # the last token changes nothing: the copy says nothing
     earlier = (first - second)[:, :-1].abs().max()
-    return bool(earlier > _LEAK * first.abs().max())
+    return bool(earlier > _LEAK[dtype] * first.abs().max())
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from loqt_scale.config import RunConfig, TrainConfig
-from loqt_scale.data.batching import summed_loss
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
 from loqt_scale.model.build import design_model, recompute_blocks
@@ -135,8 +134,8 @@ def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool =
                     layer.probe.leaf.register_post_accumulate_grad_hook(_free)
             tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            summed_loss(logits, tokens).backward()
+                loss = model(input_ids=tokens, targets=tokens)
+            loss.backward()
         return meter.peak
 
 

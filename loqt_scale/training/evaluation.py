@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.data import Batch
-from loqt_scale.data.batching import counted_tokens, micro_batches, summed_loss
+from loqt_scale.data.batching import counted_tokens, micro_batches
 from loqt_scale.errors import one_line
 from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.strategies import Comm, Step
@@ -21,7 +21,7 @@ def evaluate(model: nn.Module, held_out: Batch, *, step: Step, micro_batch_size:
     """Token-weighted mean cross-entropy in nats on held-out sequences. Every rank; all get the same number.
 
     Args:
-        model: The wrapped model; left in the mode it was in, otherwise unchanged.
+        model: The wrapped model, which ends in the loss; left in the mode it was in, otherwise unchanged.
         held_out: All held-out sequences (each rank scores its share).
         step: How the model is run, and who scores which sequences.
         micro_batch_size: Sequences per forward pass.
@@ -55,8 +55,7 @@ def _own_sum(model: nn.Module, held_out: Batch, step: Step, micro_batch_size: in
     total = torch.zeros((), dtype=torch.float64, device=step.comm.device)
     for batch in micro_batches(mine, steps=steps, micro_batch_size=micro_batch_size, device=step.comm.device):
         with step.autocast():
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        total += summed_loss(logits, batch.labels)
+            total += model(input_ids=batch.input_ids, targets=batch.labels)
     return total
 
 

@@ -28,7 +28,7 @@ def banner(
     if ours:
         rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
     layers = [layer for _, layer in loqt_layers(built.model)]
-    frozen = sum(layer.in_features * layer.out_features for layer in layers)
+    frozen = sum(layer.spec.base.rows * layer.spec.base.cols for layer in layers)
     train, trained = config.train, format_count(built.trained_values)
     method = "full-rank training"
     if layers:
@@ -42,7 +42,7 @@ def banner(
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
-    widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
+    widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
     lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 
@@ -67,15 +67,17 @@ def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: st
 def merge_line(report: MergeReport) -> str:
     """One line of a merge's diagnostics, means over the layers."""
     means = report.means()
-    parts = [
-        f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s",
-        f"error {means['error_before']:.4f} -> {means['error_after']:.4f}",
-        f"gradient energy kept {means['gradient_energy']:.3f}",
-    ]
+    parts = [f"merge {report.index + 1} after step {report.step + 1}: {report.seconds:.2f}s"]
+    if "error_before" in means:
+        parts.append(f"error {means['error_before']:.4f} -> {means['error_after']:.4f}")
+    if "gradient_energy" in means:  # else no layer had a gradient
+        parts.append(f"gradient energy kept {means['gradient_energy']:.3f}")
     if "subspace_overlap" in means:
         parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}")
     if "update_survival" in means:
         parts.append(f"update that survived {means['update_survival']:.3f}")
+    if report.kept:
+        parts.append(f"{len(report.kept)} layers that no token reached stay as they are")
     return ", ".join(parts)
 
 

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from loqt_scale.checkpoint import CHECKPOINTS, CheckpointError, CheckpointSaver
 from loqt_scale.config import RunConfig
 from loqt_scale.data import Batch, Corpus
-from loqt_scale.data.batching import counted_tokens, micro_batches, summed_loss
+from loqt_scale.data.batching import counted_tokens, micro_batches
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
@@ -231,8 +231,7 @@ class Trainer:
         for index, piece in enumerate(pieces):
             with spread.micro_step(self.model, last=index == steps - 1):
                 with spread.autocast():
-                    logits = self.model(input_ids=piece.input_ids, use_cache=False).logits
-                loss = summed_loss(logits, piece.labels) / self.tokens_per_step
+                    loss = self.model(input_ids=piece.input_ids, targets=piece.labels) / self.tokens_per_step
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
                 spread.backward(self.model, loss)

@@ -152,6 +152,13 @@ def test_unquantized_and_checkpointed_and_offloaded(runs: Runs, strategy: str) -
     assert_same_losses(runs.losses(2, strategy, **spread), runs.losses(1, "single", **UNQUANTIZED), exact=True)
 
 
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), (2, "zero-3")])
+def test_the_loss_by_chunks_too(runs: Runs, world_size: int, strategy: str) -> None:
+    """Of 24 tokens, where a pass has 64 or more."""
+    losses = runs.losses(world_size, strategy, **UNQUANTIZED, **{"model.loss_chunk_tokens": 24})
+    assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED), exact=True)
+
+
 def test_unquantized_weights_survive_bf16_unrounded(runs: Runs) -> None:
     """DeepSpeed casts every floating parameter to bf16; frozen weights are bytes, so that merges keep their bits."""
     setting = {**UNQUANTIZED, "model.dtype": "bfloat16"}

@@ -158,6 +158,18 @@ def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, setting
     assert 0.5 * plan.merge.sent < seen["merge_sent"] <= plan.merge.sent
 
 
+def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:
+    """4,096 tokens of 131,072 logits: 2 GiB in float32, of which a chunk is 256 MiB."""
+    peaks = []
+    for chunk in (0, None):
+        config = small_config(
+            {"data.seq_len": 512, "train.micro_batch_size": 8, "train.global_batch_size": 8}
+            | {"model.loss_chunk_tokens": chunk}
+        )
+        peaks.append(activations.PassMemory(config, vocab_size=131_072).gradients_pile_up)
+    assert peaks[0] > 4 * 2**30 and peaks[1] < 2**30
+
+
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_two_shallow_models_stand_for_a_deep_one(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = {**WIDE["model.overrides"], "num_hidden_layers": 11}

@@ -1,7 +1,7 @@
 """Checkpoints of an earlier version go on to the losses that it had gone on to itself.
 
-`tests/checkpoints/format-1.tar.xz` was written on 2026-11-27 by commit 777d9a0, before the modules moved: a text, and of
-two runs on it the checkpoint of step 3 with the losses of steps 4 to 6 (a merge follows steps 4 and 6).
+`tests/checkpoints/format-1.tar.xz` was written on 2026-11-27 by commit 777d9a0, before the modules moved: a text, and
+of two runs on it the checkpoint of step 3 with the losses of steps 4 to 6 (a merge follows steps 4 and 6).
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ def test_an_old_checkpoint_goes_on(run: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "format-1")
     old = Path(run, "step-00000003")
     words = ["--config", str(old / "config.yaml"), "--checkpoint.resume", str(old), "--train.run_dir", "new"]
-    assert (
-        run_command("train", [*words, "--parallel.strategy", "single", "--train.log_every", "1"], prog="train.py") == 0
-    )
+    words += ["--parallel.strategy", "single", "--train.log_every", "1"]
+    assert run_command("train", words, prog="train.py") == 0
     records = map(json.loads, Path("new", "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = {str(record["step"]): record["train/loss"] for record in records if "train/loss" in record}
     expected = json.loads(Path(run, "losses.json").read_text(encoding="utf-8"))["losses"]

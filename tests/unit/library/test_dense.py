@@ -137,6 +137,21 @@ def test_any_module_goes_back(tmp_path: Path) -> None:
     assert "norm.running_mean" in files and torch.equal(files[kept], dense.first.weight)
 
 
+def test_another_librarys_save_pretrained_is_told_what_to_write(tmp_path: Path) -> None:
+    class Hub(nn.Sequential):
+        """As diffusers has it: no `state_dict`."""
+
+        def save_pretrained(self, save_directory: Path) -> None:
+            torch.save(self.state_dict(), save_directory)
+
+    model = Hub(nn.Linear(16, 16))
+    convert_to_loqt(model, LoQTConfig(rank=4))
+    with pytest.raises(UserError, match=r"to_dense\(model\)\.save_pretrained\(folder\)"):
+        model.save_pretrained(tmp_path / "no.pt")
+    to_dense(model).save_pretrained(tmp_path / "yes.pt")
+    assert list(torch.load(tmp_path / "yes.pt")) == ["0.weight", "0.bias"] and not (tmp_path / "no.pt").exists()
+
+
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no LoQT layer"):
         to_dense(nn.Linear(4, 4))

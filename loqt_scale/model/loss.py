@@ -1,0 +1,99 @@
+"""A causal language model whose forward pass ends in the loss: `model(input_ids=..., targets=...)`.
+
+Inside the forward pass the head's weight is at hand under every strategy, so the loss can be taken chunk by chunk
+(`functional.linear_cross_entropy`), and the logits of all tokens, V numbers a token, are never held. Where one chunk
+holds all of them nothing is gained, and the loss is taken from the model's own logits.
+
+Chunks need to know what a model does between its last hidden state and its logits. That is written down for the
+architectures below; all others have their logits made whole, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from loqt_scale.data.batching import summed_loss
+from loqt_scale.data.packing import IGNORED_LABEL
+from loqt_scale.functional.linear_cross_entropy import LogitTransform, chunk_tokens, linear_cross_entropy
+
+# checked one by one (tests/unit/model/test_loss.py): what each does to its logits, by its config's name for it
+_PLAIN = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3", "olmo"),
+    *("olmo2", "smollm3", "gpt_neox", "gpt2", "stablelm", "starcoder2", "glm4", "ernie4_5", "deepseek_v3"),
+)
+_CAPPED = {"gemma2": "final_logit_softcapping", "gemma3_text": "final_logit_softcapping"}
+_SCALED: dict[str, Callable[[Any], float]] = {
+    "cohere": lambda config: float(config.logit_scale),
+    "cohere2": lambda config: float(config.logit_scale),
+    "granite": lambda config: 1.0 / float(config.logits_scaling),
+}
+
+
+class LossHead(nn.Linear):
+    """A model's head, which also knows how to take the loss of hidden states by chunks of tokens.
+
+    It holds the given head's own parameters, under the same names; a call without `targets` is the head's.
+    """
+
+    def __init__(self, head: nn.Linear, transform: LogitTransform) -> None:
+        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.transform = transform
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, chunk: int = 1) -> Tensor:
+        if targets is None:
+            return super().forward(input)
+        hidden, labels = input.flatten(0, -2), targets.flatten()
+        how = {"chunk": chunk, "ignored": IGNORED_LABEL, "transform": self.transform}
+        return linear_cross_entropy(hidden, self.weight, self.bias, labels, **how)  # type: ignore[arg-type]
+
+
+def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:
+    """Has a model's forward pass take `targets` and return the sum of their cross-entropies, in place. Local.
+
+    Args:
+        model: A causal language model of transformers, on the meta device or not; before it is sharded.
+        chunk: Tokens whose logits are held at a time. None: as many as fill 256 MiB; 0: all of them.
+
+    Returns:
+        Whether the loss can be taken by chunks.
+    """
+    transform = logit_transform(model)
+    if transform is not None and chunk != 0:
+        model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))  # type: ignore[operator]
+    model.forward = _EndingInLoss(model, chunk)
+    return transform is not None
+
+
+def logit_transform(model: nn.Module) -> LogitTransform | None:
+    """What a model does to its head's logits; None: not known, or its head is no plain linear."""
+    config: Any = model.config
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear:
+        return None
+    kind = config.model_type
+    if kind in _PLAIN:
+        return LogitTransform()
+    if kind in _CAPPED:
+        return LogitTransform(cap=getattr(config, _CAPPED[kind], None))
+    return LogitTransform(scale=_SCALED[kind](config)) if kind in _SCALED else None
+
+
+class _EndingInLoss:
+    """A model's `forward`: its own without `targets`, else the loss."""
+
+    def __init__(self, model: nn.Module, chunk: int | None) -> None:
+        self._model, self._whole, self._chunk = model, model.forward, chunk
+
+    def __call__(self, *args: Any, targets: Tensor | None = None, **given: Any) -> Any:
+        if targets is None:
+            return self._whole(*args, **given)
+        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        chunk = (self._chunk or chunk_tokens(head.out_features)) if isinstance(head, LossHead) else targets.numel()
+        if targets.numel() <= chunk:
+            return summed_loss(self._whole(*args, use_cache=False, **given).logits, targets)
+        hidden = self._model.base_model(*args, use_cache=False, **given)[0]  # type: ignore[operator]
+        return head(hidden, targets=targets, chunk=chunk)

@@ -1,0 +1,135 @@
+"""What a conversion takes, what it leaves and why, and how it says so."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from loqt_scale import LoQTConfig, convert_to_loqt
+from loqt_scale.errors import UserError
+from loqt_scale.layers import LoQTLinear, convert, loqt_layers
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+class ByHand(nn.Linear):
+    """Falcon's: the same product, written out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Scaled(nn.Linear):
+    """Another function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2.0 * F.linear(input, self.weight, self.bias)
+
+
+class Noisy(nn.Linear):
+    """Another function in training only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return F.dropout(y, 0.5, training=self.training)
+
+
+class Everything(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(32, 32)
+        self.by_hand, self.scaled, self.noisy = ByHand(32, 32), Scaled(32, 32), Noisy(32, 32)
+        self.frozen, self.hooked, self.small = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.tied, self.lm_head = nn.Linear(32, 50, bias=False), nn.Linear(32, 50, bias=False)
+        self.embed = nn.Embedding(50, 32)
+        self.tied.weight = self.embed.weight
+        self.frozen.weight.requires_grad_(False)
+        self.hooked.register_forward_hook(lambda module, args, output: output + 1)
+        self.experts, self.conv = nn.Parameter(torch.zeros(2, 32, 32)), nn.Conv1d(32, 32, 3)
+        self.attention = nn.MultiheadAttention(32, 2)
+
+
+def test_a_report_names_what_was_left_and_why_and_is_the_list_of_what_was_not() -> None:
+    model = Everything()
+    values = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.warns(UserWarning, match="less than one half of the model became low-rank"):
+        report = convert_to_loqt(model, LoQTConfig(rank=8))
+    assert report == ["plain", "by_hand"] and len(report) == 2 and "plain" in report and list(report) == report[:]
+    assert [name for name, _ in loqt_layers(model)] == report
+    assert report.values == values and report.share == 2 * 32 * 32 / values
+    left = {item.name: item.why for item in report.left}
+    assert "computes something else" in left["scaled"] and "computes something else" in left["noisy"]
+    assert left["frozen"].startswith("frozen") and left["hooked"].startswith("hooks") and "rank 8" in left["small"]
+    assert "weight norm" in left["normed.parametrizations.weight.original1"]
+    assert "tied" in left["tied"] and "embed" not in left  # one parameter, its first name
+    assert left["lm_head"] == "in loqt.exclude_modules" and left["experts"] == "a 3-dimensional parameter of Everything"
+    assert "convolution" in left["conv"] and "MultiheadAttention holds itself" in left["attention.in_proj_weight"]
+    assert "never calls it" in left["attention.out_proj"]
+    for name in ("scaled", "frozen", "tied", "conv", "experts"):
+        assert name in str(report)
+    assert str(report).startswith("LoQT: 2 layers hold 2,048 of the")
+
+
+def test_a_subclass_that_computes_the_same_keeps_its_values() -> None:
+    model = nn.Sequential(ByHand(32, 32), ByHand(32, 32, bias=False))
+    x = torch.randn(4, 32)
+    want = model(x)
+    report = convert(model, LoQTConfig(rank=8))
+    assert len(report) == 2 and (model(x) - want).abs().max() < 0.2 * want.abs().max()  # in 4 bits
+
+
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, LlamaForSequenceClassification])
+def test_heads_of_classification_models_are_left_alone_unless_they_are_named(kind: type) -> None:
+    def model() -> nn.Module:
+        made: nn.Module = kind((BertConfig if "Bert" in kind.__name__ else LlamaConfig)(**SIZES, num_labels=16))
+        return made
+
+    head = "classifier" if "Bert" in kind.__name__ else "score"
+    report = convert(model(), LoQTConfig(rank=8, exclude_modules=["nothing"]))
+    left = {item.name: item.why for item in report.left}
+    assert left[head] == "the model's head" and not [name for name in report if name == head] and len(report) >= 7
+    assert head in convert(model(), LoQTConfig(rank=8, exclude_modules=[]))
+    named = LoQTConfig(rank=8, exclude_modules=["nothing"], target_modules=["*", f"*{head}"])
+    assert head in convert(model(), named)
+
+
+def test_a_second_conversion_says_so_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4))
+    config = LoQTConfig(rank=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # more than one half
+        assert convert_to_loqt(model, config) == ["0"]
+    with pytest.raises(UserError, match=r"second conversion: the model holds 1 LoQT layers already, e\.g\. 0"):
+        convert_to_loqt(model, LoQTConfig(rank=4))
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_rank_that_somebody_asked_for_is_not_left_aside_in_silence() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4))
+    with pytest.raises(UserError, match=r"a rank of loqt.rank_pattern is 8, but 1 is 4 x 32"):
+        convert_to_loqt(model, LoQTConfig(rank=4, rank_pattern={"1": 8}))
+    with pytest.raises(UserError, match=r"loqt.rank is 64, but 0 is 32 x 32"):
+        convert_to_loqt(model, LoQTConfig(rank=64))
+
+
+def test_why_nothing_can_be_converted_is_said() -> None:
+    with pytest.raises(UserError, match=r"matches no linear layer that can be converted.*0 \(a subclass of nn.Linear"):
+        convert_to_loqt(nn.Sequential(Scaled(32, 32)), LoQTConfig(rank=4))
+    with pytest.raises(UserError, match=r"weight is a convolution|0 is a convolution"):
+        convert_to_loqt(nn.Sequential(nn.Conv2d(8, 8, 3)), LoQTConfig(rank=4))
+
+
+def test_a_layer_under_two_names_is_one_layer_still() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32)})
+    model["b"] = model["a"]
+    assert convert(model, LoQTConfig(rank=4)) == ["a"]
+    assert model["a"] is model["b"] and isinstance(model["b"], LoQTLinear)
