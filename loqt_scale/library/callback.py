@@ -41,7 +41,7 @@ CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), a
         return model"""
 
 
-class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class LoQTCallback(TrainerCallback, ExportableState):
     """Trains a Trainer's model by LoQT: `Trainer(model, args, ..., callbacks=[LoQTCallback(config)])`.
 
     The model is converted when the Trainer is made, unless it was before. Accumulation, clipping, schedules, several
