@@ -133,6 +133,7 @@ ARCHITECTURES: list[Architecture] = [
         "vision",
         "AutoModelForImageClassification",
         "vit deit dinov2 swin convnext",
+        deit={"architectures": ["DeiTForImageClassification"]},  # the Auto class has two
         swin={"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 4, "window_size": 4},
         convnext={"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2},
     ),
