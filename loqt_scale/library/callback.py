@@ -41,7 +41,7 @@ CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), a
         return model"""
 
 
-class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class LoQTCallback(TrainerCallback, ExportableState):
     """Trains a Trainer's model by LoQT: `Trainer(model, args, ..., callbacks=[LoQTCallback(config)])`.
 
     The model is converted when the Trainer is made, unless it was before. Accumulation, clipping, schedules, several
@@ -66,6 +66,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.merges: MergeCoordinator | None = None
         self.reports: list[MergeReport] = []
         self._passes: int | None = None
+        self._in_step = False  # also after one that ran out of memory, which Trainer may try again
         self._bytes = ExitStack()
 
     def on_init_end(
@@ -123,6 +124,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Before the forward passes of a step."""
         assert self.merges is not None
+        self._in_step = True
         self.merges.prepare(state.global_step, backward_passes=self._passes)
 
     def on_optimizer_step(
@@ -145,6 +147,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """If Trainer saves now, it is a checkpoint."""
+        self._in_step = False
         name_checkpoint(model, f"checkpoint-{state.global_step}")
 
     def on_train_end(
@@ -156,7 +159,7 @@ class LoQTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps of this callback: its arguments, and the merges' position; plain data."""
-        merges = None if self.merges is None else self.merges.state_dict()
+        merges = None if self.merges is None or self._in_step else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
     def _attach(

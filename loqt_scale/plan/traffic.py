@@ -62,6 +62,7 @@ def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, *, ranks: int, passes: 
         return Traffic(0, 0)
     layers = [_layer_merge(loqt, spec, ranks, passes) for spec in shapes.layers]
     once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
+    reduced += 4 * FLOAT  # whether there is something to merge
     return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
 
 

@@ -183,7 +183,7 @@ def test_a_merge_step_that_the_scaler_skips_is_put_off(optim: str, tmp_path: Pat
     trainer.train()
     assert [report.step for report in callback_of(trainer).reports] == [1, 6, 10]
     assert all(tensor.isfinite().all() for tensor in state_of(trainer.model).values())
-    assert losses(trainer)[-1] < 3.5 and has_trained(trainer.model)
+    assert losses(trainer)[-1] < 3.7 and has_trained(trainer.model)
 
 
 def _overflow(trainer: Trainer, output: ModelOutput) -> None:
