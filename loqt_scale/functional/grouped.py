@@ -1,9 +1,9 @@
 """Products of many small matrices with the rows of one tall one, which are sorted by group: what experts compute.
 
 Group e has the rows [ends[e - 1], ends[e]) of a tall matrix; it may have none. torch's grouped products do all groups
-in one kernel, and the host need not know where groups end. They want floats of at most 32 bits and rows that begin at
-multiples of 16 bytes; for others a loop over the groups does the same, as one operator that fake tensors and
-torch.compile see through.
+in one kernel, and the host need not know where groups end. They want bfloat16 and rows that begin at multiples of 16
+bytes (float32 computes too, as a loop, but not on fake tensors); for others a loop over the groups does the same, as
+one operator that fake tensors and torch.compile see through.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NATIVE = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT = 16  # bytes
 
 
@@ -64,7 +63,7 @@ class GroupedProduct(torch.autograd.Function):
 
 
 def _is_native(*tensors: Tensor) -> bool:
-    return all(tensor.dtype in NATIVE and _is_aligned(tensor) for tensor in tensors)
+    return all(tensor.dtype == torch.bfloat16 and _is_aligned(tensor) for tensor in tensors)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
