@@ -28,11 +28,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 BOTH = [
-    "own_loop",
-    "text_classification",
-    "vit",
-    "diffusion_transformer",
-    "reinforcement_learning",
+    *("own_loop", "text_classification", "vit", "diffusion_transformer", "reinforcement_learning"),
     "mixture_of_experts",
 ]
 
