@@ -101,13 +101,15 @@ ARCHITECTURES: list[Architecture] = [
         mamba2={"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
         mamba={"state_size": 8},
         jamba={"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-        rwkv={"attention_hidden_size": 64, "intermediate_size": 96, "rescale_every": 0},
+        rwkv={"attention_hidden_size": 64, "intermediate_size": 96, "rescale_every": 0, "use_cache": False},
     ),
     *_all(
         "mixture of experts",
         "AutoModelForCausalLM",
         "mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3",
+        **{name: {"num_experts_per_tok": 2} for name in ("qwen3_moe", "olmoe")},
         deepseek_v3={
+            "head_dim": 16,
             "n_group": 1,
             "topk_group": 1,
             "num_experts_per_tok": 2,
@@ -131,6 +133,7 @@ ARCHITECTURES: list[Architecture] = [
         "vision",
         "AutoModelForImageClassification",
         "vit deit dinov2 swin convnext",
+        deit={"architectures": ["DeiTForImageClassification"]},  # the Auto class has two
         swin={"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 4, "window_size": 4},
         convnext={"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2},
     ),

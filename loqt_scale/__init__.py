@@ -4,7 +4,6 @@ The library's surface; everything is imported when it is first used, so that `lo
 torch.
 
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
-    MergeCoordinator   runs the merges of a training loop of your own
     LoQTCallback       all of it in transformers' Trainer
     attach             gives a training loop of your own its merges: a MergeCoordinator
     to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained

@@ -18,6 +18,7 @@ from bitsandbytes.functional import QuantState, get_4bit_type
 from torch import Tensor
 
 from loqt_scale.export.parts import Part, dense_matrix
+from loqt_scale.functional.low_rank_experts import expert_weights
 from loqt_scale.functional.low_rank_linear import effective_weight
 from loqt_scale.functional.schemes import FourBit
 
@@ -57,7 +58,17 @@ class Dense:
             return {part.name: tensors["value"].to(self._dtype)}
         base = dense_matrix(tensors, "base", part.spec.base)
         projection = dense_matrix(tensors, "projection", part.spec.projection)
-        return {part.name: effective_weight(base, projection, tensors["factor"], part.spec).to(self._dtype)}
+        return {part.name: _merged(base, projection, tensors["factor"], part).to(self._dtype)}
+
+
+def _merged(base: Tensor, projection: Tensor, factor: Tensor, part: Part) -> Tensor:
+    """W_eff in the shape of the model's parameter, float32."""
+    spec = part.spec
+    assert spec is not None
+    if spec.experts is None:
+        return effective_weight(base, projection, factor, spec)
+    bases, factors = (matrix.view(spec.experts, -1, matrix.shape[1]) for matrix in (projection, factor))
+    return expert_weights(base.view(part.shape), bases, factors, spec)
 
 
 class Nf4:

@@ -86,7 +86,7 @@ def export_checkpoint(
     saved = open_saved(opened, config, SingleComm(torch.device("cpu")))
     parts, torch_dtype = Parts(saved), DTYPES[dtype]
     if format == "nf4":
-        _refuse_transposed(parts)
+        _check_layers(parts)
     hf_config = AutoConfig.from_pretrained(saved.files, **CAREFULLY)
     hf_config.dtype = torch_dtype
     vars(hf_config).pop("auto_map", None)
@@ -206,12 +206,20 @@ def _write_adapter_config(folder: Path, parts: Parts, rank: int) -> None:
     (folder / ADAPTER_SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
 
 
-def _refuse_transposed(parts: Parts) -> None:
-    turned = [part.layer for part in parts.all.values() if part.spec is not None and part.spec.transposed]
+def _check_layers(parts: Parts) -> None:
+    """4-bit layers hold one matrix each, not transposed."""
+    specs = {part.name: part.spec for part in parts.all.values() if part.spec is not None}
+    experts = [name for name, spec in specs.items() if spec.experts is not None]
+    turned = [name for name, spec in specs.items() if spec.transposed]
+    if experts:
+        raise UserError(
+            f"format is nf4, but {experts[0]} holds the matrices of several experts, for which bitsandbytes has no "
+            "4-bit layer; write --format dense"
+        )
     if turned:
         raise UserError(
-            f"format is nf4, but the model stores the weight of {turned[0]} transposed (GPT-2's Conv1D, experts of "
-            "gpt_oss), and 4-bit layers do not; write --format dense"
+            f"format is nf4, but the model stores {turned[0]} transposed (GPT-2's Conv1D), and 4-bit layers do not; "
+            "write --format dense"
         )
 
 

@@ -59,10 +59,11 @@ class Parts:
             if owner not in layers:
                 self.all[name] = Part(name, parameter.shape, None, {"value": f"model.{name}"})
                 continue
-            spec, known = layers[owner].spec, self.all.get(f"{owner}.weight")
+            layer = layers[owner]
+            weight = layer.weight_name(owner)
+            known = self.all.get(weight)
             stored = {**(known.stored if known else {}), role: f"model.{name}"}
-            shape = torch.Size((spec.base.rows, spec.base.cols))
-            self.all[f"{owner}.weight"] = Part(f"{owner}.weight", shape, spec, stored)
+            self.all[weight] = Part(weight, torch.Size(layer.weight_shape()), layer.spec, stored)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[Part, dict[str, Tensor]]]:
         """Parameters with their stored tensors by role, one transformer block in memory at a time."""

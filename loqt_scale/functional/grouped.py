@@ -1,7 +1,7 @@
 """Products of many small matrices with the rows of one tall one, which are sorted by group: what experts compute.
 
-Group e has the rows [ends[e - 1], ends[e]) of a tall matrix; it may have none. torch's grouped products do all groups in
-one kernel, and the host need not know where groups end. They want floats of at most 32 bits and rows that begin at
+Group e has the rows [ends[e - 1], ends[e]) of a tall matrix; it may have none. torch's grouped products do all groups
+in one kernel, and the host need not know where groups end. They want floats of at most 32 bits and rows that begin at
 multiples of 16 bytes; for others a loop over the groups does the same, as one operator that fake tensors and
 torch.compile see through.
 """
@@ -20,9 +20,8 @@ ALIGNMENT = 16  # bytes
 
 def group_ends(sorted_ids_S: Tensor, groups: int) -> Tensor:
     """Where each group ends among rows whose ids ascend: int32 (groups,). On the device, without a host sync."""
-    return torch.searchsorted(sorted_ids_S, torch.arange(groups, device=sorted_ids_S.device), right=True).to(
-        torch.int32
-    )
+    ids = torch.arange(groups, device=sorted_ids_S.device)
+    return torch.searchsorted(sorted_ids_S, ids, right=True).to(torch.int32)
 
 
 def grouped_rows(x_SK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """The autograd function of a layer of experts: `low_rank_linear` E times, in grouped products.
 
-    E experts, S tokens sorted by expert (a token that goes to k experts counts k times), O, I, R as in `low_rank_linear`
+    E experts, S tokens sorted by expert (one that goes to k experts counts k times), O, I, R as in `low_rank_linear`
 
-The E matrices lie one below the other, packed as one tall matrix: W_q (E O x I), P (E F x R), B (E F_B x R), each expert
-with whole row groups. So codes, scales, P and B shard along dim 0 as those of any layer, and one call unpacks them all.
+The E matrices lie one below the other, packed as one tall matrix: W_q (E O x I), P (E F x R), B (E F_B x R), each
+expert with whole row groups. So codes, scales, P and B shard along dim 0 as those of any layer, and one call unpacks
+them all.
+
 Every expert is a matrix of its own: it has its own P and B, and a probe collects E gradients or sketches, (E, F, l).
 """
 
@@ -76,8 +78,9 @@ class LowRankExperts(torch.autograd.Function):
         dyp_SR = grouped_rows(dy_SO, bases, ends_E) if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
-            rows, columns = (dy_SO, xp_SR) if spec.applied_side == "input" else (x_SI, dyp_SR)
-            product = grouped_sums(rows, columns, ends_E)
+            left, right = (dy_SO, xp_SR) if spec.applied_side == "input" else (x_SI, dyp_SR)
+            assert left is not None and right is not None
+            product = grouped_sums(left, right, ends_E)
             d_factor = (spec.scale * product).reshape(factor.shape).to(factor.dtype)
         if needs_x:
             weights = expert_matrices(base_codes, base_scales, spec, dtype)

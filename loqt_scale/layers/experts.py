@@ -9,9 +9,7 @@ activation, gate, biases and norm of the model; it is known by the marks that tr
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -165,8 +163,9 @@ class ExpertsForward:
         return rows[back].view(tokens, choices, width).sum(1).to(hidden_states.dtype)
 
 
-def _experts_of(weight: nn.Module | Tensor) -> int:
-    return weight.experts if isinstance(weight, LoQTExperts) else weight.shape[0]  # type: ignore[union-attr]
+def _experts_of(weight: Any) -> int:
+    count: int = weight.experts if isinstance(weight, LoQTExperts) else weight.shape[0]
+    return count
 
 
 def _product(module: Any, name: str, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
@@ -179,16 +178,22 @@ def _product(module: Any, name: str, rows: Tensor, ids: Tensor, ends: Tensor) ->
     return y + getattr(module, f"{name}_bias").to(y.dtype)[ids] if module.has_bias else y
 
 
-@cache
-def _converted(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass with our forward, which can be copied and pickled."""
+_CONVERTED: dict[Any, type[nn.Module]] = {}
+
+
+def _converted(kind: Any) -> type[nn.Module]:
+    """A subclass with our forward, which can be copied and pickled; always the same one."""
+    if kind in _CONVERTED:
+        return _CONVERTED[kind]
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Callable[..., object], tuple[type], dict[str, Any]]:
         return _empty, (kind,), self.__dict__
 
-    return type(f"LoQT{kind.__name__}", (ExpertsForward, kind), {"__reduce_ex__": reduce, "__module__": __name__})
+    members = {"__reduce_ex__": reduce, "__module__": __name__}
+    _CONVERTED[kind] = type(f"LoQT{kind.__name__}", (ExpertsForward, kind), members)
+    return _CONVERTED[kind]
 
 
 def _empty(kind: type[nn.Module]) -> nn.Module:
-    made: nn.Module = copyreg.__newobj__(_converted(kind))  # type: ignore[attr-defined]
+    made: nn.Module = object.__new__(_converted(kind))
     return made

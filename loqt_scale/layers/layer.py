@@ -21,8 +21,8 @@ from loqt_scale.layers.frozen import FrozenMatrix
 BLANK_PASSES = 32
 NO_MERGES = (
     f"LoQT: P is still zero after {BLANK_PASSES} training passes, so B does not train: nothing merges. Attach a "
-    "coordinator, merges = attach(model, optimizer, config), and call merges.prepare() before the forward passes of every "
-    "step and merges.finish() after its optimizer.step()"
+    "coordinator, merges = attach(model, optimizer, config), and call merges.prepare() before the forward passes of "
+    "every step and merges.finish() after its optimizer.step()"
 )
 
 
@@ -173,6 +173,6 @@ def may_be_read(tensor: Tensor) -> bool:
     """Whether the host can look at a tensor's values now: not while they are recorded, transformed or imagined."""
     if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
         return False
-    if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+    if torch._C._functorch.maybe_current_level() is not None:
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

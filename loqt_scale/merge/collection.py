@@ -90,6 +90,9 @@ class GradientCollection:
 
         Returns:
             Whether this rank has seen a backward pass of any layer.
+
+        Raises:
+            RuntimeError: There were more passes than was said, whose gradients are not in what was sent.
         """
         for name in self._order:
             self._take(name)
@@ -97,6 +100,12 @@ class GradientCollection:
         self._land(self._total)
         self._hand_over(len(self._order))
         self._detach()
+        if self._early:
+            said = self._total // len(self._order)
+            raise RuntimeError(
+                f"there were more backward passes than prepare(backward_passes={said}) said; "
+                "give their number, or leave it out"
+            )
         return bool(self._seen)
 
     def drop(self) -> None:

@@ -42,7 +42,7 @@ from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import check_config, check_settings, settings_of
-from loqt_scale.merge.sources import as_initial_weights, plain_name
+from loqt_scale.merge.sources import WeightsInMemory, as_initial_weights, plain_name
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
@@ -225,6 +225,8 @@ class MergeCoordinator:
             kept += stayed
             diagnostics[name] = merged
         self._first_due &= set(kept)
+        if not kept and isinstance(self._initial_weights, WeightsInMemory):
+            self._initial_weights = None  # no merge is a layer's first any more: the memory is somebody else's
         self._order.leave(step)
         values = self._read(diagnostics)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
@@ -247,8 +249,14 @@ class MergeCoordinator:
         """
         if self._order.open is not None:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
-        state = {"position": self.position, "moved": self._schedule.moved, "first_due": sorted(self._first_due)}
-        return {"version": STATE_VERSION, **state, "settings": copy.deepcopy(self._settings)}
+        return {
+            "version": STATE_VERSION,
+            "position": self.position,
+            "moved": self._schedule.moved,
+            "first_due": sorted(self._first_due),
+            "watched": self._order.watch.works,
+            "settings": copy.deepcopy(self._settings),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Goes on where a state was saved; the model's and the optimizer's own states are loaded beside it. Local.
@@ -269,6 +277,7 @@ class MergeCoordinator:
             if step >= state["position"]:
                 self._schedule.require(step)
         self._first_due = set(state["first_due"])
+        self._order.watch.works = state["watched"]
         self.go_on(state["position"])
 
     # ---- what could go wrong in silence ------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ class StepWatch:
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         self.updates = 0
+        self.works = False  # whether there has ever been an update: not every optimizer calls hooks
         for optimizer in optimizers:
             optimizer.register_step_post_hook(self._count)
 
     def _count(self, *_: Any) -> None:
-        self.updates += 1
+        self.updates, self.works = self.updates + 1, True
 
 
 class StepOrder:
@@ -34,13 +35,14 @@ class StepOrder:
         watch: Of the optimizers.
 
     Attributes:
+        watch: That one.
         position: The next step.
         open: The merge step that has been prepared and not finished; None: there is none.
         known: Whether it is known what was before `position`; not before the first call.
     """
 
     def __init__(self, watch: StepWatch) -> None:
-        self._watch, self.position, self.known = watch, 0, False
+        self.watch, self.position, self.known = watch, 0, False
         self.open: int | None = None
         self._prepared: int | None = None
         self._updates_before = 0
@@ -59,7 +61,7 @@ class StepOrder:
                 "not over an epoch: leave them out, prepare() and finish() count by themselves"
             )
         if step != self.open:
-            self._updates_before = self._watch.updates
+            self._updates_before = self.watch.updates
         self._prepared = step
         return step
 
@@ -83,10 +85,10 @@ class StepOrder:
     @property
     def was_skipped(self) -> bool:
         """Whether the optimizer, which has been seen to update, has not done so since `prepare`."""
-        return self._watch.updates > 0 and self._watch.updates == self._updates_before
+        return self.watch.works and self.watch.updates == self._updates_before
 
     def _refuse_unfinished(self, step: int | None) -> None:
-        updated = self._watch.updates > self._updates_before
+        updated = self.watch.updates > self._updates_before
         if self.open is not None and (updated if step is None else step != self.open):
             raise RuntimeError(
                 f"step {self.open} ends in a merge, but finish({self.open}) was never called, and B stays as it is; "

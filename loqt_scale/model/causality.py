@@ -25,8 +25,7 @@ _SMALL = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
-    "head_dim": 16,
-    "vocab_size": _VOCABULARY,
+    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "vocab_size": _VOCABULARY},
 }
 
 

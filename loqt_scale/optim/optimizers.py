@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_scale.config import OptimConfig
+from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim.muon import StreamedMuon
 from loqt_scale.optim.shards import RowShards
@@ -24,7 +25,24 @@ from loqt_scale.optim.streamed import StreamedAdamW
 def low_rank_parameters(model: nn.Module, dense_layers: Iterable[str] = ()) -> list[nn.Parameter]:
     """The factors of all LoQT layers, or the weights of `dense_layers` under `--method full`."""
     factors = [layer.factor for _, layer in loqt_layers(model)]
-    return factors + [model.get_parameter(f"{name}.weight") for name in dense_layers]
+    return factors + [dense_weight_of(model, name) for name in dense_layers]
+
+
+def dense_weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight of a layer that was left dense; of experts the name is the parameter's own."""
+    parent, _, leaf = name.rpartition(".")
+    own = getattr(model.get_submodule(parent), leaf)
+    return own if isinstance(own, nn.Parameter) else model.get_parameter(f"{name}.weight")
+
+
+def _refuse_experts(model: nn.Module, dense_layers: Iterable[str]) -> None:
+    names = [name for name, layer in loqt_layers(model) if layer.spec.experts is not None]
+    names += [name for name in dense_layers if dense_weight_of(model, name).dim() != 2]
+    if names:
+        raise UserError(
+            f"optim.name is muon, but {names[0]} holds the matrices of several experts, which Muon would take for one; "
+            "write --optim.name adamw"
+        )
 
 
 def create_optimizer(
@@ -62,6 +80,7 @@ def create_optimizer(
     adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     rows: dict[str, Any] = {"states": config.states, "local": local, "first_row": first_row, "seed": seed}
     if config.name == "muon":
+        _refuse_experts(model, dense_layers)
         for group in groups:
             group["muon"] = group["name"] == "low_rank"
         return StreamedMuon(groups, momentum=config.momentum, shards=shards or RowShards(), **adam, **rows)

@@ -155,7 +155,7 @@ def merge_scratch(shapes: ModelShapes, ranks: int) -> int:
         packed_bytes = spec.base.codes_shape[1] + (spec.base.scales_shape or (0, 0))[1]
         packed = -(-spec.base.groups // ranks) * packed_bytes
         rank = spec.projection.cols
-        low_rank = (spec.base.rows + spec.base.cols) * rank * FLOAT
+        low_rank = spec.expert_count * (spec.each.base.rows + spec.each.base.cols) * rank * FLOAT
         chunk = FLOAT * CHUNK_BUFFERS * min(rows * spec.base.cols, CHUNK_VALUES)
         chunk += QUANTIZER_BYTES * min(rows * spec.base.cols, TABLE_VALUES)
         most = max(most, shard + 3 * packed + 4 * low_rank + chunk)

@@ -62,6 +62,7 @@ def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, *, ranks: int, passes: 
         return Traffic(0, 0)
     layers = [_layer_merge(loqt, spec, ranks, passes) for spec in shapes.layers]
     once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
+    reduced += 4 * FLOAT  # whether there is something to merge
     return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
 
 
@@ -69,10 +70,12 @@ def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int, passes: int) -
     """(payload of gathers, broadcasts and reduces, payload of all-reduces) of one layer."""
     base, layout, rounds = spec.base, spec.projection, loqt.merge.compensation_rounds
     packed = (layout.groups + ranks) * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
-    rank = layout.cols
-    factor = FLOAT * (base.rows + base.cols - layout.rows + ranks * base.group_rows) * rank
+    rank, experts, each = layout.cols, spec.expert_count, spec.each
+    factor_rows = experts * (each.base.rows + each.base.cols - each.projection.rows)
+    factor = FLOAT * (factor_rows + ranks * base.group_rows) * rank
     sketches = passes * FLOAT * math.prod(probe_shape(spec, loqt.subspace))
-    once, reduced = sketches + 2 * packed + FLOAT, FLOAT * (2 + 3 * rounds)  # energy; survival, three numbers a round
+    # energies; survival, three numbers a round
+    once, reduced = sketches + 2 * packed + FLOAT * experts, FLOAT * (2 + 3 * rounds * experts)
     if spec.side == "output":
         return once + factor, reduced + rounds * factor
     aligned = base.rows % ranks == 0 and base.group_rows == 1

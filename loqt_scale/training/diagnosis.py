@@ -61,7 +61,7 @@ def loss_rises(windows: list[float]) -> bool:
 
 def chance_overlaps(model: nn.Module) -> dict[str, float]:
     """By LoQT layer, the overlap of two unrelated subspaces: r / features of the side that P is on."""
-    return {name: layer.spec.projection.cols / layer.spec.projection.rows for name, layer in loqt_layers(model)}
+    return {name: layer.rank / layer.spec.each.projection.rows for name, layer in loqt_layers(model)}
 
 
 class Diagnosis:

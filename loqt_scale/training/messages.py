@@ -28,7 +28,7 @@ def banner(
     if ours:
         rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
     layers = [layer for _, layer in loqt_layers(built.model)]
-    frozen = sum(layer.in_features * layer.out_features for layer in layers)
+    frozen = sum(layer.spec.base.rows * layer.spec.base.cols for layer in layers)
     train, trained = config.train, format_count(built.trained_values)
     method = "full-rank training"
     if layers:
@@ -42,7 +42,7 @@ def banner(
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
-    widths = sorted({width for layer in layers for width in (layer.in_features, layer.out_features)})
+    widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
     lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 

@@ -107,6 +107,8 @@ def train_own(how: str, scheme: str, *, micro: int = 1, counted: bool = False) -
         if not alone:
             dist.all_reduce(total)
         losses.append(float(total) / world_size)
+    if how.startswith("zero"):
+        _close(wrapped)
     means = [report.means() for report in reports if report is not None]
     return {"losses": losses, "found": merges.description, "merges": means, "steps": merges.steps}
 
@@ -119,6 +121,14 @@ def _join(how: str) -> None:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     else:
         dist.init_process_group("gloo")
+
+
+def _close(engine: Any) -> None:
+    """Ends an engine and DeepSpeed's own view of the process group, for the next task of this process."""
+    import deepspeed
+
+    engine.destroy()
+    deepspeed.comm.destroy_process_group()
 
 
 def _spread(how: str, model: nn.Module, micro: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -140,9 +150,63 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micr
     import deepspeed
 
     settings = {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": SEQUENCES // 2 // micro,
         "gradient_accumulation_steps": micro,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def refusals() -> dict[str, str]:
+    """What several ranks are told that would drift apart, or of which not everything is found. Every rank."""
+    from torch.distributed.tensor import DTensor
+
+    from loqt_scale.errors import UserError
+    from loqt_scale.strategies import alone, replicas
+
+    dist.init_process_group("gloo")
+    model, _, settings = converted("none")
+    optimizer = torch.optim.AdamW(trained(model))
+    told = {}
+
+    def refused(name: str, wrapped: nn.Module, by: torch.optim.Optimizer) -> None:
+        try:
+            MergeCoordinator(wrapped, by, settings)
+        except UserError as error:
+            told[name] = str(error)
+
+    refused("plain", model, optimizer)
+    device = torch.device("cpu")
+    for editing in (replicas(device), alone(device)):
+        MergeCoordinator(model, optimizer, settings, editing=editing)
+    compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    told["compiled ddp"] = MergeCoordinator(compiled, optimizer, settings).description
+    one, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards"))
+    fully_shard(model.blocks[0], mesh=one)  # type: ignore[index]
+    refused("partly sharded", model, torch.optim.AdamW(trained(model)))
+    fully_shard(model.blocks[1], mesh=other)  # type: ignore[index]
+    refused("two meshes", model, torch.optim.AdamW(trained(model)))
+    model, _, settings = converted("none")
+    stale = torch.optim.AdamW(trained(model))
+    fully_shard(model, mesh=one)
+    refused("optimizer before fully_shard", model, stale)
+    fresh = torch.optim.AdamW(trained(model))
+    loss_of(model, batch(0)).detach()  # without a backward pass, the root's parameters stay whole
+    merges = MergeCoordinator(model, fresh, settings)
+    assert merges.description.startswith("fully_shard") and isinstance(model.blocks[0].up.factor, DTensor)  # type: ignore[index,union-attr]
+    return told
+
+
+def run_example(name: str, **arguments: Any) -> list[float]:
+    """The losses of an example for several ranks, in its short form. Every rank."""
+    import importlib
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    if name == "own_deepspeed":
+        _join("zero1")
+    losses: list[float] = importlib.import_module(name).train(steps=4, **arguments)
+    return losses

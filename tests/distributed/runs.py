@@ -30,14 +30,14 @@ class Runs:
 
     def __init__(self, ranks: RankPool, three_ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path) -> None:
         self._ranks, self._three_ranks, self._folder = ranks, three_ranks, folder
-        self._common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
+        self.common = {"data.files": [str(text_file)], "data.cache_dir": str(cache_dir)}
         self._known: dict[str, list[dict[str, float]]] = {}
 
     def metrics(self, world_size: int, strategy: str, **settings: Any) -> list[dict[str, float]]:
         key = "-".join([strategy, str(world_size), *(f"{k}={v}" for k, v in sorted(settings.items()))])
         if key not in self._known:
             run_dir = self._folder / str(len(self._known))
-            arguments = {**self._common, "train.run_dir": str(run_dir), **strategy_settings(strategy), **settings}
+            arguments = {**self.common, "train.run_dir": str(run_dir), **strategy_settings(strategy), **settings}
             pool = self._three_ranks if (world_size, strategy) == (3, "zero-3") else self._ranks
             self._known[key] = pool.run(world_size, TRAIN, **arguments)[0]
         return self._known[key]

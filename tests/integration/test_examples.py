@@ -27,7 +27,10 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", ["text_classification", "vit", "diffusion_transformer", "reinforcement_learning"])
+BOTH = ["own_loop", "text_classification", "vit", "diffusion_transformer", "reinforcement_learning"]
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_both_methods_train(
     name: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,140 @@
+"""Memory and step time of a layer of experts: LoQT beside the dense layer, and beside a dense MLP of as many weights.
+
+A step is forward and backward of the experts and AdamW's update; the result is the median of several, after one that is
+not counted. Bytes are those of weights, gradients and the optimizer's states; on a GPU the
+highest moment of a step too. Run it on an idle machine.
+
+    python benchmarks/experts.py           # shapes of OLMoE and Mixtral, smaller on a CPU
+    python benchmarks/experts.py --quick   # a small shape, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from common import publish, table
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from loqt_scale import LoQTConfig, convert_to_loqt
+
+HEADER = ["experts", "width", "inner", "rank", "layer", "weights, MB", "gradients, MB", "states, MB", "peak, MB", "ms"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of experts.
+
+    Args:
+        experts: E.
+        width: H.
+        inner: Of one expert.
+        choices: Experts of a token.
+        rank: r.
+        tokens: In a step.
+    """
+
+    experts: int
+    width: int
+    inner: int
+    choices: int
+    rank: int
+    tokens: int
+
+
+QUICK = [Shape(4, 64, 128, 2, 16, 64)]
+SMALL = [Shape(8, 256, 512, 2, 64, 1024), Shape(32, 256, 128, 4, 32, 1024)]
+LARGE = [Shape(64, 2048, 1024, 8, 128, 8192), Shape(8, 4096, 14336, 2, 256, 8192)]
+
+
+class Mlp(nn.Module):
+    """A gated MLP whose weights are as many as those of all experts."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        inner = shape.experts * shape.inner
+        self.gate_up, self.down = nn.Linear(shape.width, 2 * inner, bias=False), nn.Linear(inner, shape.width)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+def layers_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The layers that are compared."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=shape.width, intermediate_size=shape.inner, num_local_experts=shape.experts, hidden_act="silu"
+    )
+    config._experts_implementation = "grouped_mm"
+    layers: dict[str, nn.Module] = {"dense experts": MixtralExperts(config), "LoQT experts": MixtralExperts(config)}
+    layers |= {"dense MLP": Mlp(shape), "LoQT MLP": Mlp(shape)}
+    for name, layer in layers.items():
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        layer.to(device, dtype)
+        if name.startswith("LoQT"):
+            convert_to_loqt(layer, LoQTConfig(rank=shape.rank))
+    return layers
+
+
+def step_of(layer: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, inputs: tuple[Tensor, ...]) -> None:
+    """Forward, backward and update."""
+    hidden = inputs[0].clone().requires_grad_()
+    layer(hidden, *inputs[1:]).float().square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def timed(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """(milliseconds, highest bytes of device memory) of one call."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return 1e3 * (time.perf_counter() - started), peak
+
+
+def measure(shape: Shape, device: torch.device, dtype: torch.dtype, turns: int) -> list[list[object]]:
+    """A row for each layer. One layer at a time is on the device."""
+    hidden = torch.randn(shape.tokens, shape.width, device=device, dtype=dtype)
+    weights, index = torch.rand(shape.tokens, shape.experts, device=device).topk(shape.choices, dim=-1)
+    inputs, rows = (hidden, index, weights.to(dtype)), []
+    for name, layer in layers_of(shape, device, dtype).items():
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        times = [timed(partial(step_of, layer, optimizer, shape, inputs), device) for _ in range(turns + 1)][1:]
+        states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        sizes = [sum(t.nbytes for t in part) / 1e6 for part in (layer.parameters(), trained, states)]
+        peak = f"{max(peak for _, peak in times) / 1e6:.0f}" if device.type == "cuda" else "-"
+        cells = [*(f"{size:.1f}" for size in sizes), peak, f"{statistics.median(ms for ms, _ in times):.1f}"]
+        rows.append([shape.experts, shape.width, shape.inner, shape.rank, name, *cells])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--turns", type=int, default=10)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = QUICK if args.quick else LARGE if device.type == "cuda" else SMALL
+    rows = [row for shape in shapes for row in measure(shape, device, dtype, 2 if args.quick else args.turns)]
+    text = f"One step of {dtype}, AdamW; tokens {', '.join(str(s.tokens) for s in shapes)}.\n\n" + table(HEADER, rows)
+    publish("Layers of experts", "python benchmarks/experts.py", text, keep=not args.quick)
+
+
+if __name__ == "__main__":
+    main()

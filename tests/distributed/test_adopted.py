@@ -1,0 +1,59 @@
+"""Models that their owners spread over ranks: found, merged as one process merges, or refused with what to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.pool import RankPool
+
+TASKS = "tests.distributed.adopted_tasks"
+FOUND = {
+    "ddp": "DistributedDataParallel, 2 rank(s)",
+    "fsdp": "fully_shard over 2 rank(s)",
+    "hsdp": "fully_shard, 2 replica(s) of 2 shard(s) (HSDP)",
+    "zero2": "DeepSpeed engine, ZeRO stage 2, 2 rank(s)",
+    "zero3": "DeepSpeed engine, ZeRO stage 3, 2 rank(s)",
+}
+TOLERANCE = {"none": 1e-5, "nf4": 1e-3}  # a rounding that falls the other way moves a code of nf4 by a step
+
+
+@pytest.fixture(scope="module")
+def single(ranks: RankPool) -> dict[str, dict[str, Any]]:
+    """One process, by scheme."""
+    return {scheme: ranks.run(1, f"{TASKS}:train_own", how="single", scheme=scheme)[0] for scheme in ("none", "nf4")}
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+@pytest.mark.parametrize("how", list(FOUND))
+def test_a_loop_of_ones_own_trains_as_one_process(
+    ranks: RankPool, single: dict[str, dict[str, Any]], how: str, scheme: str
+) -> None:
+    """Plainly, and with two passes a step whose number is told."""
+    count = 4 if how == "hsdp" else 2
+    two_passes = how in ("fsdp", "zero2") and scheme == "none"
+    given: dict[str, Any] = {"micro": 2, "counted": True} if two_passes else {}
+    results = ranks.run(count, f"{TASKS}:train_own", how=how, scheme=scheme, **given)
+    expected = single[scheme]
+    for result in results:
+        assert result["found"] == FOUND[how]
+        assert result["steps"] == expected["steps"] == [0, 5, 10, 15] and len(result["merges"]) == 3
+        assert result["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE[scheme], rel=0)
+        for ours, theirs in zip(result["merges"], expected["merges"], strict=True):
+            assert ours == pytest.approx(theirs, abs=20 * TOLERANCE[scheme], rel=0)
+
+
+def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:
+    told = ranks.run(2, f"{TASKS}:refusals")[1]
+    assert "2 ranks" in told["plain"] and "the DistributedDataParallel object" in told["plain"]
+    assert told["compiled ddp"] == FOUND["ddp"]
+    assert "is not sharded" in told["partly sharded"] and "fully_shard(model, mesh=mesh)" in told["partly sharded"]
+    assert "2 meshes" in told["two meshes"] and "(1, 2)" in told["two meshes"]
+    assert "before fully_shard" in told["optimizer before fully_shard"]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("own_fsdp2", {}), ("own_deepspeed", {"stage": 1})])
+def test_the_examples_for_several_ranks_run(ranks: RankPool, name: str, arguments: dict[str, Any]) -> None:
+    losses = ranks.run(2, f"{TASKS}:run_example", name=name, **arguments)
+    assert losses[0] == losses[1] and 5.0 < losses[0][0] < 7.0  # log 256 is 5.5
