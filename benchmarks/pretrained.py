@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="what save_pretrained wrote, with its tokenizer")
     parser.add_argument("--text", required=True)
     parser.add_argument("--name", help="what the table calls the model (default: the folder's name)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--steps", type=int, default=30, help="of the cases that are trained")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the factors; the rest gets a tenth")

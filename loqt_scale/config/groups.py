@@ -75,8 +75,8 @@ class DataConfig:
     """Which text is read, and how it is cut into sequences.
 
     Args:
-        files: Text (.txt), JSON lines (.jsonl, .json) or parquet files, globs allowed. Empty = `dataset`, or the
-            embedded corpus.
+        files: Text (.txt), JSON lines (.jsonl, .json) or parquet files, the first two perhaps compressed (.gz, .bz2,
+            .xz, .zst); folders and globs allowed. Empty = `dataset`, or the embedded corpus.
         dataset: Hugging Face data set id (e.g. allenai/c4) or a folder of one; streamed.
         dataset_config: Its configuration name (e.g. en).
         split: Split of `dataset` that is trained on.

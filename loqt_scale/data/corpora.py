@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from loqt_scale.config.paths import expand_path
-from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
+from loqt_scale.data.text_files import documents_of, kind_of
+from loqt_scale.errors import MissingFileError, UserError, explained
 
 EMBEDDED_MAX_BYTES = 12_000_000
 """The embedded corpus ends with the document that passes this size."""
@@ -47,9 +48,6 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")  # written when this Python was built: differ from machine to machine
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# By default a batch is a row group, which can be large, and which an empty file does not have.
-_LOADER_OPTIONS: dict[str, dict[str, Any]] = {"json": {}, "parquet": {"batch_size": 1000}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +91,9 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
     """Return the text of local files.
 
     Args:
-        patterns: Paths or globs (`**` crosses folders) of .txt (one document per block of lines; blank lines part
-            them), .jsonl/.json (one JSON object a line) and .parquet files. Read in the order given, a glob's files
-            by name.
+        patterns: Paths, folders or globs (`**` crosses folders) of .txt (one document per block of lines; blank lines
+            part them), .jsonl/.json (one JSON object a line) and .parquet files; all but the last also compressed
+            (.gz, .bz2, .xz, .zst). Read in the order given, the files of a glob or a folder by name.
         text_field: Column of JSON and parquet rows that holds the text.
 
     Raises:
@@ -112,34 +110,6 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files (first: {paths[0]})"
     return LocalText(name=name, key=f"files-{digest}", documents=lambda: _read_files(paths, text_field))
-
-
-def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> Iterator[str]:
-    """Take the text column out of rows, leaving out empty ones.
-
-    Args:
-        rows: Rows as the `datasets` library yields them.
-        text_field: The column.
-        source: Named in errors.
-
-    Raises:
-        ValueError: A row lacks the column, or holds something other than a string there.
-    """
-    for row in rows:
-        if text_field not in row:
-            raise UserError(
-                f"{source} has no column {text_field!r}; write data.text_field: one of {', '.join(map(str, row))}"
-            )
-        text = row[text_field]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise UserError(
-                f"column {text_field!r} of {source} holds {type(text).__name__}, not text; "
-                f"write data.text_field: one of {', '.join(map(str, row))}"
-            )
-        if text.strip():
-            yield text
 
 
 def _embedded_documents() -> Iterator[str]:
@@ -174,24 +144,11 @@ def _skipped(name: str) -> bool:
 def _expand(patterns: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}  # a file that two patterns match is read once
     for pattern in patterns:
-        path = Path(expand_path(pattern, "data.files"))
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            raise UserError(f"data.files names the folder {pattern}; write {pattern}/*.jsonl (or .txt, .parquet)")
-        elif glob.has_magic(pattern):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
-            if not matches:
-                raise MissingFileError(
-                    f"no file matches {pattern}; write a path or glob of existing files in data.files"
-                )
-        else:
-            raise MissingFileError(f"{pattern} does not exist; write a path or glob of existing files in data.files")
-        for match in matches:
-            if match.suffix.lower() not in {".txt", *_LOADERS}:
+        for match in _matches(pattern):
+            if kind_of(match) is None:
                 raise UserError(
                     f"{match} is not a kind of file that can be read; write .txt, .jsonl, .json or .parquet files in "
-                    "data.files"
+                    "data.files (all but the last may be compressed: .gz, .bz2, .xz, .zst)"
                 )
             _check_readable(match)
             found[match.resolve()] = None
@@ -200,53 +157,34 @@ def _expand(patterns: Iterable[str]) -> list[Path]:
     return list(found)
 
 
+def _matches(pattern: str) -> list[Path]:
+    path = Path(expand_path(pattern, "data.files"))
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("[!.]*") if file.is_file() and kind_of(file) is not None)
+        if not below:
+            raise UserError(
+                f"data.files names the folder {pattern}, which holds no .txt, .jsonl, .json or .parquet file; write "
+                "another one"
+            )
+        return below
+    if not glob.has_magic(pattern):
+        raise MissingFileError(f"{pattern} does not exist; write a path or glob of existing files in data.files")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    if not matches:
+        raise MissingFileError(f"no file matches {pattern}; write a path or glob of existing files in data.files")
+    return matches
+
+
 def _check_readable(path: Path) -> None:
     advice = "mend its permissions, or leave it out of data.files"
     with explained(f"{path} cannot be read", advice, of=(OSError,)), path.open("rb"):
         pass
-    if "::" in str(path) and path.suffix.lower() in _LOADERS:
+    if "::" in str(path) and kind_of(path) == ".parquet":
         raise UserError(f"{path} has '::' in its name, which the datasets library takes for two paths; rename it")
 
 
 def _read_files(paths: list[Path], text_field: str) -> Iterator[str]:
     for path in paths:
-        if path.suffix.lower() == ".txt":
-            yield from _paragraph_blocks(path)
-        else:
-            yield from row_texts(_rows(path), text_field, str(path))
-
-
-def _paragraph_blocks(path: Path) -> Iterator[str]:
-    # Not load_dataset("text", sample_by="paragraph"): it parts documents at "\n\n" only, and so glues together those
-    # parted by a line that holds spaces.
-    block: list[str] = []
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
-                if line.strip():
-                    block.append(line)
-                elif block:
-                    yield "".join(block)
-                    block = []
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
-    except OSError as error:  # a disk that fails, a mount that is gone
-        raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
-    if block:
-        yield "".join(block)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size == 0:
-        return  # pyarrow would call an empty file malformed; here it is a file without documents
-    # Imported here: it takes seconds, which the embedded corpus need not pay.
-    import datasets
-
-    loader = _LOADERS[path.suffix.lower()]
-    # The library expands globs again, so characters that are special in one have to be escaped.
-    data_files = glob.escape(str(path))
-    # pyarrow, json and datasets each raise their own
-    with explained(f"{path} cannot be read as {loader}", "mend it, or leave it out of data.files"):
-        yield from datasets.load_dataset(
-            loader, data_files=data_files, split="train", streaming=True, **_LOADER_OPTIONS[loader]
-        )
+        yield from documents_of(path, text_field)

@@ -9,7 +9,9 @@ process, so all ranks see one and the same stream.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loqt_scale.config import DataConfig
-from loqt_scale.data.corpora import row_texts
 from loqt_scale.data.packing import Int64Array, cut_windows, evaluation_windows, join_documents, text_groups
 from loqt_scale.data.streaming import Chunk, Place
+from loqt_scale.data.text_files import row_texts
 from loqt_scale.data.tokenizers import Tokenizer
 from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
 
@@ -151,7 +153,9 @@ def _load(config: DataConfig) -> dict[str, Any]:
 
     assert config.dataset is not None
     try:
-        return dict(datasets.load_dataset(config.dataset, config.dataset_config, streaming=True))
+        builder = datasets.load_dataset_builder(config.dataset, config.dataset_config)
+        splits = dict(builder.as_streaming_dataset())
+        return {name: _text_only(builder, split, str(name), config.text_field) for name, split in splits.items()}
     except FileNotFoundError as error:
         raise MissingFileError(
             f"{config.dataset} is not a data set ({reason_of(error)}); write a Hugging Face id or a folder of .jsonl "
@@ -163,6 +167,46 @@ def _load(config: DataConfig) -> dict[str, Any]:
             f"{config.dataset} cannot be opened ({reason}); write a Hugging Face id or an existing folder in "
             "data.dataset, and one of its configurations in data.dataset_config"
         ) from error
+
+
+def _text_only(builder: Any, split: datasets.IterableDataset, name: str, text_field: str) -> datasets.IterableDataset:
+    """The same rows in the same order, of which no column but the text's can end a run.
+
+    The library takes the types of all columns from the first rows, and ends where another column appears in the middle
+    of a shard, or one that nobody reads holds something else. So JSON lines are read as lines and parsed here, and of
+    parquet files the text column alone is read.
+    """
+    import datasets
+
+    files = {str(key): list(paths) for key, paths in (builder.config.data_files or {}).items()}.get(name)
+    if not files or builder.name not in ("json", "parquet"):
+        return split
+    if builder.name == "parquet":
+        if text_field not in (split.column_names or []):
+            return split
+        return datasets.load_dataset("parquet", data_files={name: files}, columns=[text_field], streaming=True)[name]
+    lines = datasets.load_dataset("text", data_files={name: files}, streaming=True)[name]
+    lines = lines.filter(lambda row: bool(row["text"].strip()))
+    first = _parsed(next(iter(lines), {"text": ""}))
+    if not isinstance(first, dict) or text_field not in first:
+        return split  # a list, or no JSON, or another column: the library says which
+    return lines.map(partial(_checked, text_field=text_field), remove_columns=["text"])
+
+
+def _parsed(row: dict[str, str]) -> Any:
+    """What a line holds; None if that is no JSON."""
+    try:
+        return json.loads(row["text"])
+    except ValueError:
+        return None
+
+
+def _checked(row: dict[str, str], text_field: str) -> dict[str, Any]:
+    """A line's object, which has the text column."""
+    found = _parsed(row)
+    if not isinstance(found, dict):
+        raise UserError(f"a line is no JSON object: {row['text'][:40]!r}")
+    return {text_field: None, **found}
 
 
 def _check_first_row(split: datasets.IterableDataset, source: str, text_field: str) -> None:

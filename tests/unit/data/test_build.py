@@ -217,3 +217,25 @@ def test_stream_with_an_empty_split_is_refused(tmp_path: Path, kind: str) -> Non
             pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), path)
     with pytest.raises(ValueError, match=r"empty.*write .*data\.dataset"):
         build(dataset=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) -> None:
+    """Another one in one shard, another type in one; blank lines and rows without text are no documents."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    others: list[dict[str, object]] = [{"n": 1}, {"n": "two", "url": "u"}, {}]
+    for shard, other in enumerate(others):
+        rows = [{"text": f"shard {shard}, row {row}"} | other for row in range(20)]
+        if kind == "jsonl":
+            rows[3:3] = [{"n": 3}, {"text": None}] if shard else []
+            (tmp_path / f"train-{shard}.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"train-{shard}.parquet")
+    write_jsonl(tmp_path / "validation.jsonl", HELD_OUT)
+    if kind == "parquet":
+        (tmp_path / "validation.jsonl").unlink()
+        pq.write_table(pa.table({"text": HELD_OUT}), tmp_path / "validation.parquet")
+    seen = set(documents_of(read(build(dataset=str(tmp_path)), 2200 // (4 * T))))  # two epochs at least
+    assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from loqt_scale.data import corpora
@@ -89,6 +94,50 @@ def test_json_lines_and_parquet_give_their_text_column(tmp_path: Path, field: st
         assert read(path, field=field) == expected
 
 
+def zstd(path: Path, content: bytes) -> None:
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write(content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [
+        (".gz", lambda path, content: path.write_bytes(gzip.compress(content))),
+        (".bz2", lambda path, content: path.write_bytes(bz2.compress(content))),
+        (".xz", lambda path, content: path.write_bytes(lzma.compress(content))),
+        (".zst", zstd),
+    ],
+)
+def test_compressed_files_and_folders_are_read(
+    tmp_path: Path, suffix: str, write: Callable[[Path, bytes], object]
+) -> None:
+    text, rows = "caf\u00e9\n\nanother\n", "".join(json.dumps({"text": row}) + "\n" for row in ROWS)
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / f"a.txt{suffix}", text.encode())
+    write(tmp_path / "sub" / f"b.jsonl{suffix}", rows.encode())
+    (tmp_path / "sub" / "notes.md").write_text("no document")
+    (tmp_path / ".hidden.txt").write_text("no document")
+    assert read(tmp_path) == ["caf\u00e9\n", "another\n", *ROWS]
+    cut_off = tmp_path / f"cut.txt{suffix}"
+    cut_off.write_bytes((tmp_path / f"a.txt{suffix}").read_bytes()[:-7])
+    with pytest.raises(ValueError, match=rf"cut\.txt\{suffix} cannot be read to its end"):
+        read(cut_off)
+
+
+def test_columns_that_nobody_needs_end_nothing(tmp_path: Path) -> None:
+    """They change their type, or appear, after what a reader of types looks at (10 MB); rows without text are none."""
+    rows: list[dict[str, object]] = [{"text": "x" * 200, "n": i} for i in range(60_000)]
+    rows += [{"text": "late", "n": "three", "url": {"a": [1, "b"]}}, {"n": None}, {"text": None}, {"text": "last"}]
+    path = tmp_path / "late.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    assert read(path)[-2:] == ["late", "last"]
+    path.write_text(json.dumps(rows[-4:], indent=1))
+    assert read(path) == ["late", "last"]
+    path.write_text('{"text": "a"}\n"text"\n')
+    with pytest.raises(ValueError, match=r"line 2 holds str, not an object; write one JSON object a line"):
+        read(path)
+
+
 def test_globs_are_sorted_recursive_and_read_a_file_once(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "sub/c.txt"):
@@ -130,8 +179,9 @@ def test_unknown_extension_is_named(tmp_path: Path) -> None:
         files_text([str(path)], "text")
 
 
-def test_folder_and_empty_list_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.files names the folder .*\*\.jsonl"):
+def test_an_empty_folder_and_an_empty_list_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"data\.files names the folder .*, which holds no \.txt, .*another one"):
         files_text([str(tmp_path)], "text")
     with pytest.raises(ValueError, match=r"data\.files is empty"):
         files_text([], "text")
