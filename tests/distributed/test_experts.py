@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
+from loqt_scale import LoQTConfig, convert_to_loqt
+from loqt_scale.config import OptimConfig
+from loqt_scale.errors import UserError
 from loqt_scale.export import export_checkpoint
+from loqt_scale.optim import create_optimizer
+from loqt_scale.plan import plan_run
 from tests.distributed.pool import RankPool
 from tests.distributed.runs import TRAIN, Runs
+from tests.distributed.tasks import small_config
 from tests.integration.test_export import IDS, logits_of
 
 SHORT: dict[str, Any] = {"train.steps": 8, "loqt.merge.gap": 3, "data.max_eval_sequences": 2, "model.overrides": {}}
@@ -60,3 +66,21 @@ def test_an_export_is_the_model_that_was_trained(run_dir: Path, tmp_path: Path) 
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(input_ids=IDS).logits, logits_of(run_dir), atol=1e-4, rtol=1e-4)
     assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (3, 64, 48)
+
+
+def test_the_plan_counts_what_experts_send(
+    ranks: RankPool, runs: Runs, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    spread = {**runs.common, **settings, "parallel.strategy": "fsdp", "train.run_dir": str(tmp_path)}
+    plan = plan_run(small_config(spread), ranks=2, vocab_size=384)
+    seen = ranks.run(2, "tests.distributed.footprint_tasks:traffic", **spread)[0]
+    assert plan.step.payload == sum(size for _, size, _ in seen["step"])
+    assert 0.5 * plan.merge.payload < sum(size for _, size, _ in seen["merge"]) <= plan.merge.payload
+    assert plan.memory.state["codes of W"] > 0.8 * 3 * 3 * 48 * 32 * 2 / 2 / 2  # two blocks, half a byte, two ranks
+
+
+def test_muon_is_refused(settings: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings["model.path"]))
+    convert_to_loqt(model, LoQTConfig(rank=8))
+    with pytest.raises(UserError, match="which Muon would take for one"):
+        create_optimizer(model, OptimConfig(name="muon"))

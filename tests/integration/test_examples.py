@@ -27,7 +27,10 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-BOTH = ["own_loop", "text_classification", "vit", "diffusion_transformer", "reinforcement_learning"]
+BOTH = [
+    *("own_loop", "text_classification", "vit", "diffusion_transformer", "reinforcement_learning"),
+    "mixture_of_experts",
+]
 
 
 @pytest.mark.parametrize("name", BOTH)
