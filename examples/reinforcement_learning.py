@@ -4,6 +4,7 @@ Gradients are those of a policy that changes what it sees. LoQT's lines are the 
 """
 
 import argparse
+from functools import partial
 
 import gymnasium
 import numpy
@@ -21,8 +22,8 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     rounds, mini_batch = (1, 512) if short else (OPTIONS.rounds, 256)
     updates = rounds * PASSES * (ENVIRONMENTS * HORIZON // mini_batch)
-    same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-    envs = gymnasium.make_vec(OPTIONS.task, num_envs=ENVIRONMENTS, vector_kwargs=same_step)
+    makers = [partial(gymnasium.make, OPTIONS.task)] * ENVIRONMENTS
+    envs = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
     first, _ = envs.reset(seed=seed)
     model = ActorCritic(first.shape[1], int(envs.single_action_space.n))
     before = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -192,8 +192,9 @@ def refusals() -> dict[str, str]:
     stale = torch.optim.AdamW(trained(model))
     fully_shard(model, mesh=one)
     refused("optimizer before fully_shard", model, stale)
+    fresh = torch.optim.AdamW(trained(model))
     loss_of(model, batch(0)).detach()  # without a backward pass, the root's parameters stay whole
-    merges = MergeCoordinator(model, torch.optim.AdamW(trained(model)), settings)
+    merges = MergeCoordinator(model, fresh, settings)
     assert merges.description.startswith("fully_shard") and isinstance(model.blocks[0].up.factor, DTensor)  # type: ignore[index,union-attr]
     return told
 

@@ -12,7 +12,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from transformers import AutoModelForCausalLM, Trainer
+from safetensors.torch import load_file
+from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from loqt_scale import LoQTCallback, LoQTConfig, MergeConfig, QuantizationConfig
 from tests.integration.trainer_cases import Progressions, callback_of, losses, make_trainer, tiny_llama
@@ -37,10 +39,10 @@ def settings_of(spread: str) -> dict[str, Any]:
     """TrainingArguments of one way to spread a run."""
     if spread.startswith("zero"):
         stage = {"stage": int(spread[-1]), "stage3_gather_16bit_weights_on_model_save": True}
-        return {"deepspeed": {**ZERO, "zero_optimization": stage}, "use_cpu": False, "ddp_backend": "gloo"}
+        return {"deepspeed": {**ZERO, "zero_optimization": stage}, "use_cpu": False}
     if spread.startswith("fsdp"):
         kind = "SHARDED_STATE_DICT" if spread.endswith("sharded") else "FULL_STATE_DICT"
-        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}, "ddp_backend": "gloo"}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}, "use_cpu": False}
     return {"ddp_backend": "gloo"} if spread == "ddp" else {}
 
 
@@ -61,37 +63,48 @@ def train(folder: str, spread: str, scheme: str, *, resume: str | None = None, *
 
 
 def _saved_loss(folder: Path, trainer: Trainer) -> dict[str, Any]:
-    """The loss of what was saved, read by `from_pretrained`, on rank 0; nothing where Trainer saves shards only."""
+    """The loss of the merged weights that were saved, on rank 0; nothing where Trainer saves shards only."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if not (folder / "model.safetensors").exists() or not trainer.is_world_process_zero():
         return {}
     rows = Progressions(16, seed=3).rows
+    model = tiny_llama(seed=5)  # not by from_pretrained, which partitions what it loads for an engine of stage 3
+    model.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
-        return {"saved": AutoModelForCausalLM.from_pretrained(folder)(input_ids=rows, labels=rows).loss.item()}
+        return {"saved": model(input_ids=rows, labels=rows).loss.item()}
 
 
 @contextmanager
 def _one_accelerator(spread: str) -> Iterator[None]:
-    """Accelerate's singletons and variables are this run's own; a CPU passes for what it shards on.
+    """Accelerate's singletons and variables are this run's own; CPUs pass for what it shards on.
 
-    Accelerate 1 makes nothing of an FSDP configuration on CPUs; torch's `fully_shard` works on them as on GPUs.
+    Accelerate 1 makes nothing of an FSDP or DeepSpeed configuration on CPUs: each rank would train alone. torch's
+    `fully_shard` and DeepSpeed's engine work on them as on GPUs. So Accelerate is told of the backend and the kind of
+    ranks that it would find on GPUs.
     """
-    kept = dict(os.environ)
+    kept, prepared, made = dict(os.environ), PartialState._prepare_backend, AcceleratorState.__init__
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first run, and kept in /dev/shm
-    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false" if spread.startswith("zero") else "true"}
-    made = AcceleratorState.__init__
-
-    def with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
-        if spread.startswith("fsdp") and PartialState._shared_state:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        made(self, *args, **kwargs)
-
-    AcceleratorState.__init__ = with_fsdp
+    if spread.startswith(("fsdp", "zero")):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+        AcceleratorState.__init__ = _keeping_its_kind(made)
     try:
         yield
     finally:
-        AcceleratorState.__init__ = made
+        PartialState._prepare_backend, AcceleratorState.__init__ = prepared, made
+        unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
         os.environ.update(kept)
+
+
+def _keeping_its_kind(made: Any) -> Any:
+    """`AcceleratorState.__init__` after which all of Accelerate knows that ranks are FSDP's."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.FSDP:
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    return init

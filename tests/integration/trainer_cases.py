@@ -20,8 +20,14 @@ STEPS, TOKENS = 11, 16
 def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
     """Two layers of width 32."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **{**shape, **settings}))
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=64, **{**shape, **settings}))
 
 
 class Progressions(Dataset[dict[str, Tensor]]):
@@ -54,6 +60,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "save_strategy": "no",
         "use_cpu": True,
         "seed": 1,
+        "data_seed": 1,
         "disable_tqdm": True,
         "max_grad_norm": 1.0,
         "weight_decay": 0.1,
