@@ -25,7 +25,7 @@ def single(ranks: RankPool) -> dict[str, dict[str, Any]]:
     return {scheme: ranks.run(1, f"{TASKS}:train_own", how="single", scheme=scheme)[0] for scheme in ("none", "nf4")}
 
 
-@pytest.mark.parametrize("scheme", ["none", "nf4"])
+@pytest.mark.parametrize("scheme", ["none", pytest.param("nf4", marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", list(FOUND))
 def test_a_loop_of_ones_own_trains_as_one_process(
     ranks: RankPool, single: dict[str, dict[str, Any]], how: str, scheme: str

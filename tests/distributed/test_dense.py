@@ -16,7 +16,13 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=["fsdp", "zero3", "ddp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(strategy, id=name, marks=[pytest.mark.long] if name == "ddp" else [])
+        for strategy, name in zip(STRATEGIES, ("fsdp", "zero3", "ddp"), strict=True)
+    ],
+)
 def test_a_sharded_model_goes_back_dense_on_every_rank_and_into_one_folder(
     ranks: RankPool, strategy: dict[str, Any], tmp_path: Path
 ) -> None:

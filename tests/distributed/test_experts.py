@@ -34,7 +34,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**SHORT, "model.path": str(folder), "model.weights": "random"}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero-2", "zero-3"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "zero-3", *(pytest.param(s, marks=pytest.mark.long) for s in ("ddp", "zero-2"))]
+)
 def test_strategies_equal_the_single_process(runs: Runs, settings: dict[str, Any], strategy: str) -> None:
     exact = {**settings, **UNQUANTIZED}
     losses, expected = runs.losses(2, strategy, **exact), runs.losses(1, "single", **exact)

@@ -63,7 +63,13 @@ def planned(world_size: int, strategy: str, settings: dict[str, Any]) -> Plan:
     return plan_run(config, ranks=world_size, vocab_size=BYTES)
 
 
-@pytest.mark.parametrize(("world_size", "strategy", "settings"), CASES, ids=IDS)
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "settings"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.long] if name in ("checkpointed", "ddp", "fsdp") else [])
+        for case, name in zip(CASES, IDS, strict=True)
+    ],
+)
 def test_state_is_what_a_rank_holds(run: Run, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     """Of every kind, on the rank that holds most of it."""
     plan = planned(world_size, strategy, settings)
@@ -99,7 +105,10 @@ SUMMED = [
         (2, "fsdp", {"parallel.kept_between_passes": "nothing"}, "fsdp-summed"),
     )
 ]
-AWAY = [pytest.param(1, "single", {"parallel.offload": what}, id=what) for what in ("base", "optimizer", "all")]
+AWAY = [
+    pytest.param(1, "single", {"parallel.offload": what}, id=what, marks=[] if what == "all" else [pytest.mark.long])
+    for what in ("base", "optimizer", "all")
+]
 
 
 @pytest.mark.parametrize(
