@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLayer, loqt_layers
+from loqt_scale.layers import LoQTExperts, LoQTLayer, loqt_layers
 from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
@@ -46,7 +46,7 @@ from loqt_scale.merge.sources import WeightsInMemory, as_initial_weights, plain_
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.optim import parameters_of
+from loqt_scale.optim import check_no_muon_of_experts, parameters_of
 from loqt_scale.strategies import Editing
 
 STATE_VERSION = 1
@@ -91,6 +91,8 @@ class MergeCoordinator:
         self._layers = {plain_name(name): layer for name, layer in loqt_layers(found.model)}
         factors = {name: layer.factor for name, layer in self._layers.items()}
         self._editing.check_held(self._optimizers, factors)
+        experts = {name: layer.factor for name, layer in self._layers.items() if isinstance(layer, LoQTExperts)}
+        check_no_muon_of_experts(experts, self._optimizers)
         check_config(self._layers, config)
         self._config, self._seed = config, seed
         self._initial_weights = as_initial_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
 
 from loqt_scale.errors import UserError
 
@@ -37,3 +37,24 @@ def check_held(factors: Mapping[str, Tensor], held: Iterable[Tensor], then: str 
             "say), which would never train: was it made before convert_to_loqt, or before fully_shard? Make it after "
             f"them:\n    {lines}"
         )
+
+
+def check_no_muon_of_experts(experts: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Refuses torch's Muon for factors that hold the matrices of several experts, which it would take for one.
+
+    Args:
+        experts: Their factors, by layer's name.
+        optimizers: Of the run.
+
+    Raises:
+        UserError: What to write instead.
+    """
+    for optimizer in optimizers:
+        ids = {id(parameter) for parameter in parameters_of(optimizer)} if isinstance(optimizer, Muon) else set()
+        taken = [name for name, factor in experts.items() if id(factor) in ids]
+        if taken:
+            raise UserError(
+                f"torch.optim.Muon holds the factor of {taken[0]}, in which the matrices of several experts lie one "
+                "below the other: it would take them for one. Give it the other factors, and these to an AdamW: "
+                "attach(model, [muon, adamw], config)"
+            )

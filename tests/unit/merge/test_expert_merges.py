@@ -101,3 +101,12 @@ def test_experts_that_never_had_a_token_get_a_random_basis() -> None:
     assert report is not None and not report.kept
     basis = module.gate_up_proj.projection.dense().view(EXPERTS, HIDDEN, -1)
     torch.testing.assert_close(basis[3].T @ basis[3], torch.eye(8), atol=0.2, rtol=0)
+
+
+def test_torchs_muon_is_refused() -> None:
+    """It would take the factors of all experts for one matrix."""
+    config, model = _config("auto", "sketch", "zero"), fused("mixtral")
+    convert_to_loqt(model, config)
+    factors = [layer.factor for _, layer in loqt_layers(model)]
+    with pytest.raises(ValueError, match=r"Muon holds the factor of gate_up_proj.*attach\(model, \[muon, adamw\]"):
+        MergeCoordinator(model, torch.optim.Muon(factors), config)
