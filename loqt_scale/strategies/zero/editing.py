@@ -111,8 +111,8 @@ class ZeroEditing(Editing):
 
     def _kinds(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, StateKind]:
         """Names of a parameter's states, and what they are made of. Local."""
-        if isinstance(optimizer, StreamedAdamW):
-            return state_kinds(optimizer, parameter)
+        if isinstance(optimizer, StreamedAdamW):  # also of what this rank holds nothing of: all gather
+            return dict(zip(moment_names(optimizer, parameter), ("first", "second"), strict=False))
         flat = next((each for each in optimizer.state if optimizer.state[each]), None)
         return {} if flat is None else state_kinds(optimizer, flat, shaped=False)
 
