@@ -162,7 +162,8 @@ def _matches(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        below = sorted(file for file in path.rglob("[!.]*") if file.is_file() and kind_of(file) is not None)
+        found = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        below = sorted(file for file in found if kind_of(file) is not None and file.is_file())
         if not below:
             raise UserError(
                 f"data.files names the folder {pattern}, which holds no .txt, .jsonl, .json or .parquet file; write "

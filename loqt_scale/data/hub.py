@@ -8,6 +8,7 @@ process, so all ranks see one and the same stream.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -155,7 +156,9 @@ def _load(config: DataConfig) -> dict[str, Any]:
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.dataset_config)
         splits = dict(builder.as_streaming_dataset())
-        return {name: _text_only(builder, split, str(name), config.text_field) for name, split in splits.items()}
+        for name in splits.keys() & {config.split, config.eval_split}:
+            splits[name] = _text_only(builder, splits[name], str(name), config.text_field)
+        return splits
     except FileNotFoundError as error:
         raise MissingFileError(
             f"{config.dataset} is not a data set ({reason_of(error)}); write a Hugging Face id or a folder of .jsonl "
@@ -178,34 +181,42 @@ def _text_only(builder: Any, split: datasets.IterableDataset, name: str, text_fi
     """
     import datasets
 
-    files = {str(key): list(paths) for key, paths in (builder.config.data_files or {}).items()}.get(name)
-    if not files or builder.name not in ("json", "parquet"):
+    found = {str(key): list(paths) for key, paths in (builder.config.data_files or {}).items()}.get(name, [])
+    files = {name: [path if "://" in path else glob.escape(path) for path in found]}  # the library takes them for globs
+    if not found or builder.name not in ("json", "parquet") or _asks_for_more(builder.config):
         return split
     if builder.name == "parquet":
         if text_field not in (split.column_names or []):
             return split
-        return datasets.load_dataset("parquet", data_files={name: files}, columns=[text_field], streaming=True)[name]
-    lines = datasets.load_dataset("text", data_files={name: files}, streaming=True)[name]
+        return datasets.load_dataset("parquet", data_files=files, columns=[text_field], streaming=True)[name]
+    lines = datasets.load_dataset("text", data_files=files, streaming=True)[name]
     lines = lines.filter(lambda row: bool(row["text"].strip()))
     first = _parsed(next(iter(lines), {"text": ""}))
     if not isinstance(first, dict) or text_field not in first:
         return split  # a list, or no JSON, or another column: the library says which
-    return lines.map(partial(_checked, text_field=text_field), remove_columns=["text"])
+    checked = partial(_checked, text_field=text_field, source=f"split {name!r}")
+    return lines.map(checked, remove_columns=["text"])
+
+
+def _asks_for_more(config: Any) -> bool:
+    """Whether a data set's card has its files read in a way of their own."""
+    given = (getattr(config, name, None) for name in ("field", "filters", "columns", "features"))
+    return any(value is not None for value in given) or getattr(config, "encoding", "utf-8") not in ("utf-8", None)
 
 
 def _parsed(row: dict[str, str]) -> Any:
     """What a line holds; None if that is no JSON."""
     try:
-        return json.loads(row["text"])
-    except ValueError:
+        return json.loads(row["text"].lstrip("\ufeff"))
+    except (ValueError, RecursionError):
         return None
 
 
-def _checked(row: dict[str, str], text_field: str) -> dict[str, Any]:
+def _checked(row: dict[str, str], text_field: str, source: str) -> dict[str, Any]:
     """A line's object, which has the text column."""
     found = _parsed(row)
     if not isinstance(found, dict):
-        raise UserError(f"a line is no JSON object: {row['text'][:40]!r}")
+        raise UserError(f"a line of {source} is no JSON object: {row['text'][:40]!r}; mend its file (data.dataset)")
     return {text_field: None, **found}
 
 

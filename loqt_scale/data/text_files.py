@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -88,7 +89,7 @@ def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> I
                 f"write data.text_field: one of {', '.join(map(str, row))}"
             )
         if text.strip():
-            yield text
+            yield text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -103,7 +104,13 @@ def _lines(path: Path) -> Iterator[str]:
             yield from io.TextIOWrapper(file, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:  # a disk that fails, an archive that is cut off
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        ValueError,
+    ) as error:  # a disk that fails, an archive that is cut off
         raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
 
 
@@ -138,16 +145,17 @@ def _parsed_lines(path: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(_no_json(path, f"line {number}: {error}")) from error
             yield _object(row, path, f"line {number}")
 
 
 def _listed(path: Path) -> Iterator[dict[str, Any]]:
     """A file that is one JSON list, held in memory whole, as its form demands."""
+    text = "".join(_lines(path))
     try:
-        rows = json.loads("".join(_lines(path)))
-    except json.JSONDecodeError as error:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(_no_json(path, str(error))) from error
     return (_object(row, path, f"item {number}") for number, row in enumerate(rows, start=1))
 

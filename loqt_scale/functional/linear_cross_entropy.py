@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_VALUES = 2**26  # logits of a chunk: 256 MiB in float32
 
@@ -84,10 +85,9 @@ def linear_cross_entropy(
     device_type = hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_NH.dtype
+    how = _How(chunk, ignored, transform, dtype, torch.is_grad_enabled())
     with torch.autocast(device_type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(
-            hidden_NH, weight_VH, bias_V, labels_N, _How(chunk, ignored, transform, dtype)
-        )
+        loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, bias_V, labels_N, how)
     return loss
 
 
@@ -97,12 +97,13 @@ class _How:
     ignored: int
     transform: LogitTransform
     dtype: torch.dtype
+    learns: bool  # inside the function gradients are off in any case
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: _How) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
+        wanted = [how.learns and needed for needed in ctx.needs_input_grad[:3]]
         x, w = hidden.to(how.dtype), weight.to(how.dtype)
         exact = torch.float64 if how.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=exact, device=x.device)
@@ -130,9 +131,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *by_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the loss's gradients were freed by the first backward pass through it")
+            raise RuntimeError(
+                "a loss by chunks takes one backward pass; compute it again, or set model.loss_chunk_tokens 0"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if gradient is None else gradient.mul_(by_loss[0]) for gradient in gradients]
         return (*scaled, None, None)
@@ -143,10 +147,10 @@ def _chunk(logits: Tensor, labels: Tensor, how: _How, wanted: bool) -> tuple[Ten
     counted = labels != how.ignored
     index = labels.where(counted, 0).unsqueeze(1)
     normalizer = torch.logsumexp(logits, 1, keepdim=True)
-    loss = ((normalizer - logits.gather(1, index)).squeeze(1) * counted).sum()
+    loss = (normalizer - logits.gather(1, index)).squeeze(1).where(counted, 0.0).sum()
     if not wanted:
         return loss, None
     capped = how.transform.cap is not None  # then the logits are needed once more
     gradient = (logits - normalizer if capped else logits.sub_(normalizer)).exp_()
     gradient.scatter_add_(1, index, torch.full_like(normalizer, -1.0))
-    return loss, how.transform.backward_(gradient, logits).mul_(counted.unsqueeze(1))
+    return loss, how.transform.backward_(gradient, logits).masked_fill_(~counted.unsqueeze(1), 0.0)

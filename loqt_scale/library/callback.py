@@ -124,7 +124,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Before the forward passes of a step."""
         assert self.merges is not None
-        self._in_step = True
+        self._in_step, self._before = True, self.merges.state_dict()
         self.merges.prepare(state.global_step, backward_passes=self._passes)
 
     def on_optimizer_step(
@@ -132,7 +132,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
     ) -> None:
         """After the update: merges, or puts the merge of a step that was skipped off to the next."""
         assert self.merges is not None
-        step = state.global_step
+        self._before, step = None, state.global_step
         if getattr(optimizer, "step_was_skipped", False):
             if self.merges.is_merge_step(step):
                 self.merges.postpone(step)
@@ -159,7 +159,9 @@ class LoQTCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps of this callback: its arguments, and the merges' position; plain data."""
-        merges = None if self.merges is None or self._in_step else self.merges.state_dict()
+        merges = None
+        if self.merges is not None:  # up to the update a step's checkpoint (on a signal) is that of its beginning
+            merges = self._before if self._in_step else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
     def _attach(
@@ -183,8 +185,8 @@ class LoQTCallback(TrainerCallback, ExportableState):
         stored = mine["attributes"]["_merges_state"] if isinstance(mine, dict) else None
         if stored is None:
             raise UserError(
-                f"the checkpoint of step {state.global_step} was written by a run without {type(self).__name__}; load "
-                "its weights by from_pretrained and begin a new run with them"
+                f"the checkpoint of step {state.global_step} was written by a run without {type(self).__name__}, or in "
+                "the middle of an update; load its weights by from_pretrained and begin a new run with them"
             )
         return {**stored, "settings": {**stored["settings"], "total_steps": state.max_steps}}
 

@@ -10,6 +10,7 @@ architectures below; all others have their logits made whole, as before.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,7 @@ class _EndingInLoss:
 
     def __init__(self, model: nn.Module, chunk: int | None) -> None:
         self._model, self._whole, self._chunk = model, model.forward, chunk
+        self.__signature__ = inspect.signature(model.forward)  # `generate` reads from it what a model takes
 
     def __call__(self, *args: Any, targets: Tensor | None = None, **given: Any) -> Any:
         if targets is None:
