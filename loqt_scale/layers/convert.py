@@ -46,6 +46,8 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     """`convert_to_loqt` without its warning."""
     _refuse_second(model)
+    if isinstance(model, nn.Linear):
+        raise UserError("the model is itself a linear layer, which has no place in itself; give nn.Sequential(model)")
     selection = select(model, config)
     report = selection.report(model)
     for candidate, rank in selection.chosen:

@@ -66,6 +66,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.merges: MergeCoordinator | None = None
         self.reports: list[MergeReport] = []
         self._passes: int | None = None
+        self._before: dict[str, Any] | None = None  # the merges' state before this step; None: it is being changed
         self._in_step = False  # also after one that ran out of memory, which Trainer may try again
         self._bytes = ExitStack()
 

@@ -209,6 +209,11 @@ class MergeCoordinator:
         if not self.is_merge_step(step):
             self._order.leave(step)
             return None
+        with torch.autocast(self._editing.device.type, enabled=False):  # a merge is in float32, wherever it is called
+            return self._merge(step)
+
+    def _merge(self, step: int) -> MergeReport | None:
+        """Merges all layers, or postpones that. Every rank."""
         self._check_states()
         started = time.perf_counter()
         diagnostics: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,7 +55,7 @@ class StepOrder:
             RuntimeError: An earlier merge step was not finished, or steps go back.
         """
         self._refuse_unfinished(step)
-        step = self.position if step is None else step
+        step = self.position if step is None else operator.index(step)
         if step < (self.position if self._prepared is None else self._prepared):
             raise RuntimeError(
                 f"step {step} comes after step {self.position - 1}; steps count optimizer steps over the whole run, "
@@ -76,7 +77,7 @@ class StepOrder:
         if step is None:
             assert self._prepared is not None
             step = self._prepared
-        return step
+        return operator.index(step)
 
     def leave(self, step: int) -> None:
         """A step is over."""
