@@ -40,8 +40,8 @@ class ModelConfig:
             lost (it needs dtype: bfloat16; not under zero).
         activation_checkpointing: Recompute each transformer block in the backward pass instead of storing it.
         compile: Run each transformer block through torch.compile.
-        loss_chunk_tokens: The loss is taken by chunks of so many tokens, whose logits alone are then held. Default: as
-            many as fill 256 MiB; 0: no chunks. (Architectures whose head is not known here have no chunks.)
+        loss_chunk_tokens: Tokens whose logits are held at a time, while the loss is taken by chunks (of architectures
+            whose head is known). 0: all of a pass. Default: as many as fill 256 MiB.
     """
 
     preset: str = "llama_tiny"

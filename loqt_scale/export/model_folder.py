@@ -187,7 +187,7 @@ def _write_configs(folder: Path, hf_config: PreTrainedConfig) -> None:
 
 
 def _quantization(model: nn.Module, dtype: torch.dtype) -> BitsAndBytesConfig:
-    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=dense
     )

@@ -24,6 +24,7 @@ from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_saved, saved_settings, self_contained
 from loqt_scale.metrics import format_count, perplexity
 from loqt_scale.model.hf_folder import load_folder
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.process.environment import launched_world_size
 from loqt_scale.strategies import create_strategy, find_strategy, resolve_device
 from loqt_scale.training.evaluation import evaluate
@@ -59,6 +60,7 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         if saved is None:
             model: nn.Module = load_folder(Path(location), device, torch.float32)
+            end_in_loss(model, chunk=0)
         else:
             model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)

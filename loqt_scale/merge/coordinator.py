@@ -209,6 +209,8 @@ class MergeCoordinator:
         if not self.is_merge_step(step):
             self._order.leave(step)
             return None
+        if not torch.is_autocast_enabled(self._editing.device.type):
+            return self._merge(step)
         with torch.autocast(self._editing.device.type, enabled=False):  # a merge is in float32, wherever it is called
             return self._merge(step)
 

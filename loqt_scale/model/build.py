@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
         if report.surprising_share > MOST_SURPRISES:
             warnings.warn(str(report), stacklevel=2)
     else:
-        dense_layers = tuple(select_linears(model, config.loqt))
+        dense_layers = tuple(select_linears(model, replace(config.loqt, rank=1, rank_pattern={})))  # of any rank
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])

@@ -93,7 +93,7 @@ class _EndingInLoss:
     def __call__(self, *args: Any, targets: Tensor | None = None, **given: Any) -> Any:
         if targets is None:
             return self._whole(*args, **given)
-        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        head: Any = None if self._chunk == 0 else self._model.get_output_embeddings()  # type: ignore[operator]
         chunk = (self._chunk or chunk_tokens(head.out_features)) if isinstance(head, LossHead) else targets.numel()
         if targets.numel() <= chunk:
             return summed_loss(self._whole(*args, use_cache=False, **given).logits, targets)

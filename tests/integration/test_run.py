@@ -102,7 +102,7 @@ def test_a_loss_that_explodes_stops_the_run_before_the_update(
     ("change", "message"),
     [
         ({"data.files": ["nowhere.txt"]}, "nowhere.txt"),
-        ({"loqt.rank": 97}, "write 86 or less"),
+        ({"loqt.rank": 97}, "write 96 or less"),
         ({"loqt.quantization.block_size": 48}, "write one of 32, 64"),
         ({"loqt.target_modules": ["*.nothing"]}, "matches no linear layer"),
         ({"parallel.strategy": "fsdp"}, "torchrun --standalone"),

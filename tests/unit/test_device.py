@@ -76,6 +76,10 @@ def move(model: nn.Module) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=ELSEWHERE)
 
 
+def _nothing_elsewhere(merges: MergeCoordinator, seen: bool) -> str:
+    return "" if seen and merges._search.quality.device == ELSEWHERE else "not there"
+
+
 @pytest.mark.parametrize(
     "words",
     [[], *METHODS, DOUBLE, FRUGAL, PER_LAYER, MUON, [*PER_LAYER, *MUON]],
@@ -107,6 +111,7 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
             step()
             with pytest.MonkeyPatch.context() as patch:  # what a merge says of itself is read at its end, and must be
                 patch.setattr(MergeCoordinator, "_read", lambda self, said: {name: [0.0] * 5 for name in said})
+                patch.setattr(MergeCoordinator, "_reason_to_wait", _nothing_elsewhere)  # read before it
                 assert merges.finish(merge) is not None
         assert all(p.device == ELSEWHERE for p in model.parameters())
         assert all(state["step"].device == ELSEWHERE for state in optimizer.state.values())

@@ -54,7 +54,7 @@ def test_a_skipped_merge_follows_the_next_step() -> None:
     merges.prepare(1)
     model(torch.randn(2, 16)).sum().backward()
     report = merges.finish(1)
-    assert report is not None and report.index == 0 and math.isfinite(report.means()["error_after"])
+    assert report is not None and report.index == 0 and math.isfinite(report.means()["gradient_energy"])
     again = MergeCoordinator(model, optimizer, config, total_steps=20)  # a run that resumes after step 1
     again.require(1)
     assert again.is_merge_step(1)
