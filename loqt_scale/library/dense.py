@@ -24,9 +24,9 @@ from loqt_scale.layers.experts import ExpertsForward
 from loqt_scale.layers.frozen import FrozenMatrix
 from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.saving import PACKED, merged_weight
+from loqt_scale.strategies import unwrapped
 from loqt_scale.strategies.whole import (
     all_succeeded,
-    inside,
     is_first_rank,
     is_of_engine,
     is_sharded,
@@ -100,7 +100,7 @@ def save_merged(
 
 
 def _opened(model: nn.Module) -> nn.Module:
-    inner = inside(model)
+    inner = unwrapped(model)
     if not any(isinstance(module, LoQTLayer) for module in inner.modules()):
         raise UserError("the model has no LoQT layer, so there is nothing to merge; save it as it is")
     reshard(inner)

@@ -39,13 +39,11 @@ class MergedExperts:
     Args:
         diagnostics: As of one layer (see `coordinator`), means over the experts; None if all were kept.
         kept: Which stay as they are.
-        blank: Whether none had a gradient.
         edit: What to do to the rows of B's moments, beginning with row `first` (see `Editing.edit_moments`).
     """
 
     diagnostics: Tensor | None
     kept: Collection[int]
-    blank: bool
     edit: EditStates
 
 
@@ -87,7 +85,7 @@ class ExpertsMerge:
         """Merges all experts that are not kept."""
         live = [expert for expert in range(self._spec.expert_count) if expert not in self._kept]
         if not live:
-            return MergedExperts(None, self._kept, all(self._blank), lambda *_: None)
+            return MergedExperts(None, self._kept, lambda *_: None)
         self._keep_bases()
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
@@ -98,7 +96,7 @@ class ExpertsMerge:
         edit = partial(_edit_moments, self._factor_rows, rotations, self._config.optimizer_state)
         table = torch.stack(rows)
         diagnostics = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
-        return MergedExperts(diagnostics, self._kept, all(self._blank), edit)
+        return MergedExperts(diagnostics, self._kept, edit)
 
     @property
     def _factor_rows(self) -> int:

@@ -30,8 +30,10 @@ class MergeSchedule:
                 )
             self._planned = [0]
         else:
-            gaps = {"gap": merge.gap, "schedule": merge.schedule, "growth": merge.growth}
-            self._planned = merge_steps(total_steps, **gaps, last_step=merge.last_step(total_steps))  # type: ignore[arg-type]
+            last = merge.last_step(total_steps)
+            self._planned = merge_steps(
+                total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last
+            )
         self._due = set(self._planned)
 
     def __contains__(self, step: int) -> bool:

@@ -48,8 +48,9 @@ class LossHead(nn.Linear):
         if targets is None:
             return super().forward(input)
         hidden, labels = input.flatten(0, -2), targets.flatten()
-        how = {"chunk": chunk, "ignored": IGNORED_LABEL, "transform": self.transform}
-        return linear_cross_entropy(hidden, self.weight, self.bias, labels, **how)  # type: ignore[arg-type]
+        return linear_cross_entropy(
+            hidden, self.weight, self.bias, labels, chunk=chunk, ignored=IGNORED_LABEL, transform=self.transform
+        )
 
 
 def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:

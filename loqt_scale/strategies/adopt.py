@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +35,7 @@ from loqt_scale.strategies.editing import Editing, ReplicaEditing
 from loqt_scale.strategies.placement import Replicated
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.single import single_process
+from loqt_scale.strategies.whole import reshard
 from loqt_scale.strategies.zero.adopted import adopt_engine, base_optimizer, is_engine, is_held_by_engine
 
 
@@ -121,9 +122,7 @@ def alone(device: torch.device) -> Editing:
 def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]) -> tuple[str, Editing]:
     device = next(iter(layers.values())).factor.device
     _refuse_fsdp1(model)
-    for module in inner.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass without a backward pass leaves the root's parameters whole
+    reshard(inner)
     parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return adopt_mesh(inner, parameters)

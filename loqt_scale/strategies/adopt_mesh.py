@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from loqt_scale.errors import UserError
@@ -21,6 +20,7 @@ from loqt_scale.strategies.fsdp import ShardEditing
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement
 from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.process_group import GroupComm
+from loqt_scale.strategies.whole import reshard
 
 _SHARDED = (
     "call fully_shard on each block and then on the whole model, all with one mesh: fully_shard(model, mesh=mesh)"
@@ -37,7 +37,7 @@ class MeshPlacement(FSDPModelPlacement):
 
     def __init__(self, shards: Comm, model: nn.Module) -> None:
         super().__init__(shards.device, RowShards(shards.sum, shards.rank, shards.world_size))
-        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._model = model
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """The model as it is: it is sharded already."""
@@ -45,8 +45,7 @@ class MeshPlacement(FSDPModelPlacement):
 
     def settle(self) -> None:
         """Puts parameters back that a forward pass has left whole. Local."""
-        for module in self._modules:
-            module.reshard()
+        reshard(self._model)
 
 
 def adopt_mesh(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[str, Editing]:

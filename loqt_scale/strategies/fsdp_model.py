@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from loqt_scale.strategies.placement import Placement
 from loqt_scale.strategies.step import OptimizerStep
+from loqt_scale.strategies.whole import reshard
 
 
 class FSDPModelPlacement(Placement):
@@ -27,6 +27,4 @@ class FSDPModelStep(OptimizerStep):
 
     def after_forward_only(self, model: nn.Module) -> None:
         """What stays gathered for the backward pass is freed: modules would not hold the parameters that train."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)

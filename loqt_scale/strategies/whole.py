@@ -8,25 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-
-def inside(model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel, a DeepSpeed engine and torch.compile's wrapper. Local."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or type(model).__module__.startswith("deepspeed."):
-            model = cast(nn.Module, model.module)
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def reshard(model: nn.Module) -> None:
