@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+STEPS = 28  # two merges in, and a third near the end
 SMALL_RUN: dict[str, Any] = {
     # hidden 96 and intermediate 86: neither fills NF4 blocks of 64 by single rows, nor divides by 2 and 3 groups
     "model.preset": "llama_nano",
@@ -16,7 +17,7 @@ SMALL_RUN: dict[str, Any] = {
     "loqt.merge.gap": 12,
     "optim.lr": 5e-3,
     "optim.warmup_steps": 4,
-    "train.steps": 40,
+    "train.steps": STEPS,
     "train.global_batch_size": 8,
     "train.micro_batch_size": 8,
     "train.progress": "off",

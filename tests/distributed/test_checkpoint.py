@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from loqt_scale.training.runlock import RunLock
 from tests.distributed.pool import RankFailed, RankPool
 from tests.distributed.runs import AT, SavedRuns
+from tests.distributed.tasks import STEPS
 from tests.distributed.test_equivalence import ODD
 from tests.unit.checkpoint.forging import edit_tensors
 
@@ -41,7 +42,7 @@ def test_on_the_same_ranks_every_bit_is_the_same(
 ) -> None:
     unbroken = saved.losses(world_size, strategy)
     resumed = saved.run(world_size, strategy, tmp_path, **{"checkpoint.resume": saved.checkpoint(world_size, strategy)})
-    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT} and len(resumed) == 40 - AT
+    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT} and len(resumed) == STEPS - AT
 
 
 QUICK = [
@@ -69,7 +70,7 @@ def test_on_other_ranks_and_strategies(
     """Rows do not divide (86 of them, row groups of two): shards move. Tolerances are the equivalence tests'."""
     unbroken = saved.losses(*before)
     resumed = saved.run(*after, tmp_path, **{"checkpoint.resume": saved.checkpoint(*before)})
-    assert len(resumed) == 40 - AT
+    assert len(resumed) == STEPS - AT
     next_merge = 2 * MERGE + 1
     assert all(
         loss == pytest.approx(unbroken[step], abs=1e-4 if step <= next_merge else 5e-2)
@@ -139,10 +140,10 @@ def test_auto_goes_on_in_the_same_folder(saved: SavedRuns, tmp_path: Path) -> No
     settings = {"checkpoint.every": 10, "checkpoint.keep_last": 9}
     unbroken = saved.run(1, "single", tmp_path, **settings)
     checkpoints = tmp_path / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{n:08d}" for n in (10, 20, 30, 40)]
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{n:08d}" for n in (10, 20, STEPS)]
     (checkpoints / "latest").write_text("step-00000010\n")
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "train/lo')  # killed while it wrote
+        file.write(f'{{"step": {STEPS + 1}, "train/lo')  # killed while it wrote
     again = saved.run(1, "single", tmp_path, **settings)
     assert again == unbroken
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

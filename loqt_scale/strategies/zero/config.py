@@ -74,10 +74,9 @@ def deepspeed_config(config: RunConfig, file: File, *, world_size: int) -> dict[
         check_rules(file, (*filled, *_compared_rules(config, file)))
         file = {key: value for key, value in file.items() if key.partition(".")[0] not in _CHECKED_ONLY}
         ours = {rule.key: rule.allowed[0] for rule in filled if rule.allowed != ("none",)} | _constants(config, file)
-        # a block in the place of one of our values is the file's, for DeepSpeed to refuse
-        ours = {key: value for key, value in ours.items() if not any(other.startswith(f"{key}.") for other in file)}
-        check_by_deepspeed(ours, file)
-        return nested({**ours, **file})
+        settings = nested({**ours, **file})
+        check_by_deepspeed(settings)
+        return settings
 
 
 def read_checked(config: RunConfig) -> dict[str, Any]:
@@ -156,9 +155,6 @@ def _scheduler_rules(config: RunConfig, file: File) -> Iterator[Rule]:
         _setting(f"{block}cos_min_ratio", "optim.final_lr_fraction", optim.final_lr_fraction),
     )
     taken = inspect.signature(getattr(lr_schedules, name)).parameters
-    for key in file:
-        if key.startswith(block) and key.removeprefix(block) not in taken:
-            raise ConfigError(f"{name} takes no '{key}'; write one of {', '.join(list(taken)[1:])}, or leave it out")
     yield from (rule for rule in known if rule.key.removeprefix(block) in taken)
 
 

@@ -85,9 +85,7 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         tree = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        comment = text[error.pos :].startswith(("//", "/*", "#"))
-        what = "a comment, which JSON does not have; leave it out" if comment else error.msg
-        raise ConfigError(f"it is not JSON: line {error.lineno}, column {error.colno}: {what}") from None
+        raise ConfigError(f"it is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"it holds {shown(tree)}; write an object such as {{...}}")
     return tree

@@ -169,58 +169,28 @@ def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"zero_optimization.overlap_comm": "perhaps"}, 'is "perhaps", which DeepSpeed refuses: Input should be a'),
-        ({"zero_optimization.reduce_bucket_size": 0}, "is 0, which DeepSpeed refuses: Input should be greater than 0"),
-        ({"communication_data_type": "fp8"}, 'is "fp8", which DeepSpeed refuses: Invalid communication_data_type'),
-        ({"communication_data_type": {"a": 1}}, "is 1, which DeepSpeed refuses: "),
-        ({"flops_profiler": True}, "is true, which DeepSpeed refuses: "),
-        ({"data_types.buffer_dtype": "fp9"}, 'is "fp9", which DeepSpeed refuses: '),
-        ({"steps_per_print": 0}, "is 0, which DeepSpeed refuses: ZeroDivisionError"),
-        ({"zero_optimization.allgather_bucket_size": 7}, "is 7, which DeepSpeed refuses: Input should be an even"),
-        ({"amp.enabled": True}, "is true, which DeepSpeed refuses: NVIDIA Apex AMP integration has been removed"),
+        ({"zero_optimization.overlap_comm": "perhaps"}, "DeepSpeedZeroConfig, overlap_comm: Input should be a valid"),
+        ({"zero_optimization.overlap_com": True}, "DeepSpeedZeroConfig, overlap_com: Extra inputs are not permitted"),
+        ({"zero_optimization.reduce_bucket_size": 0}, "DeepSpeedZeroConfig, reduce_bucket_size: Input should be great"),
+        ({"zero_optimization.allgather_bucket_size": 7}, "zero_optimization.allgather_bucket_size must be an even"),
+        ({"communication_data_type": "fp8"}, "Invalid communication_data_type"),
+        ({"data_types.buffer_dtype": "fp9"}, "'fp9' is not a valid DtypeEnum"),
+        ({"bf16.enable": True}, "DeepSpeedBF16Config, enable: Extra inputs"),
+        ({"amp.enabled": True}, "NVIDIA Apex AMP integration has been removed"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.1]}}}, "expected 2 value for min_lr, got 1"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}}, "TypeError: WarmupLR.__init__() got an u"),
     ],
 )
-def test_a_refused_value_is_named_with_deepspeeds_reason(json_file, values, expected):
+def test_what_deepspeed_refuses_is_said_early_in_its_words(json_file, values, expected):
     path = json_file(nested({"steps_per_print": 10, "aio.queue_depth": 8, **values}))
-    (key,) = values
-    key += ".a" if isinstance(values[key], dict) else ""
-    assert refusal(run(zero_config=path)).startswith(f"{path}: {key} {expected}")
+    assert refusal(run(zero_config=path)).startswith(f"{path}: DeepSpeed refuses these settings: {expected}")
 
 
-def test_a_refused_scheduler_is_said_in_deepspeeds_words(json_file):
-    path = json_file({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.1]}}})
-    message = refusal(run(zero_config=path))
-    assert message == f"{path}: DeepSpeed refuses these settings: expected 2 value for min_lr, got 1"
-
-
-def test_a_parameter_that_a_scheduler_does_not_take_is_named(json_file):
-    path = json_file({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}})
-    message = refusal(run(zero_config=path))
-    assert message.startswith(
-        f"{path}: WarmupLR takes no 'scheduler.params.total_num_steps'; write one of warmup_min_lr, "
-    )
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("gradient_cliping", "gradient_clipping"),
-        ("stage", "zero_optimization.stage"),
-        ("bfloat16", "bf16"),
-        ("zero_optimization.overlap_com", "zero_optimization.overlap_comm"),
-        ("zero_optimization.prefetch_bucket_siz", "zero_optimization.stage3_prefetch_bucket_size"),
-        ("zero_optimization.offload_optimizer.pin_memry", "zero_optimization.offload_optimizer.pin_memory"),
-        ("bf16.enable", "bf16.enabled"),
-        ("data_types.grad_acc_dtype", "data_types.grad_accum_dtype"),
-        ("flops_profiler.enable", "flops_profiler.enabled"),
-    ],
-)
-def test_an_unknown_key_is_said_with_the_nearest(json_file, key, nearest):
-    for value in (1, {"enabled": 1}):
-        path = json_file(nested({"flops_profiler.module_depth": -1, key: value}))
-        assert refusal(run(zero_config=path)) == f"{path}: DeepSpeed has no key '{key}'; did you mean '{nearest}'?"
-    path = json_file(nested({key.replace(key.rpartition(".")[2], "zzz"): 1}))
-    assert refusal(run(zero_config=path)).endswith("zzz'; leave it out")
+def test_a_key_that_deepspeed_would_pass_over_is_refused(json_file):
+    path = json_file({"gradient_cliping": 1.0})
+    said = "DeepSpeed has no key 'gradient_cliping' at the top of its settings; did you mean 'gradient_clipping'?"
+    assert refusal(run(zero_config=path)) == f"{path}: {said}"
+    assert refusal(run(zero_config=json_file({"zzz": {"enabled": True}}))).endswith("settings; leave it out")
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -233,8 +203,6 @@ def test_an_unknown_key_is_said_with_the_nearest(json_file, key, nearest):
         ({"bf16": "bf16"}, 'bf16 is "bf16"; write an object such as {"enabled": ...}'),
         ([1], "it holds [1]; write an object such as {...}"),
         ("{\n  'a': 1}", "it is not JSON: line 2, column 3: Expecting property name enclosed in double quotes"),
-        ("{\n  // why\n}", "it is not JSON: line 2, column 3: a comment, which JSON does not have; leave it out"),
-        ('{"a": 1 # why\n}', "it is not JSON: line 1, column 9: a comment, which JSON does not have; leave it out"),
         ('{"bf16": {"enabled": true, "enabled": false}}', "key 'enabled' is written twice; keep one of them"),
         ("", "it is not JSON: line 1, column 1: Expecting value"),
     ],
