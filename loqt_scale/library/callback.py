@@ -10,6 +10,7 @@ state()               what Trainer writes of us into each checkpoint's trainer_s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -26,9 +27,15 @@ from loqt_scale.errors import UserError
 from loqt_scale.layers import convert_to_loqt, loqt_layers
 from loqt_scale.library.attach import Given, attach
 from loqt_scale.library.first_weights import FirstWeights
-from loqt_scale.library.model_files import check_loaded, forget_loaded, name_checkpoint, write_checkpoints
+from loqt_scale.library.model_files import (
+    check_loaded,
+    forget_loaded,
+    mark_optimizer_file,
+    name_checkpoint,
+    write_checkpoints,
+)
 from loqt_scale.merge import MergeCoordinator, MergeReport
-from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas
+from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas, unwrapped_optimizers
 
 CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
@@ -66,7 +73,8 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.merges: MergeCoordinator | None = None
         self.reports: list[MergeReport] = []
         self._passes: int | None = None
-        self._before: dict[str, Any] | None = None  # the merges' state before this step; None: it is being changed
+        self._at_start: dict[str, Any] = {}  # the merges' state before the first step of this `train`
+        self._before: dict[str, Any] | None = None  # what of it is another before this step; None: it is being changed
         self._in_step = False  # also after one that ran out of memory, which Trainer may try again
         self._bytes = ExitStack()
 
@@ -119,13 +127,18 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.merges = self._attach(args, model, optimizer, state)
         if state.global_step > 0:
             self.merges.load_state_dict(self._stored(state))
+        self._at_start = self.merges.state_dict()
+        name_checkpoint(model, f"checkpoint-{state.global_step}")  # on a signal, before the first step
+        if engine_of(model) is None and not _is_sharded(model):  # their files are read by names of parameters
+            for inner in unwrapped_optimizers(optimizer):
+                mark_optimizer_file(inner)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the forward passes of a step."""
         assert self.merges is not None
-        self._in_step, self._before = True, self.merges.state_dict()
+        self._in_step, self._before = True, self.merges.progress()
         self.merges.prepare(state.global_step, backward_passes=self._passes)
 
     def on_optimizer_step(
@@ -162,7 +175,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         """What Trainer keeps of this callback: its arguments, and the merges' position; plain data."""
         merges = None
         if self.merges is not None:  # up to the update a step's checkpoint (on a signal) is that of its beginning
-            merges = self._before if self._in_step else self.merges.state_dict()
+            merges = self._state_in_step() if self._in_step else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
     def _attach(
@@ -179,6 +192,9 @@ class LoQTCallback(TrainerCallback, ExportableState):
             initial_weights=self.initial_weights if state.global_step == 0 else None,
             editing=replicas(args.device) if replicated else None,  # Trainer hands over what is inside of its DDP
         )
+
+    def _state_in_step(self) -> dict[str, Any] | None:
+        return None if self._before is None else {**self._at_start, **self._before}
 
     def _stored(self, state: TrainerState) -> dict[str, Any]:
         """What `state` wrote into the checkpoint from which this run goes on, which may become longer."""
@@ -203,6 +219,17 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
         raise UserError(
             "fsdp_config asks for FSDP1, which flattens parameters, so that codes, scales and factors could not be "
             'told apart; write fsdp_config={"version": 2}'
+        )
+    if getattr(args, "sync_ref_model", False):
+        raise UserError(
+            "sync_ref_model would mix this model's packed tensors into the reference model's weights (TRL's "
+            "SyncRefModelCallback); write sync_ref_model=False"
+        )
+    if getattr(args, "precompute_ref_log_probs", False):
+        warnings.warn(
+            "LoQT: unless you give ref_model=..., precompute_ref_log_probs=True takes the rounded weights for the "
+            "reference model; give it the model from before the conversion",
+            stacklevel=4,
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(

@@ -8,6 +8,10 @@ of Trainer's needs the packed tensors too, from which a run goes on to the last 
     out/checkpoint-500     q_proj.weight   q_proj.base.codes   q_proj.base.scales   ...   q_proj.factor
 
 `from_pretrained` reads the first and ignores the others, with a warning; Trainer's `load_state_dict` reads the others.
+
+A Trainer without the callback would take merged weights and factors' moments for its own, which have other shapes:
+torch's fused Adam writes past their ends. The file of the optimizer therefore holds a name that torch refuses to load
+unless somebody has allowed it (`ResumeWithLoQTCallback`).
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
@@ -23,6 +29,10 @@ from loqt_scale.layers.saving import SavePretrained, merged_state
 
 _CHECKPOINT, _LOADED, _MERGED = "_loqt_checkpoint", "_loqt_packed_loaded", "_loqt_merged_loaded"
 _NEEDED = ("base.codes", "projection.codes", "factor")
+
+
+class ResumeWithLoQTCallback:
+    """Stands in a checkpoint's optimizer.pt. Its name is the message of torch.load where no callback has allowed it."""
 
 
 class SaveCheckpoint(SavePretrained):
@@ -46,9 +56,19 @@ def write_checkpoints(model: nn.Module) -> None:
         return
     name_checkpoint(model, "")
     forget_loaded(model)
+    torch.serialization.add_safe_globals([ResumeWithLoQTCallback])
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = SaveCheckpoint(model)  # type: ignore[assignment]
     model.register_load_state_dict_pre_hook(_take_packed)
+
+
+def mark_optimizer_file(optimizer: Optimizer) -> None:
+    """From now on its state dict is loaded from a file only where `write_checkpoints` was called. In place."""
+    optimizer.register_state_dict_post_hook(_mark)
+
+
+def _mark(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    state_dict["loqt_scale"] = ResumeWithLoQTCallback
 
 
 def name_checkpoint(model: nn.Module, folder: str) -> None:
@@ -68,7 +88,8 @@ def check_loaded(model: nn.Module) -> None:
     Raises:
         UserError: There are such.
     """
-    lost = sorted(getattr(model, _MERGED, set()) - getattr(model, _LOADED, set()))
+    loaded, merged = getattr(model, _LOADED, set()), getattr(model, _MERGED, set())
+    lost = sorted(name for name in merged if any(f"{name}.{part}" not in loaded for part in _NEEDED))
     if lost:
         raise UserError(
             f"what was loaded into the converted model holds merged weights of {len(lost)} LoQT layers ({lost[0]}, "
@@ -82,5 +103,5 @@ def _take_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
     for name, layer in loqt_layers(model):
         if state_dict.pop(prefix + layer.weight_name(name), None) is not None:
             getattr(model, _MERGED).add(name)
-        if all(f"{prefix}{name}.{part}" in state_dict for part in _NEEDED):
-            getattr(model, _LOADED).add(name)
+        parts = [f"{name}.{part}" for part in _NEEDED]  # which may come from several files of one checkpoint
+        getattr(model, _LOADED).update(part for part in parts if prefix + part in state_dict)

@@ -251,20 +251,25 @@ class MergeCoordinator:
     # ---- a run that goes on ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step, merges that were moved, the settings: plain data, the same on all ranks. Local.
+        """`progress` and the settings: plain data, the same on all ranks. Local.
 
         Raises:
             RuntimeError: Inside a merge step, whose gradients are not part of any state.
         """
         if self._order.open is not None:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
+        return {"version": STATE_VERSION, **self.progress(), "settings": copy.deepcopy(self._settings)}
+
+    def progress(self) -> dict[str, Any]:
+        """What of the state changes from step to step: the next step, merges that were moved. Local.
+
+        Before a step's update it is that of the step's beginning, also between `prepare` and `finish`.
+        """
         return {
-            "version": STATE_VERSION,
             "position": self.position,
             "moved": self._schedule.moved,
             "first_due": sorted(self._first_due),
             "watched": self._order.watch.works,
-            "settings": copy.deepcopy(self._settings),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:

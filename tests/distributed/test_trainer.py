@@ -32,7 +32,7 @@ def test_ddp(ranks: RankPool, one: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("spread", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("spread", ["fsdp", "fsdp-lone", "fsdp-frugal", "zero2", "zero3"])
 def test_sharded(spread: str, ranks: RankPool, one: dict[str, Any], tmp_path: Path) -> None:
     check(ranks, one, tmp_path, spread)
 

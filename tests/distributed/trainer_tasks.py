@@ -41,8 +41,13 @@ def settings_of(spread: str) -> dict[str, Any]:
         stage = {"stage": int(spread[-1]), "stage3_gather_16bit_weights_on_model_save": True}
         return {"deepspeed": {**ZERO, "zero_optimization": stage}, "use_cpu": False}
     if spread.startswith("fsdp"):
-        kind = "SHARDED_STATE_DICT" if spread.endswith("sharded") else "FULL_STATE_DICT"
-        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}, "use_cpu": False}
+        fsdp = {
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT" if spread.endswith("sharded") else "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": spread.endswith("lone"),
+            "activation_checkpointing": spread.endswith("frugal"),
+        }
+        return {"fsdp": True, "fsdp_config": fsdp, "use_cpu": False}
     return {"ddp_backend": "gloo"} if spread == "ddp" else {}
 
 
@@ -52,7 +57,9 @@ def train(folder: str, spread: str, scheme: str, *, resume: str | None = None, *
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         accumulate = {"gradient_accumulation_steps": MICRO_BATCHES // ranks}
         callback = LoQTCallback(config_of(scheme))
-        trainer = make_trainer(Path(folder), tiny_llama(), callback, **accumulate, **settings_of(spread), **changes)
+        settings = settings_of(spread) | accumulate | changes
+        lost = spread.endswith("lone") and os.environ["RANK"] != "0"  # only rank 0 has loaded the model
+        trainer = make_trainer(Path(folder), tiny_llama(seed=9 if lost else 0), callback, **settings)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(f"{folder}/end-{spread}")
         merges = callback_of(trainer).merges
@@ -93,6 +100,8 @@ def _one_accelerator(spread: str) -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend, AcceleratorState.__init__ = prepared, made
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # and the groups that DeepSpeed remembers
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
