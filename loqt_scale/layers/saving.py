@@ -71,7 +71,8 @@ def merged_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
         UserError: The tensors are sharded.
     """
     named = model.named_modules(remove_duplicate=False)
-    layers = {name: module for name, module in named if isinstance(module, LoQTLayer)}
+    layers = {unwrapped_name(name): module for name, module in named if isinstance(module, LoQTLayer)}
+    state = {unwrapped_name(key): value for key, value in state.items()}
     merged: dict[str, Any] = {}
     for key, value in state.items():
         name, part = _owner(key)
@@ -109,6 +110,11 @@ def merged_weight(layer: LoQTLayer, parts: Mapping[str, Tensor], dtype: torch.dt
         dense, basis = unpack(*base, spec.base, torch.float32), unpack(*projection, spec.projection, torch.float32)
         weight = effective_weight(dense, basis, factor.float(), spec)
     return weight.to(dtype or factor.dtype)
+
+
+def unwrapped_name(name: str) -> str:
+    """A name without what torch.compile and activation checkpointing of single blocks put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _is_layer(module: nn.Module) -> bool:

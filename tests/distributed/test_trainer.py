@@ -31,8 +31,10 @@ def test_ddp(ranks: RankPool, one: dict[str, Any], tmp_path: Path) -> None:
     check(ranks, one, tmp_path, "ddp")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("spread", ["fsdp", "fsdp-lone", "fsdp-frugal", "zero2", "zero3"])
+SLOW = ["fsdp-lone", "fsdp-frugal", "zero3"]
+
+
+@pytest.mark.parametrize("spread", ["fsdp", "zero2", *(pytest.param(each, marks=pytest.mark.long) for each in SLOW)])
 def test_sharded(spread: str, ranks: RankPool, one: dict[str, Any], tmp_path: Path) -> None:
     check(ranks, one, tmp_path, spread)
 

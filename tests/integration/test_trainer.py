@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, get_cosine_schedule_with_warmup
+from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import ModelOutput
 
 from loqt_scale import LoQTCallback, MergeCoordinator, convert_to_loqt
 from loqt_scale.errors import UserError
+from loqt_scale.library.model_files import ResumeWithLoQTCallback, check_loaded, name_checkpoint
 from tests.integration.trainer_cases import (
     CONFIG,
     STEPS,
@@ -144,6 +147,34 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_refused(tmp_path: Path) -
     Trainer(model=tiny_llama(), args=arguments(tmp_path, **saves), train_dataset=Progressions()).train()
     with pytest.raises(UserError, match="merged weights of 14 LoQT layers"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_an_optimizers_file_names_the_callback_that_it_needs(whole: Trainer) -> None:
+    file = Path(whole.args.output_dir) / "checkpoint-5" / "optimizer.pt"
+    assert torch.load(file, weights_only=True)["state"]  # a callback has allowed it
+    torch.serialization.clear_safe_globals()  # as in a process without one
+    try:
+        with pytest.raises(UnpicklingError, match="ResumeWithLoQTCallback was not an allowed global"):
+            torch.load(file, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals([ResumeWithLoQTCallback])
+
+
+def test_a_checkpoint_may_be_of_several_files(tmp_path: Path) -> None:
+    model = make_trainer(tmp_path).model
+    name_checkpoint(model, "checkpoint-1")
+    model.save_pretrained(tmp_path / "checkpoint-1", max_shard_size="3KB")
+    other = make_trainer(tmp_path, model=tiny_llama(seed=7)).model
+    load_sharded_checkpoint(other, tmp_path / "checkpoint-1", strict=False)
+    check_loaded(other)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_reference_model_that_would_be_mixed_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.sync_ref_model = True  # TRL's DPOConfig and GRPOConfig have it
+    with pytest.raises(UserError, match="sync_ref_model=False"):
+        Trainer(model=tiny_llama(), args=args, train_dataset=Progressions(), callbacks=[LoQTCallback(CONFIG)])
 
 
 def converted() -> LlamaForCausalLM:
