@@ -88,7 +88,8 @@ def check_loaded(model: nn.Module) -> None:
     Raises:
         UserError: There are such.
     """
-    loaded, merged = getattr(model, _LOADED, set()), getattr(model, _MERGED, set())
+    loaded: set[str] = getattr(model, _LOADED, set())
+    merged: set[str] = getattr(model, _MERGED, set())
     lost = sorted(name for name in merged if any(f"{name}.{part}" not in loaded for part in _NEEDED))
     if lost:
         raise UserError(
