@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import MergeConfig, StatePolicy
-from loqt_scale.functional.compensation import Compensated, add_low_rank, compensation, in_step, update_survival
+from loqt_scale.functional.compensation import Compensated, add_low_rank, compensation, in_step
 from loqt_scale.functional.loftq import Packed, Residual, loftq
-from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.transport import StateKind, basis_rotation, carry_states
 from loqt_scale.merge.basis import FoundBasis
+from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.strategies import Editing, EditStates
 
@@ -165,24 +165,18 @@ class ExpertsMerge:
 
     def _describe(self, expert: int, result: Compensated, weights: Tensor, old_factor: Tensor, new: Tensor) -> Tensor:
         """An expert's diagnostics, as of a layer."""
-        spec, old, factor = self._each, self._old[expert], self._factor(expert, old_factor)
-        first = self._first[expert]
-        sums = update_survival(
+        return describe_merge(
+            self._each,
             weights[self._rows(expert)[1]],
-            spec.base,
             result,
-            new_basis=self._basis(expert, new),
-            old_basis=self._basis(expert, old),
-            old_factor=torch.zeros_like(factor) if first else factor,
-            side=spec.side,
-            scale=spec.scale,
+            old_FR=self._old[expert],
+            new_FR=new,
+            rows_of_basis=partial(self._basis, expert),
+            old_factor=self._factor(expert, old_factor),
+            energy=None if self._blank[expert] else self._found.energy[expert],
+            first=self._first[expert],
+            is_known=self._source is not None,
         )
-        nan = result.error.new_full((), float("nan"))
-        energy = nan if self._blank[expert] else self._found.energy[expert]
-        overlap = nan if first else subspace_overlap(old, new)
-        lost = first and self._source is None and not spec.base.kind.exact  # errors of what is not known any more
-        errors = (nan, nan) if lost else (result.error_before, result.error)
-        return torch.stack([*errors, energy, overlap, *sums])
 
     def _store(self, live: Sequence[int], results: Sequence[Compensated], old_factor: Tensor) -> None:
         codes, scales = (None if part is None else part.clone() for part in self._base)
