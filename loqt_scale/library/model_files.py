@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
+from loqt_scale.layers.names import plain_name
 from loqt_scale.layers.saving import SavePretrained, merged_state
 
 _CHECKPOINT, _LOADED, _MERGED = "_loqt_checkpoint", "_loqt_packed_loaded", "_loqt_merged_loaded"
@@ -79,8 +80,9 @@ def check_loaded(model: nn.Module) -> None:
 
 def _take_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before `load_state_dict`: takes merged weights out, and notes what there is of each layer."""
+    plain = {plain_name(key) for key in state_dict}
     for name, layer in loqt_layers(model):
         if state_dict.pop(prefix + layer.weight_name(name), None) is not None:
             getattr(model, _MERGED).add(name)
-        if all(f"{prefix}{name}.{part}" in state_dict for part in _NEEDED):
+        if all(f"{prefix}{name}.{part}" in plain for part in _NEEDED):
             getattr(model, _LOADED).add(name)

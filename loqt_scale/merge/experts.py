@@ -24,6 +24,7 @@ from loqt_scale.functional.transport import StateKind, basis_rotation, carry_sta
 from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing, EditStates
 
 
@@ -86,6 +87,7 @@ class ExpertsMerge:
         live = [expert for expert in range(self._spec.expert_count) if expert not in self._kept]
         if not live:
             return MergedExperts(None, self._kept, lambda *_: None)
+        self._gather_source(live)
         self._keep_bases()
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
@@ -97,6 +99,11 @@ class ExpertsMerge:
         table = torch.stack(rows)
         diagnostics = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
         return MergedExperts(diagnostics, self._kept, edit)
+
+    def _gather_source(self, live: Sequence[int]) -> None:
+        """Has the weights before quantization at hand if one of the experts needs them. Every rank."""
+        if self._source is not None and any(self._first[expert] for expert in live):
+            self._source = of_layer(self._source, self._name, self._placed.layer)
 
     @property
     def _factor_rows(self) -> int:

@@ -18,6 +18,7 @@ from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.experts import ExpertsMerge, expert_names
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing, EditStates
 
 
@@ -141,7 +142,8 @@ class LayerMerge:
         """
         spec = placed.layer.spec
         if first and self._source is not None:
-            weight = initial_rows(self._source, name, placed.layer, *placed.rows).to(self._editing.device)
+            source = of_layer(self._source, name, placed.layer)
+            weight = initial_rows(source, name, placed.layer, *placed.rows).to(self._editing.device)
             if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
                 return weight
             residual = Residual(placed.shard(), weight, placed.packed_base())
