@@ -17,6 +17,7 @@ from loqt_scale.config import LoQTConfig
 from loqt_scale.layers.experts import matrix_names, put_experts
 from loqt_scale.layers.layer import layer_spec
 from loqt_scale.layers.linear import LoQTLinear, is_conv1d
+from loqt_scale.layers.names import named_modules
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ KINDS: list[Kind] = [linear_candidates, experts_candidates]
 
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """All candidates of a model, in module order."""
-    for name, module in model.named_modules():
+    """All candidates of a model, in module order, under plain names."""
+    for name, module in named_modules(model):
         for kind in KINDS:
             yield from kind(name, module)
 

@@ -10,6 +10,7 @@ from torch import nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers.layer import LoQTLayer
+from loqt_scale.layers.names import is_replicated, named_modules
 from loqt_scale.layers.report import ConversionReport
 from loqt_scale.layers.saving import save_merged_weights
 from loqt_scale.layers.select import select
@@ -35,7 +36,7 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 
     Raises:
         ValueError: The model is converted already, no layer matches, all are smaller than the rank, or a pattern of
-            ranks matches nothing.
+            ranks matches nothing; or the model is spread over ranks already.
     """
     report = convert(model, config)
     if report.share < LEAST_SHARE:
@@ -46,6 +47,7 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     """`convert_to_loqt` without its warning."""
     _refuse_second(model)
+    _refuse_spread(model)
     if isinstance(model, nn.Linear):
         raise UserError("the model is itself a linear layer, which has no place in itself; give nn.Sequential(model)")
     selection = select(model, config)
@@ -66,8 +68,8 @@ def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:
 
 
 def loqt_layers(model: nn.Module) -> Iterator[tuple[str, LoQTLayer]]:
-    """(name, layer) of every LoQT layer of a model, in module order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoQTLayer))
+    """(plain name, layer) of every LoQT layer of a model, in module order."""
+    return ((name, module) for name, module in named_modules(model) if isinstance(module, LoQTLayer))
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -77,3 +79,19 @@ def _refuse_second(model: nn.Module) -> None:
             f"this is a second conversion: the model holds {len(layers)} LoQT layers already, e.g. {layers[0]}; call "
             "convert_to_loqt once, on the model as it was made or loaded"
         )
+
+
+def _refuse_spread(model: nn.Module) -> None:
+    """Refuses what holds a model's parameters already, and would not hear of the factors that take their place."""
+    parameters = list(model.parameters())
+    found = {
+        "in DistributedDataParallel": any(map(is_replicated, model.modules())),
+        "sharded by fully_shard": any(hasattr(parameter, "placements") for parameter in parameters),
+        "partitioned by DeepSpeed (ZeRO stage 3)": any(hasattr(parameter, "ds_id") for parameter in parameters),
+    }
+    for how, is_so in found.items():
+        if is_so:
+            raise UserError(
+                f"the model is {how} already, which would not hear of the factors; convert_to_loqt(model, config) "
+                "first, then wrap or shard it, then make the optimizer"
+            )

@@ -146,7 +146,17 @@ class LoQTLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """As `nn.Module` does; and a state dict that still says what it means must mean the same."""
+        """As `nn.Module` does; and a state dict that still says what it means must mean the same.
+
+        Raises:
+            UserError: It holds a dense weight in the place of the packed tensors, which `strict=False` would ignore.
+        """
+        dense = self.weight_name(prefix[:-1])
+        if dense in state_dict and f"{prefix}base.codes" not in state_dict:
+            raise UserError(
+                f"load_state_dict: {dense} is dense, but {prefix[:-1]} is a LoQT layer, which would stay as it is; "
+                "load these weights before convert_to_loqt(model, config), or into loqt_scale.to_dense(model)"
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         saved = local_metadata.get("loqt", {})
         for key, value in self._meaning().items():
@@ -159,6 +169,27 @@ class LoQTLayer(nn.Module):
     def _meaning(self) -> dict[str, Any]:
         """What the shapes of the stored tensors do not tell."""
         return {"scale": self.spec.scale, "side": self.spec.side}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module` does, of the layer's own parameters.
+
+        Raises:
+            UserError: Somebody ties, prunes or replaces the weight, which is computed.
+        """
+        if name.startswith("weight"):
+            raise UserError(
+                f"the weight of a LoQT layer is computed from W_q, P and B: it cannot be tied, pruned or replaced "
+                f"({name}); do so before convert_to_loqt, or with loqt_scale.to_dense(model)"
+            )
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Refused.
+
+        Raises:
+            UserError: Always: what is packed cannot be drawn anew.
+        """
+        raise UserError("a LoQT layer cannot be initialized anew; initialize the model, then convert_to_loqt")
 
     def weight_name(self, name: str) -> str:
         """Name of the parameter that the layer stands for, in the unconverted model, if the layer's is `name`."""

@@ -20,6 +20,7 @@ from loqt_scale.functional.low_rank_experts import expert_bases, expert_matrices
 from loqt_scale.functional.low_rank_linear import effective_weight
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.layers.layer import LoQTLayer
+from loqt_scale.layers.names import named_modules, plain_keys
 
 PACKED = ("base.codes", "base.scales", "projection.codes", "projection.scales", "factor")
 
@@ -70,16 +71,15 @@ def merged_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: The tensors are sharded.
     """
-    named = model.named_modules(remove_duplicate=False)
-    layers = {unwrapped_name(name): module for name, module in named if isinstance(module, LoQTLayer)}
-    state = {unwrapped_name(key): value for key, value in state.items()}
-    merged: dict[str, Any] = {}
-    for key, value in state.items():
+    named, turn = named_modules(model, remove_duplicate=False), plain_keys(model)
+    layers = {name: module for name, module in named if isinstance(module, LoQTLayer)}
+    plain, merged = {turn(key): value for key, value in state.items()}, {}
+    for key, value in plain.items():
         name, part = _owner(key)
         if part is None or name not in layers:
             merged[key] = value
         elif (whole := layers[name].weight_name(name)) not in merged:
-            parts = {part: state[f"{name}.{part}"] for part in PACKED if f"{name}.{part}" in state}
+            parts = {part: plain[f"{name}.{part}"] for part in PACKED if f"{name}.{part}" in plain}
             merged[whole] = merged_weight(layers[name], parts)
     return merged
 
@@ -110,11 +110,6 @@ def merged_weight(layer: LoQTLayer, parts: Mapping[str, Tensor], dtype: torch.dt
         dense, basis = unpack(*base, spec.base, torch.float32), unpack(*projection, spec.projection, torch.float32)
         weight = effective_weight(dense, basis, factor.float(), spec)
     return weight.to(dtype or factor.dtype)
-
-
-def unwrapped_name(name: str) -> str:
-    """A name without what torch.compile and activation checkpointing of single blocks put into it."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers.candidates import Candidate, candidates
+from loqt_scale.layers.names import named_modules
 from loqt_scale.layers.report import (
     EMBEDDING,
     EXCLUDED,
@@ -92,11 +93,12 @@ def head_modules(model: nn.Module) -> set[str]:
     (`classifier` and `pooler` of a DebertaForSequenceClassification, `score` of a LlamaForSequenceClassification, ...).
     """
     heads: set[str] = set()
-    for root, module in model.named_modules():
+    for root, module in named_modules(model):
         if not isinstance(getattr(module, "base_model_prefix", None), str):
             continue
         base, output = getattr(module, "base_model", module), _output_embeddings(module)
-        for name, inner in module.named_modules(prefix=root):
+        for below, inner in named_modules(module):
+            name = f"{root}.{below}".strip(".")
             outside = base is not module and not _is_beneath(name, f"{root}.{module.base_model_prefix}".lstrip("."))
             if (outside and name != root) or (inner is output and output is not None):
                 heads.add(name)
@@ -156,7 +158,7 @@ NORMS_AND_BIASES = "norms, biases and other vectors"
 
 def _left(model: nn.Module, converted: set[int], reasons: dict[str, str]) -> Iterator[Left]:
     vectors, seen = 0, set(converted)
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLayer, loqt_layers
-from loqt_scale.merge import InitialWeights, MergeCoordinator, plain_name
+from loqt_scale.merge import InitialWeights, MergeCoordinator
+from loqt_scale.merge.sources import TAKE_BEFORE, check_shape, stored_name
 from loqt_scale.model.weights import SafetensorsWeights
 from loqt_scale.strategies import Editing, unwrapped
 
@@ -58,7 +59,7 @@ def attach(
     Raises:
         UserError: What cannot work, and the line to write; see `MergeCoordinator`.
     """
-    layers = {plain_name(name): layer for name, layer in loqt_layers(unwrapped(model))}
+    layers = dict(loqt_layers(unwrapped(model)))
     source = initial_weights
     if isinstance(source, (str, PathLike)):
         source = weights_in_folder(Path(source), layers, getattr(unwrapped(model), "base_model_prefix", ""))
@@ -66,6 +67,7 @@ def attach(
         model, optimizer, config, total_steps=total_steps, editing=editing, seed=seed, initial_weights=source
     )
     if not merges.has_merged():
+        merges.check_first_weights()
         merges.begin()
         if source is None and not all(layer.spec.base.kind.exact for layer in layers.values()) and merges.is_main:
             warnings.warn(
@@ -93,22 +95,14 @@ def weights_in_folder(folder: Path, layers: Mapping[str, LoQTLayer], prefix: str
             f"initial_weights is {str(folder)!r}, which is no folder; give one that holds model.safetensors "
             "(huggingface_hub.snapshot_download(name) returns it)"
         )
-    stored = SafetensorsWeights(folder).shapes
-    shapes = {layer.weight_name(name): layer.weight_shape() for name, layer in layers.items()}
-    names = {name: _stored_name(name, prefix, stored) for name in shapes}
-    for name, wanted in shapes.items():
-        found = stored[names[name]]
-        if found != wanted:
-            raise UserError(f"initial_weights: {folder} holds {name} as {found}, but the layer is {wanted}")
+    stored, names = SafetensorsWeights(folder).shapes, {}
+    for layer_name, layer in layers.items():
+        name = layer.weight_name(layer_name)
+        found = stored_name(name, prefix, stored)
+        if found is None:
+            raise UserError(
+                f"initial_weights: the folder has no {name}; take them before the conversion: {TAKE_BEFORE}"
+            )
+        check_shape(name, stored[found], layer, f"{folder} holds")
+        names[name] = found
     return SafetensorsWeights(folder, names)
-
-
-def _stored_name(name: str, prefix: str, stored: Iterable[str]) -> str:
-    """The name under which a folder holds a parameter."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in stored:
-            return candidate
-    raise UserError(
-        f"initial_weights: the folder has no {name}; give a state dict from before the conversion instead: "
-        "before = model.state_dict()"
-    )

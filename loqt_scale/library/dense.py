@@ -23,6 +23,7 @@ from loqt_scale.layers import LoQTLinear
 from loqt_scale.layers.experts import ExpertsForward
 from loqt_scale.layers.frozen import FrozenMatrix
 from loqt_scale.layers.layer import LoQTLayer
+from loqt_scale.layers.names import named_modules
 from loqt_scale.layers.saving import PACKED, merged_weight
 from loqt_scale.strategies import unwrapped
 from loqt_scale.strategies.whole import (
@@ -122,12 +123,13 @@ def _write(model: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtyp
 def _dense_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of the unconverted model's state dict, a tied one as the same tensor. Every rank."""
     seen: dict[int, Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         for key, tensor, read in _reads(module):
             if id(tensor) not in seen:
                 seen[id(tensor)] = _moved(read(dtype), device, dtype)
             is_weight = isinstance(module, LoQTLayer) and key == "weight"
-            yield (module.weight_name(name) if is_weight else f"{name}.{key}").lstrip("."), seen[id(tensor)]
+            full = cast(LoQTLayer, module).weight_name(name) if is_weight else f"{name}.{key}"
+            yield full.lstrip("."), seen[id(tensor)]
 
 
 def _moved(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:

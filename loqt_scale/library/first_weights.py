@@ -15,6 +15,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from loqt_scale.layers import loqt_layers
+from loqt_scale.layers.names import plain_name
 from loqt_scale.merge import InitialWeights
 from loqt_scale.merge.sources import as_initial_weights
 
@@ -28,9 +29,11 @@ class FirstWeights:
     """
 
     def __init__(self, before: Mapping[str, Tensor], model: nn.Module) -> None:
-        names = [layer.weight_name(name) for name, layer in loqt_layers(model)]
-        kept = {name: _of_rank_zero(before[name].detach()) for name in names}
-        self._source: InitialWeights | None = as_initial_weights(kept, names)
+        layers = dict(loqt_layers(model))
+        names = [layer.weight_name(name) for name, layer in layers.items()]
+        plain = {plain_name(name): weight for name, weight in before.items()}
+        kept = {name: _of_rank_zero(plain[name].detach()) for name in names}
+        self._source: InitialWeights | None = as_initial_weights(kept, layers)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `InitialWeights.rows`."""

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
-from loqt_scale.layers.saving import SavePretrained, merged_state, unwrapped_name
+from loqt_scale.layers.names import plain_name
+from loqt_scale.layers.saving import SavePretrained, merged_state
 
 _CHECKPOINT, _LOADED, _MERGED = "_loqt_checkpoint", "_loqt_packed_loaded", "_loqt_merged_loaded"
 _NEEDED = ("base.codes", "projection.codes", "factor")
@@ -101,8 +102,9 @@ def check_loaded(model: nn.Module) -> None:
 
 def _take_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before `load_state_dict`: takes merged weights out, and notes what there is of each layer."""
-    for name, layer in ((unwrapped_name(name), layer) for name, layer in loqt_layers(model)):
+    plain = {plain_name(key) for key in state_dict}
+    for name, layer in loqt_layers(model):
         if state_dict.pop(prefix + layer.weight_name(name), None) is not None:
             getattr(model, _MERGED).add(name)
         parts = [f"{name}.{part}" for part in _NEEDED]  # which may come from several files of one checkpoint
-        getattr(model, _LOADED).update(part for part in parts if prefix + part in state_dict)
+        getattr(model, _LOADED).update(part for part in parts if prefix + part in plain)

@@ -4,7 +4,6 @@ from loqt_scale.merge.coordinator import MergeCoordinator
 from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.probes import attach_probes, probe_shape
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
-from loqt_scale.merge.sources import plain_name
 from loqt_scale.merge.subspace import AIR_BYTES, wave_size
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "MergeReport",
     "StartReport",
     "attach_probes",
-    "plain_name",
     "probe_shape",
     "wave_size",
 ]

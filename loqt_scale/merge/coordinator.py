@@ -36,13 +36,14 @@ from torch import Tensor, nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTExperts, LoQTLayer, loqt_layers
+from loqt_scale.merge.first_weights import agreed_source, check_first_weights
 from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import check_config, check_settings, settings_of
-from loqt_scale.merge.sources import WeightsInMemory, as_initial_weights, plain_name
+from loqt_scale.merge.sources import WeightsInMemory
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
@@ -88,16 +89,15 @@ class MergeCoordinator:
     ) -> None:
         found = found_or_given(model, optimizer, editing)
         self.description, self._editing, self._optimizers = found.description, found.editing, found.optimizers
-        self._layers = {plain_name(name): layer for name, layer in loqt_layers(found.model)}
+        self._layers = dict(loqt_layers(found.model))
         factors = {name: layer.factor for name, layer in self._layers.items()}
         self._editing.check_held(self._optimizers, factors)
         experts = {name: layer.factor for name, layer in self._layers.items() if isinstance(layer, LoQTExperts)}
         check_no_muon_of_experts(experts, self._optimizers)
         check_config(self._layers, config)
         self._config, self._seed = config, seed
-        self._initial_weights = as_initial_weights(
-            initial_weights, [layer.weight_name(name) for name, layer in self._layers.items()]
-        )
+        prefix = getattr(found.model, "base_model_prefix", "")
+        self._initial_weights = agreed_source(initial_weights, self._layers, prefix, self._editing.comm)
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._order = StepOrder(StepWatch(self._optimizers))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
@@ -135,6 +135,15 @@ class MergeCoordinator:
         self.expect_first_merge()
         owners, source = self._search.owners, self._initial_weights
         return start_compensated(self._layers, owners, source, self._config, self._editing, seed=self._seed)
+
+    def check_first_weights(self) -> None:
+        """Before the first merge: refuses `initial_weights` that are not those of this model. Every rank.
+
+        Raises:
+            UserError: The layer in which they differ most.
+        """
+        if self._initial_weights is not None:
+            check_first_weights(self._layers, self._initial_weights, self._editing)
 
     def go_on(self, step: int) -> None:
         """Says that a run goes on at a step, with the merges before it made or named by `require`. Local."""

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import MergeConfig, StatePolicy
-from loqt_scale.functional.compensation import Compensated, add_low_rank, compensation, in_step, update_survival
+from loqt_scale.functional.compensation import Compensated, add_low_rank, compensation, in_step
 from loqt_scale.functional.loftq import Packed, Residual, loftq
-from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.transport import StateKind, basis_rotation, carry_states
 from loqt_scale.merge.basis import FoundBasis
+from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing, EditStates
 
 
@@ -86,6 +87,7 @@ class ExpertsMerge:
         live = [expert for expert in range(self._spec.expert_count) if expert not in self._kept]
         if not live:
             return MergedExperts(None, self._kept, lambda *_: None)
+        self._gather_source(live)
         self._keep_bases()
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
@@ -97,6 +99,11 @@ class ExpertsMerge:
         table = torch.stack(rows)
         diagnostics = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
         return MergedExperts(diagnostics, self._kept, edit)
+
+    def _gather_source(self, live: Sequence[int]) -> None:
+        """Has the weights before quantization at hand if one of the experts needs them. Every rank."""
+        if self._source is not None and any(self._first[expert] for expert in live):
+            self._source = of_layer(self._source, self._name, self._placed.layer)
 
     @property
     def _factor_rows(self) -> int:
@@ -165,24 +172,18 @@ class ExpertsMerge:
 
     def _describe(self, expert: int, result: Compensated, weights: Tensor, old_factor: Tensor, new: Tensor) -> Tensor:
         """An expert's diagnostics, as of a layer."""
-        spec, old, factor = self._each, self._old[expert], self._factor(expert, old_factor)
-        first = self._first[expert]
-        sums = update_survival(
+        return describe_merge(
+            self._each,
             weights[self._rows(expert)[1]],
-            spec.base,
             result,
-            new_basis=self._basis(expert, new),
-            old_basis=self._basis(expert, old),
-            old_factor=torch.zeros_like(factor) if first else factor,
-            side=spec.side,
-            scale=spec.scale,
+            old_FR=self._old[expert],
+            new_FR=new,
+            rows_of_basis=partial(self._basis, expert),
+            old_factor=self._factor(expert, old_factor),
+            energy=None if self._blank[expert] else self._found.energy[expert],
+            first=self._first[expert],
+            is_known=self._source is not None,
         )
-        nan = result.error.new_full((), float("nan"))
-        energy = nan if self._blank[expert] else self._found.energy[expert]
-        overlap = nan if first else subspace_overlap(old, new)
-        lost = first and self._source is None and not spec.base.kind.exact  # errors of what is not known any more
-        errors = (nan, nan) if lost else (result.error_before, result.error)
-        return torch.stack([*errors, energy, overlap, *sums])
 
     def _store(self, live: Sequence[int], results: Sequence[Compensated], old_factor: Tensor) -> None:
         codes, scales = (None if part is None else part.clone() for part in self._base)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from loqt_scale.config import MergeConfig
 from loqt_scale.errors import UserError
-from loqt_scale.functional.compensation import add_low_rank, compensate, update_survival
+from loqt_scale.functional.compensation import add_low_rank, compensate
 from loqt_scale.functional.loftq import Residual
-from loqt_scale.functional.projection import subspace_overlap
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.transport import basis_rotation, carry_states
 from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.basis import FoundBasis
+from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.experts import ExpertsMerge, expert_names
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing, EditStates
 
 
@@ -97,35 +98,30 @@ class LayerMerge:
         weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
         placed.store_basis(found.codes, found.scales)
         new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
-        local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
-
         result = compensate(
             weight,
             spec.base,
-            local_new,
+            placed.rows_of_basis(new_basis),
             new_basis.T @ new_basis,
             side=spec.side,
             scale=spec.scale,
             rounds=self._merge.compensation_rounds,
             sum_over_shards=editing.sum,
         )
-        sums = update_survival(
-            weight,
-            spec.base,
-            result,
-            new_basis=local_new,
-            old_basis=local_old,
-            old_factor=torch.zeros_like(old_factor) if first else old_factor,
-            side=spec.side,
-            scale=spec.scale,
-        )
         placed.store(result)
-        lost = first and self._source is None and not spec.base.kind.exact
         self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
-        nan = found.energy.new_full((), float("nan"))
-        errors = (nan, nan) if lost else (result.error_before, result.error)  # of what is not known any more
-        energy, overlap = nan if is_blank else found.energy, nan if first else subspace_overlap(old_basis, new_basis)
-        return torch.stack([*errors, energy, overlap, *sums])
+        return describe_merge(
+            spec,
+            weight,
+            result,
+            old_FR=old_basis,
+            new_FR=new_basis,
+            rows_of_basis=placed.rows_of_basis,
+            old_factor=old_factor,
+            energy=None if is_blank else found.energy,
+            first=first,
+            is_known=self._source is not None,
+        )
 
     def _share_basis(self, layer: LoQTLayer, owner: int, mine: FoundBasis | None) -> FoundBasis:
         """Broadcasts an owner's P, packed. Every rank."""
@@ -146,7 +142,8 @@ class LayerMerge:
         """
         spec = placed.layer.spec
         if first and self._source is not None:
-            weight = initial_rows(self._source, name, placed.layer, *placed.rows).to(self._editing.device)
+            source = of_layer(self._source, name, placed.layer)
+            weight = initial_rows(source, name, placed.layer, *placed.rows).to(self._editing.device)
             if not bool(basis_FR.any()):  # P and B are zero: there is nothing to add
                 return weight
             residual = Residual(placed.shard(), weight, placed.packed_base())

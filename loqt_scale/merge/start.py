@@ -19,6 +19,7 @@ from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.experts import start_experts
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.report import StartReport
+from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing
 
 
@@ -49,11 +50,12 @@ def start_compensated(
             continue
         with editing.open(layer.merged_parameters()):
             placed, rounds = PlacedLayer(layer, editing), config.merge.compensation_rounds
+            weights = of_layer(source, name, layer)
             if layer.spec.experts is not None:
                 how = {"owner": owner, "rounds": rounds, "seed": seed}
-                errors[name] = start_experts(name, placed, source, **how, device=editing.device)
+                errors[name] = start_experts(name, placed, weights, **how, device=editing.device)
                 continue
-            weight = initial_rows(source, name, layer, *placed.rows).to(editing.device)
+            weight = initial_rows(weights, name, layer, *placed.rows).to(editing.device)
             result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
             placed.store_basis(*packed)
             placed.store(result)

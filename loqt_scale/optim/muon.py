@@ -64,7 +64,7 @@ class StreamedMuon(StreamedAdamW):
             super()._update(tensors, group)
             return
         work = list(self._work_of(tensors))
-        for wave in muon_waves([(one.fragment.rows, one.fragment.columns) for one in work], self._shards.count):
+        for wave in muon_waves([(one.fragment.rows, one.fragment.columns) for one in work], self._shards.shard_size):
             self._orthogonal_update([work[index] for index in wave], group)
 
     def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
@@ -97,13 +97,13 @@ class StreamedMuon(StreamedAdamW):
 
     def _sum(self, grams: Tensor) -> Tensor:
         """Sums Gram matrices over the shards. Every rank of them. One all-reduce."""
-        if self._shards.count == 1:
+        if self._shards.shard_size == 1:
             return grams
         return unpack_symmetric(self._shards.sum(pack_symmetric(grams)), grams.shape[-1])
 
     def _complete(self, pieces: Sequence[_Rows], *, whole: bool) -> None:
         """Gives the rows of U the values that other ranks hold. Every rank. An all-reduce a matrix, if `whole`."""
-        if self._shards.count == 1:
+        if self._shards.shard_size == 1:
             return
         if not whole:
             self._complete_rows(pieces)
@@ -119,8 +119,8 @@ class StreamedMuon(StreamedAdamW):
         if not self._adopted:  # whole rows
             return
         columns = pieces[0].matrix.shape[1]
-        sent = pieces[0].matrix.new_zeros(self._shards.count, len(pieces), 2, columns + 1)
-        for mine, piece in zip(sent[self._shards.rank], pieces, strict=True):
+        sent = pieces[0].matrix.new_zeros(self._shards.shard_size, len(pieces), 2, columns + 1)
+        for mine, piece in zip(sent[self._shards.shard_rank], pieces, strict=True):
             for slot, row in piece.cut_rows():
                 mine[slot, :columns], mine[slot, columns] = piece.matrix[row], piece.first_row + row + 1
         sent = self._shards.sum(sent)

@@ -14,10 +14,10 @@ class RowShards:
 
     Args:
         sum: Sum of a tensor over them, the same on all. Every one of them.
-        rank: This one's place among them.
-        count: How many they are; 1: every rank stores everything.
+        shard_rank: This one's place among them.
+        shard_size: How many they are; 1: every rank stores everything.
     """
 
     sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    rank: int = 0
-    count: int = 1
+    shard_rank: int = 0
+    shard_size: int = 1

@@ -30,12 +30,12 @@ class Placement(ABC):
     @property
     def shard_rank(self) -> int:
         """This rank's place among those that together store each parameter once."""
-        return self.row_shards.rank
+        return self.row_shards.shard_rank
 
     @property
     def shard_size(self) -> int:
         """How many these are; 1: this rank stores everything."""
-        return self.row_shards.count
+        return self.row_shards.shard_size
 
     @abstractmethod
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:

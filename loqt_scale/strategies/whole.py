@@ -47,8 +47,9 @@ def unsharded_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_of_engine(hook: Callable[..., Any]) -> bool:
-    """Whether a module's hook belongs to FSDP2 or DeepSpeed."""
-    return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "deepspeed."))
+    """Whether a module's hook belongs to FSDP2 or DeepSpeed; checkpoint_wrapper's belongs to the model."""
+    home = getattr(hook, "__module__", None) or ""
+    return home.startswith(("torch.distributed.", "deepspeed.")) and "checkpoint_wrapper" not in home
 
 
 def is_first_rank() -> bool:
