@@ -4,8 +4,8 @@
     python examples/NAME.py --sweep    one seed of every learning rate that was tried
     python examples/NAME.py --short    seconds: to see that it works
 
-Finished runs are kept in `results.jsonl`; the same command goes on after the last of them. They are known by method, seed,
-rate and options: delete the file if you change an example.
+Finished runs are kept in `results.jsonl`; the same command goes on after the last of them. They are known by method,
+seed, rate and options: delete the file if you change an example.
 """
 
 import argparse
