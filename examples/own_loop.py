@@ -95,6 +95,6 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
 
 
 if __name__ == "__main__":
-    rates = {f"{m}, Muon": [1e-2, 5e-3, 2e-2] for m in ("loqt", "full")}
-    rates |= {"loqt, AdamW": [4e-3, 2e-3, 8e-3], "full, AdamW": [2e-3, 1e-3, 4e-3]}
+    rates = {"loqt, Muon": [4e-2, 5e-3, 1e-2, 2e-2, 8e-2], "full, Muon": [1e-2, 5e-3, 2e-2]}
+    rates |= {"loqt, AdamW": [8e-3, 2e-3, 4e-3], "full, AdamW": [4e-3, 1e-3, 2e-3]}
     compare(train, name="own_loop", score="held-out loss, nats a byte", curve="training loss", rates=rates)

@@ -51,5 +51,5 @@ def draw(found: dict[str, list[Result]], curve: str, file: Path) -> None:
             )
     axes.set(xlabel="steps", ylabel=curve)
     axes.legend()
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    figure.savefig(file, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
