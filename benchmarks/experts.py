@@ -1,4 +1,5 @@
-"""Memory and step time of a layer of experts: LoQT beside the dense layer, and beside a dense MLP of as many weights.
+"""Memory and step time of a layer of experts: LoQT beside the dense layer, beside a module for each expert, and beside
+MLPs of as many weights and of as many as a token meets.
 
 A step is forward and backward of the experts and AdamW's update; the result is the median of several, after one that is
 not counted. Bytes are those of weights, gradients and the optimizer's states; on a GPU the
@@ -55,16 +56,30 @@ LARGE = [Shape(64, 2048, 1024, 8, 128, 8192), Shape(8, 4096, 14336, 2, 256, 8192
 
 
 class Mlp(nn.Module):
-    """A gated MLP whose weights are as many as those of all experts."""
+    """A gated MLP; as a layer of experts it is given choices, and has none."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden: Tensor, *choices: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+class Each(nn.Module):
+    """Experts that are a module each, in a loop over those that have tokens: transformers 4's form."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        inner = shape.experts * shape.inner
-        self.gate_up, self.down = nn.Linear(shape.width, 2 * inner, bias=False), nn.Linear(inner, shape.width)
+        self.experts = nn.ModuleList(Mlp(shape.width, shape.inner) for _ in range(shape.experts))
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        found = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            rows, choice = torch.where(index == number)
+            found = found.index_add(0, rows, expert(hidden[rows]) * weights[rows, choice, None])
+        return found
 
 
 def layers_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -75,7 +90,12 @@ def layers_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
     )
     config._experts_implementation = "grouped_mm"
     layers: dict[str, nn.Module] = {"dense experts": MixtralExperts(config), "LoQT experts": MixtralExperts(config)}
-    layers |= {"dense MLP": Mlp(shape), "LoQT MLP": Mlp(shape)}
+    layers["LoQT, a module each"] = Each(shape)
+    for kind, inner in (
+        ("as many weights", shape.experts * shape.inner),
+        ("as many active", shape.choices * shape.inner),
+    ):
+        layers |= {f"{method} MLP, {kind}": Mlp(shape.width, inner) for method in ("dense", "LoQT")}
     for name, layer in layers.items():
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.02)

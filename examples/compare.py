@@ -4,7 +4,8 @@
     python examples/NAME.py --sweep    one seed of every learning rate that was tried
     python examples/NAME.py --short    seconds: to see that it works
 
-Finished runs are kept in `results.jsonl`; the same command goes on after the last of them.
+Finished runs are kept in `results.jsonl`; the same command goes on after the last of them. They are known by method,
+seed, rate and options: delete the file if you change an example.
 """
 
 import argparse
@@ -33,29 +34,36 @@ def compare(
     parser.add_argument("--sweep", action="store_true", help="every learning rate, one seed")
     parser.add_argument("--short", action="store_true", help="seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/examples"))
-    args, _ = parser.parse_known_args()
+    args, options = parser.parse_known_args()  # an example's own options are part of what a run is known by
     folder = args.out / (f"{name}-short" if args.short else name)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if args.sweep or args.short else args.seeds)
-    runs = [(m, rate, seed) for m in rates for rate in (rates[m] if args.sweep else rates[m][:1]) for seed in seeds]
+    runs = [
+        [m, seed, rate, *options]
+        for m in rates
+        for rate in (rates[m] if args.sweep else rates[m][:1])
+        for seed in seeds
+    ]
     found: dict[str, list[Result]] = {}
-    for method, rate, seed in runs:
-        result = _kept_or_run(folder / "results.jsonl", train, method, seed, rate, args.short)
-        found.setdefault(f"{method} lr {rate:g}", []).append(result)
+    for run in runs:
+        label = f"{run[0]} lr {run[2]:g}"
+        found.setdefault(label, []).append(_kept_or_run(folder / "results.jsonl", train, run, args.short))
     print(table(found, score))
     draw(found, curve, args.out / f"{folder.name}.png")
     return found
 
 
-def _kept_or_run(file: Path, train: Callable[..., Result], method: str, seed: int, rate: float, short: bool) -> Result:
+def _kept_or_run(file: Path, train: Callable[..., Result], run: list, short: bool) -> Result:
+    """The result of [method, seed, rate, options ...]."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for line in lines:
-        if line["run"] == [method, seed, rate]:
+        if line["run"] == run:
             return Result(**line["result"])
+    method, seed, rate = run[:3]
     started = time.perf_counter()
     result = train(method, seed, rate, short)
     seconds = time.perf_counter() - started
     print(f"{method}, seed {seed}, learning rate {rate:g}: {result.score:.4g} ({seconds:.0f} s)", flush=True)
     with file.open("a") as out:
-        out.write(json.dumps({"run": [method, seed, rate], "seconds": seconds, "result": asdict(result)}) + "\n")
+        out.write(json.dumps({"run": run, "seconds": seconds, "result": asdict(result)}) + "\n")
     return result

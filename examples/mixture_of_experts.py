@@ -50,6 +50,6 @@ def held_out_loss(model: MixtralForCausalLM, held_out: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    rates = {"loqt": [1e-2, 5e-3, 2e-2], "full": [2e-3, 1e-3, 4e-3]}
+    rates = {"loqt": [4e-2, 5e-3, 1e-2, 2e-2, 8e-2], "full": [4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2]}
     name = "mixture_of_experts"
     compare(train, name=name, score="held-out loss, nats a byte", curve="training loss", rates=rates)

@@ -18,13 +18,14 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from own_loop import CONFIG, SEQUENCES, Model, batch, loss_of, text
 
-from loqt_scale import attach, convert_to_loqt
+from loqt_scale import attach, convert_to_loqt, muon
 
 
 def train(stage: int, steps: int) -> list[float]:
     """Losses, means over ranks. Every rank."""
     settings = {
-        "train_micro_batch_size_per_gpu": SEQUENCES,
+        "train_micro_batch_size_per_gpu": SEQUENCES // int(os.environ["WORLD_SIZE"]),
+        "zero_allow_untested_optimizer": True,  # Muon
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,  # else DeepSpeed clips to 1.0, which a loop in plain PyTorch does not
@@ -35,16 +36,16 @@ def train(stage: int, steps: int) -> list[float]:
     model = Model()
     before = model.state_dict()
     convert_to_loqt(model, CONFIG)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    optimizer = muon(model, lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     merges = attach(engine, optimizer, CONFIG, initial_weights=before)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         print(f"found: {merges.description}")
-    data, generator, losses = text(), torch.Generator().manual_seed(rank), []
+    (data, _), generator, losses = text(), torch.Generator().manual_seed(0), []
     for step in range(steps):
         merges.prepare(backward_passes=1)
-        loss = loss_of(engine, batch(data, generator).to(engine.device))
+        loss = loss_of(engine, batch(data, generator)[rank::world_size].to(engine.device))
         engine.backward(loss)
         engine.step()
         report = merges.finish()

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parent))
 from own_loop import CONFIG, Model, batch, loss_of, text
 
-from loqt_scale import attach, convert_to_loqt
+from loqt_scale import attach, convert_to_loqt, muon
 from loqt_scale.strategies import packed_bytes_may_be_sharded
 
 
@@ -37,14 +37,14 @@ def train(steps: int) -> list[float]:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    optimizer = muon(model, lr=1e-2)
     merges = attach(model, optimizer, CONFIG, initial_weights=before)
     if rank == 0:
         print(f"found: {merges.description}")
-    data, generator, losses = text(), torch.Generator().manual_seed(rank), []
+    (data, _), generator, losses = text(), torch.Generator().manual_seed(0), []
     for step in range(steps):
         merges.prepare(backward_passes=1)
-        loss = loss_of(model, batch(data, generator).to(device_type))
+        loss = loss_of(model, batch(data, generator)[rank::world_size].to(device_type))
         loss.backward()
         optimizer.step()
         report = merges.finish()

@@ -1,8 +1,11 @@
 """A loop of one's own: a small language model on the text of Python's manual, LoQT against full rank.
 
-python examples/own_loop.py [--short] [--seeds 3]
+python examples/own_loop.py [--short] [--sweep]
+
+Both by Muon (`loqt_scale.muon`: momentum 0.9 for the matrices, AdamW for the rest) and by AdamW alone.
 """
 
+from copy import deepcopy
 from pydoc_data.topics import topics
 from statistics import mean
 
@@ -11,7 +14,7 @@ from compare import Result, compare, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loqt_scale import LoQTConfig, MergeConfig, attach, convert_to_loqt
+from loqt_scale import LoQTConfig, MergeConfig, attach, convert_to_loqt, muon
 
 CONFIG = LoQTConfig(rank=32, merge=MergeConfig(gap=40))
 LENGTH, WIDTH, SEQUENCES = 64, 128, 16
@@ -48,9 +51,10 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
 
-def text() -> Tensor:
-    """Some 700 kB."""
-    return torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
+def text() -> tuple[Tensor, Tensor]:
+    """(training, held-out) bytes, some 700 kB, the last tenth held out."""
+    data = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
+    return data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
 
 
 def batch(data: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,21 +68,22 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
-    data, model, generator = text(), Model(), torch.Generator().manual_seed(seed)
-    training, held_out, curve = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :], []
-    before = model.state_dict()
-    if method == "loqt":
-        convert_to_loqt(model, CONFIG)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    if method == "loqt":
+    (training, held_out), model, generator, curve = text(), Model(), torch.Generator().manual_seed(seed), []
+    low_rank, before = method.startswith("loqt"), model.state_dict()
+    matrices = convert_to_loqt(model if low_rank else deepcopy(model), CONFIG)  # their names
+    if method.endswith("AdamW"):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    else:
+        optimizer = muon(model, lr=rate, dense_layers=[] if low_rank else matrices)
+    if low_rank:
         merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed)
     for step in range(4 if short else 400):
-        if method == "loqt":
+        if low_rank:
             merges.prepare()
         loss = loss_of(model, batch(training, generator))
         loss.backward()
         optimizer.step()
-        if method == "loqt":
+        if low_rank:
             merges.finish()
         optimizer.zero_grad()
         if step % 10 == 0:
@@ -90,5 +95,6 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
 
 
 if __name__ == "__main__":
-    rates = {"loqt": [4e-3, 2e-3, 8e-3], "full": [1e-3, 5e-4, 2e-3]}
+    rates = {"loqt, Muon": [4e-2, 5e-3, 1e-2, 2e-2, 8e-2], "full, Muon": [1e-2, 5e-3, 2e-2]}
+    rates |= {"loqt, AdamW": [8e-3, 2e-3, 4e-3], "full, AdamW": [4e-3, 1e-3, 2e-3]}
     compare(train, name="own_loop", score="held-out loss, nats a byte", curve="training loss", rates=rates)

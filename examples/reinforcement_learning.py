@@ -56,5 +56,5 @@ parser.add_argument("--task", default="CartPole-v1")
 parser.add_argument("--rounds", type=int, default=40)
 OPTIONS, _ = parser.parse_known_args()
 if __name__ == "__main__":
-    rates = {"loqt": [3e-3, 1e-3, 1e-2], "full": [1e-3, 3e-4, 3e-3]}
+    rates = {"loqt": [3e-3, 1e-3, 1e-2], "full": [3e-3, 3e-4, 1e-3, 1e-2]}
     compare(train, name=f"ppo-{OPTIONS.task}", score="return (last 50 episodes)", curve="return", rates=rates)

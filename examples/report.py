@@ -20,7 +20,12 @@ class Result:
 
 def measured(score: float, curve: list[tuple[float, float]], model: nn.Module, optimizer) -> Result:
     """A result, with the bytes of a model and its optimizer."""
-    states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    states = [
+        tensor
+        for state in optimizer.state.values()
+        for value in state.values()
+        for tensor in ([value] if torch.is_tensor(value) else value.tensors())  # `muon` keeps its moments in chunks
+    ]
     weights, moments = (sum(t.numel() * t.element_size() for t in part) for part in (model.parameters(), states))
     return Result(score, curve, weights, moments)
 
@@ -43,7 +48,7 @@ def draw(found: dict[str, list[Result]], curve: str, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure, axes = pyplot.subplots(figsize=(6, 3.6))
     for index, (label, results) in enumerate(found.items()):
         for result in results:
             axes.plot(
@@ -51,5 +56,5 @@ def draw(found: dict[str, list[Result]], curve: str, file: Path) -> None:
             )
     axes.set(xlabel="steps", ylabel=curve)
     axes.legend()
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    figure.savefig(file, dpi=80, bbox_inches="tight")
     pyplot.close(figure)

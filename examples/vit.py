@@ -37,5 +37,5 @@ def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -
 
 
 if __name__ == "__main__":
-    rates = {"loqt": [1e-2, 5e-3, 2e-2], "full": [2e-3, 1e-3, 4e-3]}
+    rates = {"loqt": [5e-3, 2.5e-3, 1e-2, 2e-2], "full": [1e-3, 5e-4, 2e-3, 4e-3]}
     compare(train, name="vit", score="held-out accuracy, %", curve="training loss", rates=rates)

@@ -6,6 +6,7 @@ torch.
     convert_to_loqt    turns the linears of any model into LoQT layers, in place
     LoQTCallback       all of it in transformers' Trainer
     attach             gives a training loop of your own its merges: a MergeCoordinator
+    muon               the optimizer that trains it best
     to_dense           the model with ordinary linears again; save_merged: a folder for from_pretrained
     LoQTConfig         the method's settings
     RunConfig, train   a whole training job
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from loqt_scale.library.attach import attach
     from loqt_scale.library.callback import LoQTCallback
     from loqt_scale.library.dense import save_merged, to_dense
+    from loqt_scale.library.muon import muon
     from loqt_scale.merge import MergeCoordinator, MergeReport
     from loqt_scale.training.job import train
 
@@ -35,6 +37,7 @@ _HOMES = {
     "SubspaceConfig": "config",
     "attach": "library.attach",
     "convert_to_loqt": "layers",
+    "muon": "library.muon",
     "save_merged": "library.dense",
     "to_dense": "library.dense",
     "train": "training.job",
@@ -52,6 +55,7 @@ __all__ = [
     "SubspaceConfig",
     "attach",
     "convert_to_loqt",
+    "muon",
     "save_merged",
     "to_dense",
     "train",

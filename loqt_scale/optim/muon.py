@@ -17,7 +17,7 @@ smaller, and Q' U the same step; it needs whole rows against whole rows, so ther
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,11 @@ class StreamedMuon(StreamedAdamW):
     ) -> None:
         super().__init__([{"muon": False, **group} for group in groups], **settings)
         self._momentum, self._shards = momentum, shards
+
+    def place(self, local: Callable[[Tensor], Tensor], first_row: Callable[[Tensor], int], shards: RowShards) -> None:
+        """See `StreamedAdamW.place`."""
+        super().place(local, first_row, shards)
+        self._shards = shards
 
     def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
         """Muon's one moment, or Adam's two."""

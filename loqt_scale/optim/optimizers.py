@@ -41,7 +41,7 @@ def _refuse_experts(model: nn.Module, dense_layers: Iterable[str]) -> None:
     if names:
         raise UserError(
             f"optim.name is muon, but {names[0]} holds the matrices of several experts, which Muon would take for one; "
-            "write --optim.name adamw"
+            "write --optim.name adamw, in a loop of your own torch.optim.AdamW"
         )
 
 

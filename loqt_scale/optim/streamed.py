@@ -30,6 +30,7 @@ from loqt_scale.config import OptimizerStates
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
+from loqt_scale.optim.shards import RowShards
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,6 +76,16 @@ class StreamedAdamW(torch.optim.Optimizer):
         self._group_of = {id(p): group for p, group in every}
         self._index_of = {id(p): index for index, (p, _) in enumerate(every)}
         self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
+
+    def place(self, local: Callable[[Tensor], Tensor], first_row: Callable[[Tensor], int], shards: RowShards) -> None:
+        """Says how the parameters are spread, where that was not known when this was made.
+
+        Args:
+            local: The stored rows of a parameter or gradient, as a plain tensor that shares its memory.
+            first_row: Index, in the whole parameter, of the first stored row.
+            shards: The ranks that each store a part of every parameter.
+        """
+        self._local, self._first_row = local, first_row
 
     def adopt(self, flat: Tensor, fragments: Sequence[Fragment]) -> None:
         """Takes a flat tensor, which a group will name in the place of parameters, for the fragments that it holds.

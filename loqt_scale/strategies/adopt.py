@@ -14,7 +14,7 @@ Process groups are the user's: used, never made nor destroyed, but for one besid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLayer, loqt_layers
+from loqt_scale.optim import StreamedAdamW
 from loqt_scale.process.environment import is_launched, launched_world_size
 from loqt_scale.strategies.adopt_mesh import adopt_mesh
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
@@ -72,6 +73,7 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
         return Adopted(description, inner, (base_optimizer(model),), editing)
     inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
     description, editing = _adopt_module(model, inner, dict(loqt_layers(inner)))
+    _tell_placement(optimizers, editing)
     return Adopted(description, inner, optimizers, editing)
 
 
@@ -117,6 +119,15 @@ def replicas(device: torch.device, group: Any = None) -> Editing:
 def alone(device: torch.device) -> Editing:
     """For a rank that trains a model of its own, whatever the others do. Local."""
     return single_process(device).editing
+
+
+def _tell_placement(optimizers: Iterable[Optimizer], editing: Editing) -> None:
+    """Says to an optimizer of ours, made before anybody knew, how its parameters are spread. Local."""
+    assert isinstance(editing, ReplicaEditing)
+    placement = editing.placement
+    for optimizer in optimizers:
+        if isinstance(optimizer, StreamedAdamW):
+            optimizer.place(placement.local, lambda whole: placement.stored_rows(whole)[0], placement.row_shards)
 
 
 def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]) -> tuple[str, Editing]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt
+from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt, muon
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 12, 8, 16, 64
 
@@ -72,7 +72,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train_own(how: str, scheme: str, *, micro: int = 1, counted: bool = False) -> dict[str, Any]:
+def train_own(how: str, scheme: str, *, micro: int = 1, counted: bool = False, by_muon: bool = False) -> dict[str, Any]:
     """Losses, kind that was found and merges of somebody's own loop. Every rank.
 
     Args:
@@ -80,13 +80,14 @@ def train_own(how: str, scheme: str, *, micro: int = 1, counted: bool = False) -
         scheme: How W and P are stored.
         micro: Passes of a step.
         counted: Whether the passes are told beforehand.
+        by_muon: Our Muon, not torch's AdamW.
     """
     alone = how == "single"
     if not alone:
         _join(how)
     rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     model, before, settings = converted(scheme)
-    wrapped, optimizer = _spread(how, model, micro)
+    wrapped, optimizer = _spread(how, model, micro, by_muon)
     merges = MergeCoordinator(wrapped, optimizer, settings, initial_weights=before)
     losses, reports = [], []
     for step in range(STEPS):
@@ -131,7 +132,7 @@ def _close(engine: Any) -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def _spread(how: str, model: nn.Module, micro: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _spread(how: str, model: nn.Module, micro: int, by_muon: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     if how == "ddp":
         model = DistributedDataParallel(model)
     elif how in ("fsdp", "hsdp"):
@@ -140,7 +141,9 @@ def _spread(how: str, model: nn.Module, micro: int) -> tuple[nn.Module, torch.op
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(trained(model), lr=5e-3, eps=1e-6)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained(model), lr=5e-3, eps=1e-6)
+    if by_muon:
+        optimizer = muon(model, lr=5e-3, eps=1e-6)
     if how.startswith("zero"):
         return _engine(model, optimizer, int(how[-1]), micro), optimizer
     return model, optimizer
@@ -154,6 +157,7 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micr
         "gradient_accumulation_steps": micro,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # Muon
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
@@ -196,6 +200,12 @@ def refusals() -> dict[str, str]:
     loss_of(model, batch(0)).detach()  # without a backward pass, the root's parameters stay whole
     merges = MergeCoordinator(model, fresh, settings)
     assert merges.description.startswith("fully_shard") and isinstance(model.blocks[0].up.factor, DTensor)  # type: ignore[index,union-attr]
+    unplaced = muon(model, lr=1e-2)
+    loss_of(model, batch(0)).backward()
+    try:
+        unplaced.step()
+    except UserError as error:
+        told["muon before attach"] = str(error)
     return told
 
 

@@ -44,12 +44,21 @@ def test_a_loop_of_ones_own_trains_as_one_process(
             assert ours == pytest.approx(theirs, abs=20 * TOLERANCE[scheme], rel=0)
 
 
+def test_muon_learns_from_attach_how_its_parameters_are_spread(ranks: RankPool) -> None:
+    """Rows of B end where `fully_shard` or a flat tensor of DeepSpeed's ends."""
+    expected = ranks.run(1, f"{TASKS}:train_own", how="single", scheme="none", by_muon=True)[0]["losses"]
+    for how in ("ddp", "fsdp", "zero2"):
+        for result in ranks.run(2, f"{TASKS}:train_own", how=how, scheme="none", by_muon=True):
+            assert result["losses"] == pytest.approx(expected, abs=TOLERANCE["none"], rel=0), how
+
+
 def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:
     told = ranks.run(2, f"{TASKS}:refusals")[1]
     assert "2 ranks" in told["plain"] and "the DistributedDataParallel object" in told["plain"]
     assert told["compiled ddp"] == FOUND["ddp"]
     assert "is not sharded" in told["partly sharded"] and "fully_shard(model, mesh=mesh)" in told["partly sharded"]
     assert "2 meshes" in told["two meshes"] and "(1, 2)" in told["two meshes"]
+    assert "attach(model, optimizer, config) comes before the first step" in told["muon before attach"]
     assert "before fully_shard" in told["optimizer before fully_shard"]
 
 

@@ -43,7 +43,9 @@ def test_both_methods_train(
         pytest.importorskip("gymnasium")
     run(name, monkeypatch)
     table = capsys.readouterr().out.split("| |")[-1]
-    assert table.count("\n| loqt") == 1 and table.count("\n| full") == 1
+    rows = [line.split("|") for line in table.splitlines() if line.startswith(("| loqt", "| full"))]
+    assert [row[1].split()[0].strip(",") for row in rows] == ["loqt", "full"] * (2 if name == "own_loop" else 1)
+    assert all(float(row[-2]) > 0 for row in rows)  # bytes of the states
     assert len(list((here / "runs" / "examples").glob("*.png"))) == 1
 
 

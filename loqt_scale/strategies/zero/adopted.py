@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loqt_scale.errors import ConfigError, UserError
+from loqt_scale.optim import RowShards, StreamedAdamW
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
 from loqt_scale.strategies.placement import Replicated
 from loqt_scale.strategies.process_group import GroupComm
@@ -75,8 +77,17 @@ def adopt_engine(engine: Any) -> tuple[str, Editing]:
     if stage == 0:
         return description, ReplicaEditing(comm, Replicated(engine.device))
     running = RunningEngine(sys.modules["deepspeed"], stage, engine)
-    running.tell_fragments(base_optimizer(engine), comm.rank)
+    optimizer = base_optimizer(engine)
+    if isinstance(optimizer, StreamedAdamW):
+        shards = RowShards(partial(_sum_masters, comm), comm.rank, comm.world_size)
+        optimizer.place(lambda tensor: tensor, lambda _: 0, shards)
+    running.tell_fragments(optimizer, comm.rank)
     return description, ZeroEditing(comm, running)
+
+
+def _sum_masters(comm: GroupComm, tensor: Tensor) -> Tensor:
+    """Every rank. Masters may lie in host memory."""
+    return comm.sum(tensor.to(comm.device)).to(tensor.device)
 
 
 def _checked_stage(engine: Any) -> int:

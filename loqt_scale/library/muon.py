@@ -1,0 +1,64 @@
+"""The optimizer that trains LoQT best, for a loop of one's own: Muon for the factors, AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from loqt_scale.config import OptimConfig, OptimizerStates
+from loqt_scale.errors import UserError
+from loqt_scale.layers import loqt_layers
+from loqt_scale.optim import StreamedMuon, create_optimizer
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: float,
+    full_precision_lr: float | None = None,
+    momentum: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    states: OptimizerStates = "float32",
+    dense_layers: Iterable[str] = (),
+    seed: int = 0,
+) -> StreamedMuon:
+    """One optimizer with two groups: Muon's step for the factors B, AdamW's for embeddings, norms, biases and head.
+
+        optimizer = muon(model, lr=1e-2)
+        merges = attach(model, optimizer, config)  # tells it how the model is spread over ranks
+
+    Args:
+        model: A converted model; on several ranks as `fully_shard` made it, before DDP or DeepSpeed wrap it, or after
+            DDP has.
+        lr: Peak learning rate of the factors.
+        full_precision_lr: That of the rest; default: `lr`.
+        momentum: Muon's.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: Decoupled, of all.
+        states: float32, or int8 = moments in 8-bit codes.
+        dense_layers: Names of layers whose dense weights take Muon's step too: all, for a full-rank run beside it.
+        seed: Of what is rounded at random (parameters in bfloat16).
+
+    Raises:
+        UserError: There are neither LoQT layers nor dense ones named; or a layer of fused experts.
+    """
+    if not dense_layers and not any(True for _ in loqt_layers(model)):
+        raise UserError("muon(): the model has no LoQT layer; convert_to_loqt(model, config) comes first")
+    config = OptimConfig(
+        name="muon", lr=lr, full_precision_lr=full_precision_lr, momentum=momentum, betas=betas, eps=eps,
+        weight_decay=weight_decay, states=states,
+    )  # fmt: skip
+    optimizer = create_optimizer(model, config, dense_layers, local=_whole, seed=seed)
+    assert isinstance(optimizer, StreamedMuon)
+    return optimizer
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, before `attach` has told the optimizer more."""
+    if hasattr(tensor, "to_local"):
+        raise UserError("muon(): the model is sharded; attach(model, optimizer, config) comes before the first step")
+    return tensor

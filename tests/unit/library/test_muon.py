@@ -1,0 +1,40 @@
+"""Muon for a loop of one's own: refused where it would train nothing, or run before it knows the ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loqt_scale import attach, convert_to_loqt, muon
+from loqt_scale.errors import UserError
+from tests.distributed.adopted_tasks import Small, batch, config, loss_of
+
+
+def test_the_factors_take_muons_step_and_the_rest_adams() -> None:
+    """Its step is orthogonal: all singular values of B's first update are near 0.2 sqrt(max(N, r)) of the rate."""
+    torch.manual_seed(0)
+    model, settings = Small(), config("none")
+    convert_to_loqt(model, settings)
+    optimizer = muon(model, lr=1e-2, full_precision_lr=1e-3)
+    merges = attach(model, optimizer, settings)
+    embedding = model.embed.weight.detach().clone()
+    for _ in range(2):  # P is zero before the first merge
+        merges.prepare()
+        loss_of(model, batch(0)).backward()
+        before = model.blocks[0].up.factor.detach().clone()
+        optimizer.step()
+        after = model.blocks[0].up.factor.detach().clone()
+        merges.finish()
+        optimizer.zero_grad()
+    values = torch.linalg.svdvals(after - before) / (1e-2 * 0.2 * 86**0.5)
+    assert float(values.min()) > 0.5 and float(values.max()) < 1.4
+    assert float((model.embed.weight.detach() - embedding).abs().max()) < 2.1e-3  # two steps of Adam
+    names = {len(optimizer.state[p]) for p in (model.blocks[0].up.factor, model.embed.weight)}
+    assert names == {2, 3}  # the count, and one moment or two
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match=r"no LoQT layer; convert_to_loqt\(model, config\) comes first"):
+        muon(Small(), lr=1e-2)
+    dense = muon(Small(), lr=1e-2, dense_layers=["blocks.0.up"])
+    assert [len(group["params"]) for group in dense.param_groups] == [1, 7]
