@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLayer, loqt_layers
+from loqt_scale.layers import LoQTLayer, check_kinds, loqt_layers
 from loqt_scale.merge import InitialWeights, MergeCoordinator, plain_name
 from loqt_scale.model.weights import SafetensorsWeights
 from loqt_scale.strategies import Editing, unwrapped
@@ -58,6 +58,7 @@ def attach(
     Raises:
         UserError: What cannot work, and the line to write; see `MergeCoordinator`.
     """
+    check_kinds(model, config)
     layers = {plain_name(name): layer for name, layer in loqt_layers(unwrapped(model))}
     source = initial_weights
     if isinstance(source, (str, PathLike)):

@@ -64,8 +64,12 @@ class LayerMerge:
         else:
             merged = self._merge_layer(name, owner, mine)
             stays = [name] if merged is None else []
-        nan = torch.full((6,), float("nan"), device=self._editing.device)
-        return nan if merged is None else merged, stays
+        return self.rest(name)[0] if merged is None else merged, stays
+
+    def rest(self, name: str) -> tuple[Tensor, list[str]]:
+        """What `run` returns of a layer that stays as it is. Local."""
+        nan = torch.full((6,), float("nan"), dtype=torch.float32, device=self._editing.device)
+        return nan, own_names(name, self._layers[name])
 
     def _merge_experts(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, list[str]]:
         """Diagnostics, None if all experts stay as they are, and the names of those that do. Every rank."""
@@ -95,7 +99,6 @@ class LayerMerge:
         first = name in self._first_due or not had_basis
         old_factor = placed.factor()
         weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
-        placed.store_basis(found.codes, found.scales)
         new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
         local_old, local_new = placed.rows_of_basis(old_basis), placed.rows_of_basis(new_basis)
 
@@ -119,6 +122,7 @@ class LayerMerge:
             side=spec.side,
             scale=spec.scale,
         )
+        placed.store_basis(found.codes, found.scales)  # nothing has been changed up to here
         placed.store(result)
         lost = first and self._source is None and not spec.base.kind.exact
         self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)

@@ -37,6 +37,11 @@ class WeightsInMemory:
                 "then convert_to_loqt(model, config), and give initial_weights=before"
             )
 
+    def keep(self, names: Iterable[str]) -> None:
+        """Lets go of all other tensors."""
+        kept = set(names)
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in kept}
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `InitialWeights.rows`. Every rank, of distributed tensors."""
         tensor: Any = self._tensors[name].detach()
