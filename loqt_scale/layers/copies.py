@@ -1,13 +1,14 @@
 """Copies of layers, in which somebody may average weights: what every merge should look at.
 
-A weight is W_q + s L(B), packed W_q and P beside B, and each merge gives B a new basis. So averages of B over a merge mean
-nothing, and averages of packed bytes are random weights. A program that averages (`AveragedModel`, an EMA, the soft
-updates of a target network) does so in a deep copy of the model. Each layer's copies are known, and from merge to merge
-B of a copy should stay as it is, unless a state dict has been loaded into it, as into a target network.
+A weight is W_q + s L(B), packed W_q and P beside B, and each merge gives B a new basis. So averages of B over a merge
+mean nothing, and averages of packed bytes are random weights. A program that averages (`AveragedModel`, an EMA, the
+soft updates of a target network) does so in a deep copy of the model. Each layer's copies are known, and from merge to
+merge B of a copy should stay as it is, unless a state dict has been loaded into it, as into a target network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -40,10 +41,11 @@ def excuse(copy: LoQTLayer) -> None:
             copies[copy] = None
 
 
-def release(copy: LoQTLayer) -> None:
-    """Says that a copy, if it is one, is trained by merges of its own."""
-    for copies in _COPIES.values():
-        copies.pop(copy, None)
+def release(layers: Iterable[LoQTLayer]) -> None:
+    """Says that layers, if they are copies, are trained by merges of their own."""
+    for layer in layers:
+        for copies in _COPIES.values():
+            copies.pop(layer, None)
 
 
 def have_changed(layer: LoQTLayer) -> bool:

@@ -48,8 +48,8 @@ class FrozenMatrix(nn.Module):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor) and found.dtype != torch.uint8:
                 lists[-1].append(
-                    f"{prefix}{name} are packed bytes (torch.uint8), but the state dict has {found.dtype}: bytes cannot "
-                    "be averaged or cast. Average the state dicts of to_dense(model)"
+                    f"{prefix}{name} are packed bytes (torch.uint8), but the state dict has {found.dtype}: bytes "
+                    "cannot be averaged or cast. Average the state dicts of to_dense(model)"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)

@@ -110,8 +110,7 @@ class MergeCoordinator:
         self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
         self._end_is_told = False
         self._first_due: set[str] = set()  # layers; of others P of zeros tells it
-        for layer in self._layers.values():
-            copies.release(layer)
+        copies.release(self._layers.values())
         if self._editing.comm.is_main:
             warn_of_rounding(factors, self._editing, self._optimizers)
 
@@ -233,7 +232,6 @@ class MergeCoordinator:
             return self._merge(step)
 
     def _merge(self, step: int) -> MergeReport | None:
-        """Merges all layers, or postpones that. Every rank."""
         started = time.perf_counter()
         if self._begun is None:
             self._check_states()
@@ -243,7 +241,8 @@ class MergeCoordinator:
                 self.postpone(step)
                 return None
             self._begun = BegunMerge(sketch_bytes)
-            self._look_at_copies()
+            if any([copies.have_changed(layer) for layer in self._layers.values()]):
+                self._warn(copies.AVERAGED)
         begun, kept = self._begun, self._begun.kept
         begun.merge_rest(self._layers, self._search, self._merging(), self._editing)
         self._begun = None
@@ -364,11 +363,6 @@ class MergeCoordinator:
         if self._config.merge.optimizer_state == "transport":
             for layer in live.values():
                 self._editing.check_states(self._optimizer_of(layer), layer.factor, shaped=layer.spec.experts is None)
-
-    def _look_at_copies(self) -> None:
-        """Says it if somebody averages weights in a copy of the model. Local."""
-        if any([copies.have_changed(layer) for layer in self._layers.values()]):
-            self._warn(copies.AVERAGED)
 
     def _reason_to_wait(self, seen: bool) -> str:
         """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce.
