@@ -71,6 +71,30 @@ class UnwritableError(UserError, PermissionError):
     """A file or folder that cannot be made, moved or written."""
 
 
+def require_kind(value: object, kind: type, name: str, advice: str) -> None:
+    """Refuses an argument of another type, a class in the place of an object too.
+
+    Args:
+        value: The argument.
+        kind: What it should be.
+        name: What it is called, "the model" say.
+        advice: What to write.
+
+    Raises:
+        UserError: Its type, and `advice`.
+    """
+    if not isinstance(value, kind):
+        raise UserError(f"{name} is {described(value)}; {advice}")
+
+
+def described(value: object) -> str:
+    """What an argument is, in words: "a str", "the class AdamW", "None"."""
+    if value is None:
+        return "None"
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"the class {name}" if isinstance(value, type) else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
 @contextmanager
 def explained(
     what: str, advice: str = "", *, of: tuple[type[Exception], ...] = (Exception,), kind: type[UserError] = UserError

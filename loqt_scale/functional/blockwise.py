@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loqt_scale.functional.defaults import plain_defaults
+
 MOST_VALUES = 256  # a block
 FEWEST_VALUES = 32  # below this the scales cost more than an eighth of the codes
 
@@ -91,6 +93,7 @@ def decode(codes_RC: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 
 @cache
+@plain_defaults()
 def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """(256 levels in [-1, 1] or [0, 1], ascending; the 255 midpoints), float32."""
     from bitsandbytes.functional import create_dynamic_map  # late: schemes.py has its first import speak less

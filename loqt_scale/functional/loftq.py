@@ -169,7 +169,9 @@ def loftq(weight_NI: Tensor, shard: Shard, *, rounds: int, seed: int = 0) -> tup
 def _random_block(features: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
     """Where the search begins: (F, K) standard normal, the same on every rank."""
     generator = torch.Generator(device=device).manual_seed(stable_seed("loftq", seed))
-    return torch.randn(features, min(features, rank + SEARCH_COLUMNS), generator=generator, device=device)
+    return torch.randn(
+        features, min(features, rank + SEARCH_COLUMNS), generator=generator, dtype=torch.float32, device=device
+    )
 
 
 def _quantize(weight_NI: Tensor, shard: Shard, low_rank: LowRank | None) -> Packed:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loqt_scale.functional.grouped import grouped_rows, grouped_sums
-from loqt_scale.functional.low_rank_linear import LowRankSpec, choose_path
+from loqt_scale.functional.low_rank_linear import LowRankSpec, choose_path, once_differentiable
 from loqt_scale.functional.quantization import unpack
 
 
@@ -78,6 +78,7 @@ class LowRankExperts(torch.autograd.Function):
         dyp_SR = grouped_rows(dy_SO, bases, ends_E) if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
+            xp_SR = once_differentiable(xp_SR, dy_SO) if needs_x else xp_SR
             left, right = (dy_SO, xp_SR) if spec.applied_side == "input" else (x_SI, dyp_SR)
             assert left is not None and right is not None
             product = grouped_sums(left, right, ends_E)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import LowRankCompute, LowRankPath, Side, SideChoice
+from loqt_scale.errors import UserError
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 
 OTHER_SIDE: dict[Side, Side] = {"input": "output", "output": "input"}
@@ -153,6 +154,30 @@ def _input_gradient(
     return dx_TI.addmm_(dyp_TR, factor.T, alpha=spec.scale)
 
 
+def once_differentiable(xp: Tensor | None, dy: Tensor) -> Tensor | None:
+    """X P for a backward pass that may itself be recorded (`create_graph=True`).
+
+    X is not kept on input side, so
+    gradients of a gradient by B would lack their part by X. Whoever asks for them is told so.
+    """
+    return OnlyOnce.apply(xp, dy) if xp is not None and torch.is_grad_enabled() and dy.requires_grad else xp
+
+
+class OnlyOnce(torch.autograd.Function):
+    """X P, which has no gradient that is known, where one is asked for (`dy` makes the graph ask)."""
+
+    @staticmethod
+    def forward(ctx: Any, xp: Tensor, dy: Tensor) -> Tensor:
+        return xp.view_as(xp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise UserError(
+            "second derivatives by B of a LoQT layer are not known on input side, which keeps X P in the place of X; "
+            "convert with LoQTConfig(side='output'), or take them of loqt_scale.to_dense(model)"
+        )
+
+
 class LowRankLinear(torch.autograd.Function):
     """See the module's docstring. Inputs: x (T, I), the packed W and P, B, and the probe (or None) with its Omega."""
 
@@ -192,6 +217,7 @@ class LowRankLinear(torch.autograd.Function):
         dyp_TR = dy_TO @ proj if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
+            xp_TR = once_differentiable(xp_TR, dy_TO) if needs_x else xp_TR
             product = dy_TO.T @ xp_TR if spec.applied_side == "input" else x_TI.T @ dyp_TR
             d_factor = (spec.scale * product).to(factor.dtype)
         if needs_x:

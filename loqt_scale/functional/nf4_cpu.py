@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from loqt_scale.functional.defaults import plain_defaults
+
 _CELLS = 64  # per unit
 CHUNK_VALUES = 2**18  # scratch that stays in a core's cache
 _SMALLEST = 1e-38  # bitsandbytes' guard against division by zero
@@ -52,6 +54,7 @@ def quantize_nf4(values: Tensor, block_size: int) -> tuple[Tensor, Tensor] | Non
 
 
 @cache
+@plain_defaults()
 def _tables() -> tuple[Tensor, Tensor]:
     """For each cell, how many midpoints lie below it (uint8), and the midpoint in it (float32; infinite if none)."""
     from bitsandbytes.functional import get_4bit_type  # late: quantization.py has its first import speak less
@@ -60,7 +63,7 @@ def _tables() -> tuple[Tensor, Tensor]:
     midpoints = (levels[1:] + levels[:-1]) / 2
     edges = torch.arange(2 * _CELLS + 2, dtype=torch.float64) / _CELLS - 1.0  # one cell more for 1 rounded up
     below = (midpoints.double().unsqueeze(0) < edges.unsqueeze(1)).sum(1).to(torch.uint8)
-    midpoint_in = torch.full(edges.shape, torch.inf)
+    midpoint_in = torch.full(edges.shape, torch.inf, dtype=torch.float32)
     for midpoint in midpoints:
         midpoint_in[int((midpoint.double() + 1.0) * _CELLS)] = midpoint
     return below, midpoint_in

@@ -52,7 +52,7 @@ def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -
     dimension); the validation columns are standard normal, which makes their energies unbiased.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    omega = torch.randn(features, width, generator=generator, device=device)
+    omega = torch.randn(features, width, generator=generator, dtype=torch.float32, device=device)
     used = width - VALIDATION_COLUMNS
     omega[:, :used] = torch.linalg.qr(omega[:, :used])[0]
     return omega
@@ -68,7 +68,8 @@ def background(features: int, rank: int, *, seed: int, device: torch.device) -> 
         device: Where they are made.
     """
     generator = torch.Generator(device=device).manual_seed(stable_seed("background", seed))
-    return torch.randn(features, rank, generator=generator, device=device) / features**0.5
+    normal = torch.randn(features, rank, generator=generator, dtype=torch.float32, device=device)
+    return normal / features**0.5
 
 
 def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -164,7 +165,7 @@ def randomized_basis(
     matrix = _normalized((gradient_OI if side == "output" else gradient_OI.T).float())
     width = min(*matrix.shape, max(rank, round((1.0 + oversampling) * rank)))
     generator = torch.Generator(device=matrix.device).manual_seed(seed)
-    omega = torch.randn(matrix.shape[1], width, generator=generator, device=matrix.device)
+    omega = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device=matrix.device)
     back = _background_of(matrix, rank, seed=seed)
     return leading_vectors(matrix, back, rank, start_FK=matrix @ omega, iterations=power_iterations)
 
@@ -183,7 +184,7 @@ def sign_direction(features: int, device: torch.device) -> Tensor:
     clear sign, too.
     """
     generator = torch.Generator(device=device).manual_seed(features)
-    normal = torch.randn(features, 1, generator=generator, device=device)
+    normal = torch.randn(features, 1, generator=generator, dtype=torch.float32, device=device)
     return normal + normal.sign()
 
 

@@ -1,7 +1,7 @@
 """The layer and how it gets into a model."""
 
 from loqt_scale.layers.candidates import Candidate
-from loqt_scale.layers.convert import convert, convert_to_loqt, loqt_layers, select_linears
+from loqt_scale.layers.convert import check_kinds, convert, convert_to_loqt, loqt_layers, select_linears
 from loqt_scale.layers.experts import LoQTExperts
 from loqt_scale.layers.layer import GradientProbe, LoQTLayer
 from loqt_scale.layers.linear import LoQTLinear
@@ -15,6 +15,7 @@ __all__ = [
     "LoQTExperts",
     "LoQTLayer",
     "LoQTLinear",
+    "check_kinds",
     "convert",
     "convert_to_loqt",
     "loqt_layers",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from loqt_scale.config import LoQTConfig
-from loqt_scale.errors import UserError
+from loqt_scale.errors import UserError, require_kind
 from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.names import is_replicated, named_modules
 from loqt_scale.layers.report import ConversionReport
@@ -46,6 +46,7 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 
 def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     """`convert_to_loqt` without its warning."""
+    check_kinds(model, config)
     _refuse_second(model)
     _refuse_spread(model)
     if isinstance(model, nn.Linear):
@@ -56,6 +57,16 @@ def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
         candidate.convert(model, config, rank)
     save_merged_weights(model)
     return report
+
+
+def check_kinds(model: object, config: object) -> None:
+    """Refuses a model or a config of another type.
+
+    Raises:
+        UserError: Its type, and what to write.
+    """
+    require_kind(model, nn.Module, "the model", "give a torch.nn.Module, the model itself")
+    require_kind(config, LoQTConfig, "the config", "give a LoQTConfig: LoQTConfig(rank=128)")
 
 
 def select_linears(model: nn.Module, config: LoQTConfig) -> list[str]:

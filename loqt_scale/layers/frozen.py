@@ -6,6 +6,8 @@ gather; buffers would be replicated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,20 @@ class FrozenMatrix(nn.Module):
         else:
             scales = torch.zeros(layout.scales_shape, dtype=torch.uint8, device=device)
             self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """As `nn.Module` does, of bytes only: averages of several state dicts' bytes are floating-point numbers."""
+        for name in ("codes", "scales"):
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and found.dtype != torch.uint8:
+                lists[-1].append(
+                    f"{prefix}{name} are packed bytes (torch.uint8), but the state dict has {found.dtype}: bytes "
+                    "cannot be averaged or cast. Average the state dicts of to_dense(model)"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     @torch.no_grad()
     def store(self, dense_RC: Tensor) -> None:

@@ -5,6 +5,7 @@ A layer knows no ranks, steps or schedules.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from loqt_scale.config import LoQTConfig, Side
 from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import OTHER_SIDE, LowRankSpec, resolve_side
 from loqt_scale.functional.quantization import MatrixLayout
+from loqt_scale.layers import copies
 from loqt_scale.layers.frozen import FrozenMatrix
 
 BLANK_PASSES = 32
@@ -137,6 +139,17 @@ class LoQTLayer(nn.Module):
         if may_be_read(packed) and not bool(packed.any()):
             warnings.warn(NO_MERGES, stacklevel=3)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: without a probe, which belongs to a step of this model's own merges."""
+        return {**self.__dict__, "probe": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoQTLayer:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copies.add_copy(self, copied)
+        return copied
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
@@ -158,6 +171,7 @@ class LoQTLayer(nn.Module):
                 "load these weights before convert_to_loqt(model, config), or into loqt_scale.to_dense(model)"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        copies.excuse(self)
         saved = local_metadata.get("loqt", {})
         for key, value in self._meaning().items():
             if saved.get(key, value) != value:

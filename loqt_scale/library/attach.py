@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTLayer, loqt_layers
+from loqt_scale.layers import LoQTLayer, check_kinds, loqt_layers
 from loqt_scale.merge import InitialWeights, MergeCoordinator
 from loqt_scale.merge.sources import TAKE_BEFORE, check_shape, stored_name
 from loqt_scale.model.weights import SafetensorsWeights
@@ -59,6 +59,7 @@ def attach(
     Raises:
         UserError: What cannot work, and the line to write; see `MergeCoordinator`.
     """
+    check_kinds(model, config)
     layers = dict(loqt_layers(unwrapped(model)))
     source = initial_weights
     if isinstance(source, (str, PathLike)):

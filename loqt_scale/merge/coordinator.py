@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
-from loqt_scale.layers import LoQTExperts, LoQTLayer, loqt_layers
+from loqt_scale.functional.defaults import plain_defaults
+from loqt_scale.layers import LoQTExperts, LoQTLayer, check_kinds, copies, loqt_layers
+from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.merge.first_weights import agreed_source, check_first_weights
 from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
@@ -47,7 +49,7 @@ from loqt_scale.merge.sources import WeightsInMemory
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.optim import check_no_muon_of_experts, parameters_of
+from loqt_scale.optim import check_no_lbfgs, check_no_muon_of_experts, parameters_of
 from loqt_scale.strategies import Editing
 
 STATE_VERSION = 1
@@ -87,11 +89,13 @@ class MergeCoordinator:
         seed: int = 0,
         initial_weights: InitialWeights | nn.Module | Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_kinds(model, config)
         found = found_or_given(model, optimizer, editing)
         self.description, self._editing, self._optimizers = found.description, found.editing, found.optimizers
         self._layers = dict(loqt_layers(found.model))
         factors = {name: layer.factor for name, layer in self._layers.items()}
         self._editing.check_held(self._optimizers, factors)
+        check_no_lbfgs(factors.values(), self._optimizers)
         experts = {name: layer.factor for name, layer in self._layers.items() if isinstance(layer, LoQTExperts)}
         check_no_muon_of_experts(experts, self._optimizers)
         check_config(self._layers, config)
@@ -103,7 +107,10 @@ class MergeCoordinator:
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
         self._sent_before = 0  # bytes, by the search, before this merge step
+        self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
+        self._end_is_told = False
         self._first_due: set[str] = set()  # layers; of others P of zeros tells it
+        copies.release(self._layers.values())
         if self._editing.comm.is_main:
             warn_of_rounding(factors, self._editing, self._optimizers)
 
@@ -171,12 +178,15 @@ class MergeCoordinator:
     def postpone(self, step: int) -> None:
         """Moves the merge of a step that was skipped to the next step, and drops what was collected. Every rank.
 
-        If the next step ends in a merge anyway, the two are one.
+        If the next step ends in a merge anyway, the two are one. Layers that were merged before `finish` raised an
+        error are merged again.
         """
-        self._schedule.postpone(step)
-        self._search.drop()
+        if self.is_merge_step(step):
+            self._schedule.postpone(step)
+        self._drop()
         self._order.leave(step)
 
+    @plain_defaults()
     def prepare(self, step: int | None = None, *, backward_passes: int | None = None) -> None:
         """Before the forward passes of a step: attaches probes if the step ends in a merge. Every rank.
 
@@ -195,27 +205,34 @@ class MergeCoordinator:
         before, known = self._order.position, self._order.known
         step = self._order.prepare(step)
         self._make_up(step, before if known else None)
-        if self.is_merge_step(step) and self._order.open != step:
-            self._order.open = step
+        self._tell_end(step)
+        if self.is_merge_step(step) and self._trains and self._order.open != step:
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
+            self._order.open = step
 
     @torch.no_grad()
+    @plain_defaults()
     def finish(self, step: int | None = None) -> MergeReport | None:
         """After the optimizer step: merges all layers if the step is a merge step, else does nothing. Every rank.
 
         A merge whose gradients are not finite, or zero in all layers, or whose update the optimizer has skipped, is
-        postponed to the next step, with a warning.
+        postponed to the next step, with a warning. Layers whose B is frozen (`requires_grad` False) stay as they are.
+
+        If it raises, the model still is one that can be trained. Where what was collected is of no use (the first two
+        errors below), the merge is due at the next step. After any other error `finish` may be called again, and merges
+        the layers that are not merged yet, or `postpone`.
 
         Args:
             step: The step; default: the one that was prepared.
 
         Raises:
-            RuntimeError: The step was not prepared, or a layer was in no backward pass.
+            RuntimeError: The step was not prepared, no layer was in a backward pass, or there were more than was said.
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
-        if not self.is_merge_step(step):
+        if not self.is_merge_step(step) or not self._trains:
+            self._drop()
             self._order.leave(step)
             return None
         if not torch.is_autocast_enabled(self._editing.device.type):
@@ -224,38 +241,59 @@ class MergeCoordinator:
             return self._merge(step)
 
     def _merge(self, step: int) -> MergeReport | None:
-        """Merges all layers, or postpones that. Every rank."""
-        self._check_states()
         started = time.perf_counter()
-        diagnostics: dict[str, Tensor] = {}
-        sketch_bytes = self._search.sent_bytes - self._sent_before
-        seen = self._search.finish()
-        if reason := self._reason_to_wait(seen):
-            self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
-            self.postpone(step)
-            return None
-        self._editing.settle()
-        kept: list[str] = []
-        merging = self._merging()
-        for name, owner in self._search.owners.items():
-            with self._editing.open(self._layers[name].merged_parameters()):
-                merged, stayed = merging.run(name, owner, self._search.take(name))
-            kept += stayed
-            diagnostics[name] = merged
+        if self._begun is None:
+            self._check_states()
+            sketch_bytes = self._search.sent_bytes - self._sent_before
+            if reason := self._collected(step):
+                self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
+                self.postpone(step)
+                return None
+            self._begun = BegunMerge(sketch_bytes)
+            if any([copies.have_changed(layer) for layer in self._layers.values()]):
+                self._warn(copies.AVERAGED)
+        begun, kept = self._begun, self._begun.kept
+        begun.merge_rest(self._layers, self._search, self._merging(), self._editing)
+        self._begun = None
         self._first_due &= set(kept)
-        if not kept and isinstance(self._initial_weights, WeightsInMemory):
-            self._initial_weights = None  # no merge is a layer's first any more: the memory is somebody else's
+        self._let_go(set(kept))
         self._order.leave(step)
-        values = self._read(diagnostics)
+        values = begun.read(self._editing)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
         return MergeReport(
             step=step,
             index=self._schedule.index(step),
             seconds=time.perf_counter() - started,
-            sketch_bytes=sketch_bytes,
+            sketch_bytes=begun.sketch_bytes,
             layers=layers,
             kept=tuple(kept),
         )
+
+    def _collected(self, step: int) -> str:
+        """Afterwards every owner has found its P; why the merge must wait, if so. Every rank.
+
+        Raises:
+            RuntimeError: What was collected is of no use; the merge is due at the next step.
+        """
+        try:
+            return self._reason_to_wait(self._search.finish())
+        except RuntimeError:
+            if self._order.open == step:
+                self.postpone(step)
+            raise
+
+    def _let_go(self, kept: Set[str]) -> None:
+        """Of weights in memory whose layers' first merge has been: the memory is somebody else's. Local."""
+        if isinstance(self._initial_weights, WeightsInMemory):
+            layers = self._layers.items()
+            names = [layer.weight_name(name) for name, layer in layers if kept & set(own_names(name, layer))]
+            self._initial_weights.keep(names)
+            self._initial_weights = self._initial_weights if names else None
+
+    def _drop(self) -> None:
+        """Forgets what this step has collected, and what it has not merged yet. Every rank."""
+        self._search.drop()
+        self._begun = None
 
     # ---- a run that goes on ------------------------------------------------------------------------------------------
 
@@ -285,7 +323,7 @@ class MergeCoordinator:
         """Goes on where a state was saved; the model's and the optimizer's own states are loaded beside it. Local.
 
         Args:
-            state: What `state_dict` returned.
+            state: What `state_dict` returned. A step that has begun is given up, with what it has collected.
             strict: Whether all settings must be as they were. If not, a warning says what differs; what the layers'
                 stored tensors mean (rank, scale, side, quantization) must be the same all the same.
 
@@ -296,9 +334,9 @@ class MergeCoordinator:
             raise UserError(f"this is no state of a MergeCoordinator of version {STATE_VERSION}: {sorted(state)}")
         for text in check_settings(state["settings"], self._settings, strict=strict):
             self._warn(text)
-        for step in state["moved"]:
-            if step >= state["position"]:
-                self._schedule.require(step)
+        self._drop()
+        self._order.abandon()
+        self._schedule.restart(step for step in state["moved"] if step >= state["position"])
         self._first_due = set(state["first_due"])
         self._order.watch.works = state["watched"]
         self.go_on(state["position"])
@@ -318,10 +356,26 @@ class MergeCoordinator:
             return
         self.require(step)
 
+    @property
+    def _trains(self) -> bool:
+        """Whether any layer's B trains."""
+        return any(layer.factor.requires_grad for layer in self._layers.values())
+
+    def _tell_end(self, step: int) -> None:
+        """Says it once if a run goes on past its end."""
+        if not self._end_is_told and (words := self._schedule.words_at_end(step)):
+            self._end_is_told = True
+            self._warn(words)
+
     def _check_states(self) -> None:
-        """Refuses an optimizer whose states of the factors cannot be carried over, before anything is changed."""
+        """Refuses an optimizer that lacks factors that train, or whose states of them cannot be carried over.
+
+        Before anything is changed.
+        """
+        live = self._search.live
+        self._editing.check_held(self._optimizers, {name: layer.factor for name, layer in live.items()})
         if self._config.merge.optimizer_state == "transport":
-            for layer in self._layers.values():
+            for layer in live.values():
                 self._editing.check_states(self._optimizer_of(layer), layer.factor, shaped=layer.spec.experts is None)
 
     def _reason_to_wait(self, seen: bool) -> str:
@@ -357,11 +411,3 @@ class MergeCoordinator:
         return LayerMerge(
             self._layers, self._editing, merge, self._initial_weights, self._first_due, optimizer_of=self._optimizer_of
         )
-
-    def _read(self, diagnostics: dict[str, Tensor]) -> dict[str, list[float]]:
-        """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""
-        table = torch.stack(list(diagnostics.values()))
-        change, square = self._editing.sum(table[:, -2:].contiguous()).unbind(1)
-        survival = torch.where(square > 0, 1.0 + change / square, float("nan"))
-        rows = torch.cat([table[:, :-2], survival.unsqueeze(1)], dim=1).tolist()
-        return dict(zip(diagnostics, rows, strict=True))

@@ -88,11 +88,12 @@ class ExpertsMerge:
         if not live:
             return MergedExperts(None, self._kept, lambda *_: None)
         self._gather_source(live)
-        self._keep_bases()
+        self._keep_old_bases()
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
         results = in_step([self._start(e, weights, old_factor, new[e]) for e in live], self._editing.sum)
         rows = [self._describe(e, result, weights, old_factor, new[e]) for e, result in zip(live, results, strict=True)]
+        self._placed.store_basis(self._found.codes, self._found.scales)  # nothing has been changed up to here
         self._store(live, results, old_factor)
         rotations = {e: basis_rotation(self._old[e], new[e]) if self._had[e] else None for e in live}
         edit = partial(_edit_moments, self._factor_rows, rotations, self._config.optimizer_state)
@@ -119,12 +120,11 @@ class ExpertsMerge:
         rows = self._placed.rows[1] - self._placed.rows[0]
         return unpack(*self._base, self._spec.base, torch.float32, rows=rows)
 
-    def _keep_bases(self) -> None:
-        """Stores the new P, in which kept experts have their old one."""
+    def _keep_old_bases(self) -> None:
+        """Gives kept experts their old P in what was found."""
         for old, new in zip(self._old_packed, (self._found.codes, self._found.scales), strict=True):
             if old is not None and new is not None and self._kept:
                 new.view(self._spec.expert_count, -1)[self._kept] = old.view(self._spec.expert_count, -1)[self._kept]
-        self._placed.store_basis(self._found.codes, self._found.scales)
 
     def _rows(self, expert: int) -> tuple[slice, slice]:
         """This rank's rows of an expert: within the expert, and within what this rank has of all."""

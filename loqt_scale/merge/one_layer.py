@@ -65,8 +65,12 @@ class LayerMerge:
         else:
             merged = self._merge_layer(name, owner, mine)
             stays = [name] if merged is None else []
-        nan = torch.full((6,), float("nan"), device=self._editing.device)
-        return nan if merged is None else merged, stays
+        return self.rest(name)[0] if merged is None else merged, stays
+
+    def rest(self, name: str) -> tuple[Tensor, list[str]]:
+        """What `run` returns of a layer that stays as it is. Local."""
+        nan = torch.full((6,), float("nan"), dtype=torch.float32, device=self._editing.device)
+        return nan, own_names(name, self._layers[name])
 
     def _merge_experts(self, name: str, owner: int, mine: FoundBasis | None) -> tuple[Tensor | None, list[str]]:
         """Diagnostics, None if all experts stay as they are, and the names of those that do. Every rank."""
@@ -96,7 +100,6 @@ class LayerMerge:
         first = name in self._first_due or not had_basis
         old_factor = placed.factor()
         weight = self._merged_rows(name, placed, old_basis, old_factor, first=first)
-        placed.store_basis(found.codes, found.scales)
         new_basis = unpack(found.codes, found.scales, spec.projection, torch.float32)
         result = compensate(
             weight,
@@ -108,9 +111,7 @@ class LayerMerge:
             rounds=self._merge.compensation_rounds,
             sum_over_shards=editing.sum,
         )
-        placed.store(result)
-        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
-        return describe_merge(
+        description = describe_merge(
             spec,
             weight,
             result,
@@ -122,6 +123,10 @@ class LayerMerge:
             first=first,
             is_known=self._source is not None,
         )
+        placed.store_basis(found.codes, found.scales)  # nothing has been changed up to here
+        placed.store(result)
+        self._carry_state(layer, basis_rotation(old_basis, new_basis) if had_basis else None)
+        return description
 
     def _share_basis(self, layer: LoQTLayer, owner: int, mine: FoundBasis | None) -> FoundBasis:
         """Broadcasts an owner's P, packed. Every rank."""

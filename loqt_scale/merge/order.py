@@ -83,6 +83,10 @@ class StepOrder:
         """A step is over."""
         self.position, self.known, self.open, self._prepared = max(self.position, step + 1), True, None, None
 
+    def abandon(self) -> None:
+        """No step has begun: one that had is not finished any more."""
+        self.open, self._prepared = None, None
+
     @property
     def was_skipped(self) -> bool:
         """Whether the optimizer, which has been seen to update, has not done so since `prepare`."""
@@ -92,6 +96,6 @@ class StepOrder:
         updated = self.watch.updates > self._updates_before
         if self.open is not None and (updated if step is None else step != self.open):
             raise RuntimeError(
-                f"step {self.open} ends in a merge, but finish({self.open}) was never called, and B stays as it is; "
-                f"{CALL_PREPARE}"
+                f"step {self.open} ends in a merge, but finish({self.open}) was never called, or raised, and B stays "
+                f"as it is; {CALL_PREPARE}; or have the next step merge: merges.postpone({self.open})"
             )

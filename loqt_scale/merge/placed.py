@@ -44,7 +44,7 @@ def initial_rows(source: InitialWeights, name: str, layer: LoQTLayer, start: int
         source.rows(weight, expert, expert + 1)[0][max(start - expert * rows, 0) : stop - expert * rows]
         for expert in range(start // rows, -(-stop // rows) if stop > start else 0)
     ]
-    return torch.cat(pieces) if pieces else torch.empty(0, spec.base.cols)
+    return torch.cat(pieces) if pieces else torch.empty(0, spec.base.cols, dtype=torch.float32)
 
 
 class PlacedLayer:

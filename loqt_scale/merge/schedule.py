@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
+from collections.abc import Iterable
 
 from loqt_scale.config import MergeConfig
 from loqt_scale.errors import UserError
@@ -17,11 +19,11 @@ class MergeSchedule:
         total_steps: Of the run; None: it has no end that is known, and the plan grows with it.
 
     Raises:
-        UserError: The last step is a fraction of a run without an end.
+        UserError: The last step is a fraction of a run without an end, or the number of steps is none.
     """
 
     def __init__(self, merge: MergeConfig, total_steps: int | None) -> None:
-        self._merge, self._endless = merge, total_steps is None
+        self._merge, self._endless, self._total = merge, total_steps is None, _checked(total_steps)
         if total_steps is None:
             if merge.last_step_fraction < 1.0:
                 raise UserError(
@@ -65,6 +67,20 @@ class MergeSchedule:
         self._plan(step)
         self._due.add(step)
 
+    def restart(self, moved: Iterable[int]) -> None:
+        """Has the steps merge that were planned and these, whatever was moved before."""
+        self._due = {*self._planned, *moved}
+
+    def words_at_end(self, step: int) -> str:
+        """What to say of a step that comes after the run's last; nothing before."""
+        if self._total is None or step < self._total:
+            return ""
+        return (
+            f"step {step} comes after the {self._total} steps that attach(total_steps={self._total}) was told of: "
+            "there are no merges any more, B trains on in its last subspace. Give total_steps of the whole run, or "
+            "leave it out"
+        )
+
     def postpone(self, step: int) -> None:
         """Moves the merge of a step to the next one; if that ends in a merge anyway, the two are one."""
         self._plan(step + 1)
@@ -79,3 +95,21 @@ class MergeSchedule:
             gap = gap_after(index, gap=merge.gap, schedule=merge.schedule, growth=merge.growth)
             self._planned.append(self._planned[-1] + gap)
             self._due.add(self._planned[-1])
+
+
+def _checked(total_steps: int | None) -> int | None:
+    """A number of steps.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        total = None if total_steps is None or isinstance(total_steps, bool) else operator.index(total_steps)
+    except TypeError:
+        total = 0
+    if total_steps is not None and (total is None or total < 1):
+        raise UserError(
+            f"total_steps is {total_steps!r}; give the number of optimizer steps of the whole run, 1 or more, or leave "
+            "it out"
+        )
+    return total

@@ -9,6 +9,7 @@ from typing import Any
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
+from loqt_scale.functional.low_rank_linear import resolve_side
 from loqt_scale.layers import LoQTLayer
 
 _OF_TENSORS = ("layers",)  # what no run may change: it says what stored tensors mean
@@ -85,16 +86,29 @@ def check_config(layers: Mapping[str, LoQTLayer], config: LoQTConfig) -> None:
     Raises:
         UserError: The setting and both values.
     """
-    quantization = config.quantization
-    wanted = {"scale": config.scale, "weight": quantization.weight, "projection": quantization.projection}
     for name, layer in layers.items():
-        found = layer_settings(layer)
-        for key, value in wanted.items():
-            if found[key] != value:
+        found = layer_settings(layer) | {"side": layer.spec.applied_side}
+        for key, values in _wanted(layer, config).items():
+            if found[key] not in values:
+                said = " or ".join(map(repr, values))
                 raise UserError(
-                    f"{name} was converted with {key} {found[key]!r}, but the config says {value!r}; give "
+                    f"{name} was converted with {key} {found[key]!r}, but the config says {said}; give "
                     "convert_to_loqt and the merges one config"
                 )
+
+
+def _wanted(layer: LoQTLayer, config: LoQTConfig) -> dict[str, list[Any]]:
+    """What a config may have made of a layer. Any of its ranks, because the model may have got another name since."""
+    each, quantization = layer.spec.each.base, config.quantization
+    features = (each.cols, each.rows) if layer.spec.transposed else (each.rows, each.cols)
+    return {
+        "rank": list(dict.fromkeys(config.ranks)),
+        "side": [resolve_side(config.side, *features)],
+        "scale": [config.scale],
+        "weight": [quantization.weight],
+        "projection": [quantization.projection],
+        "block_size": [quantization.block_size],
+    }
 
 
 def _of_layers(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ at a time (`of_layer`), since ranks need unequal numbers of rows.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ class WeightsInMemory:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Lets go of all other tensors."""
+        kept = set(names)
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in kept}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `InitialWeights.rows`; of plain tensors."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loqt_scale.errors import UserError
+from loqt_scale.errors import UserError, require_kind
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import StreamedAdamW
 from loqt_scale.strategies import Adopted, Editing, adopt, unwrapped, unwrapped_optimizers
@@ -27,6 +27,8 @@ def found_or_given(model: nn.Module, optimizer: Any, editing: Editing | None) ->
     Raises:
         UserError: There is no LoQT layer, or see `strategies.adopt`.
     """
+    if editing is not None:
+        require_kind(editing, Editing, "editing", "give what loqt_scale.strategies.replicas or alone returns")
     if next(loqt_layers(model), None) is None:
         raise UserError("the model has no LoQT layer; call convert_to_loqt(model, config) first")
     if editing is None:

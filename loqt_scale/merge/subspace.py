@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
+from loqt_scale.functional.defaults import plain_defaults
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLayer
@@ -57,6 +58,7 @@ class SubspaceSearch:
         self._wave = wave_size(specs, config, world_size=world_size, device_type=device_type)
         self._owners = deal(layers, world_size)
         self._step = 0
+        self._live: dict[str, LoQTLayer] = {}
         self._collection: GradientCollection | None = None
         self._found: dict[str, FoundBasis] = {}
 
@@ -66,24 +68,30 @@ class SubspaceSearch:
         return self._owners
 
     @property
+    def live(self) -> Mapping[str, LoQTLayer]:
+        """The layers that take part in this step's merge: those whose B trained when probes were attached."""
+        return self._live
+
+    @property
     def sent_bytes(self) -> int:
         """Payload of all that has been reduced to owners, since the beginning."""
         return self._reducer.payload_bytes
 
     def attach(self, step: int, backward_passes: int | None) -> None:
-        """Gives every layer a probe. Local, but with `backward_passes` these will talk: every rank.
+        """Gives every layer whose B trains a probe. Local, but with `backward_passes` these will talk: every rank.
 
         Args:
             step: The step.
             backward_passes: How many will follow. If given, layers are factorised in the last.
         """
         seed = stable_seed("sketch", self._seed, step)
-        attach_probes(self._layers, self._config, seed=seed, device=self._device)
+        self._live = {name: layer for name, layer in self._layers.items() if layer.factor.requires_grad}
+        attach_probes(self._live, self._config, seed=seed, device=self._device)
         self._step = step
         self._found.clear()
         self._collection = GradientCollection(
-            self._layers,
-            self._owners,
+            self._live,
+            {name: owner for name, owner in self._owners.items() if name in self._live},
             wave=self._wave,
             reducer=self._reducer,
             passes=backward_passes,
@@ -98,19 +106,18 @@ class SubspaceSearch:
             Whether any layer has seen a backward pass on this rank.
 
         Raises:
-            RuntimeError: `attach` was not called.
+            RuntimeError: `attach` was not called, or there were more passes than it was told.
         """
-        if self._collection is None:
+        collection, self._collection = self._collection, None
+        if collection is None:
             raise RuntimeError(f"no gradients were collected for this merge; {CALL_PREPARE}")
-        seen = self._collection.finish()
-        self._collection = None
-        return seen
+        return collection.finish()
 
     @property
     def quality(self) -> Tensor:
         """Of the layers that this rank has found P of: how many gradients were not finite, how many not zero. (2,)."""
         energies = [found.energy.flatten() for found in self._found.values()]
-        stacked = torch.cat([torch.zeros(0, device=self._device), *energies])
+        stacked = torch.cat([torch.zeros(0, dtype=torch.float32, device=self._device), *energies])
         finite = stacked.isfinite()
         return torch.stack([(~finite).sum(), (finite & (stacked != BLANK)).sum()]).float()
 
@@ -121,11 +128,16 @@ class SubspaceSearch:
         self._collection = None
         self._found.clear()
 
-    def take(self, name: str) -> FoundBasis | None:
+    def found(self, name: str) -> FoundBasis | None:
         """A layer's new P on its owner, None elsewhere. Local."""
-        return self._found.pop(name, None)
+        return self._found.get(name)
+
+    def forget(self, name: str) -> None:
+        """Lets go of a layer's new P. Local."""
+        self._found.pop(name, None)
 
     @torch.no_grad()
+    @plain_defaults()
     def _factorise(self, collected: dict[str, Tensor]) -> None:
         seed = stable_seed(self._seed, self._step)
         self._found |= find_bases(self._layers, collected, self._config, seed=seed)

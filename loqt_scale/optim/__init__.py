@@ -2,7 +2,7 @@
 
 from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
-from loqt_scale.optim.held import check_held, check_no_muon_of_experts, parameters_of
+from loqt_scale.optim.held import check_held, check_no_lbfgs, check_no_muon_of_experts, parameters_of
 from loqt_scale.optim.hooks import when_gradient_is_complete
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
 from loqt_scale.optim.muon import StreamedMuon
@@ -22,6 +22,7 @@ __all__ = [
     "StreamedMuon",
     "UpdateInBackward",
     "check_held",
+    "check_no_lbfgs",
     "check_no_muon_of_experts",
     "create_optimizer",
     "create_scheduler",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
-from torch.optim import Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
 from loqt_scale.errors import UserError
 
@@ -37,6 +37,21 @@ def check_held(factors: Mapping[str, Tensor], held: Iterable[Tensor], then: str 
             "say), which would never train: was it made before convert_to_loqt, or before fully_shard? Make it after "
             f"them:\n    {lines}"
         )
+
+
+def check_no_lbfgs(factors: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Refuses LBFGS for factors: its history is of all parameters together, in bases that merges replace.
+
+    Raises:
+        UserError: What to write instead.
+    """
+    ids = {id(factor) for factor in factors}
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS) and any(id(parameter) in ids for parameter in parameters_of(optimizer)):
+            raise UserError(
+                "torch.optim.LBFGS keeps a history of all its parameters together, which a merge cannot carry into a "
+                "new subspace; train the factors by AdamW (which takes a closure, too)"
+            )
 
 
 def check_no_muon_of_experts(experts: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:

@@ -182,11 +182,11 @@ class _Rows:
         """Zeros; of the whole matrix, or of the rows that are touched."""
         first, values, columns = work.fragment.first, work.fragment.values, work.fragment.columns
         if whole:
-            matrix = torch.zeros(work.fragment.rows, columns, device=work.grad.device)
+            matrix = torch.zeros(work.fragment.rows, columns, dtype=torch.float32, device=work.grad.device)
             return cls(matrix, 0, first, values, update_scale(work.fragment.rows, columns))
         offset = first % columns
         rows = -(-(offset + values) // columns) if values else 0
-        matrix = torch.zeros(rows, columns, device=work.grad.device)
+        matrix = torch.zeros(rows, columns, dtype=torch.float32, device=work.grad.device)
         return cls(matrix, first // columns, offset, values, update_scale(work.fragment.rows, columns))
 
     @property

@@ -96,7 +96,12 @@ def open_states(optimizer: Optimizer, parameter: Tensor, local: Callable[[Tensor
         return
     state = optimizer.state.get(parameter, {})
     opened = {name: _opened(state, name, local) for name in kinds}
+    start = _starting_sum(optimizer, parameter) if "sum" in opened else 0.0
+    if start:  # of every sum in every basis, so that what is carried is the rest
+        opened["sum"].sub_(start)
     yield [(kind, opened[name]) for name, kind in kinds.items()]
+    if start:
+        opened["sum"].add_(start)
     for name, values in opened.items():
         if state[name].dtype == torch.uint8:
             _pack(state, name, values)
@@ -105,15 +110,16 @@ def open_states(optimizer: Optimizer, parameter: Tensor, local: Callable[[Tensor
 def forget_states(optimizer: Optimizer, parameter: Tensor) -> None:
     """Has the optimizer begin anew with a parameter, whatever it keeps of it. Local.
 
-    What is in whole bytes or of no known meaning goes: the optimizer makes it again, and counts its steps again.
+    It makes all of it again, with the values that it begins with (zeros would be wrong: Rprop's step sizes would stay
+    at zero), and counts its steps again.
     """
-    state = optimizer.state.get(parameter, {})
-    tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
-    if all(value.is_floating_point() for value in tensors):
-        for value in tensors:
-            value.zero_()
-    else:
-        del optimizer.state[parameter]
+    optimizer.state.pop(parameter, None)
+
+
+def _starting_sum(optimizer: Optimizer, parameter: Tensor) -> float:
+    """What Adagrad's sums begin with."""
+    groups = (group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
+    return float(next(groups, {}).get("initial_accumulator_value", 0.0))
 
 
 def _kinds_of(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, StateKind]:

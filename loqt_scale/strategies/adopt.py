@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from loqt_scale.errors import UserError
+from loqt_scale.errors import UserError, require_kind
 from loqt_scale.layers import LoQTLayer, loqt_layers
 from loqt_scale.optim import StreamedAdamW
 from loqt_scale.process.environment import is_launched, launched_world_size
@@ -85,25 +85,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
-    """The optimizers inside of Accelerate's and of torch's ZeroRedundancyOptimizer. Local.
+    """The optimizers inside of Accelerate's, of torch's ZeroRedundancyOptimizer, of SAM. Local.
 
     Raises:
-        UserError: It is no optimizer.
+        UserError: It is no optimizer, or averages weights.
     """
     if isinstance(optimizer, (list, tuple)):
         return tuple(one for each in optimizer for one in unwrapped_optimizers(each))
-    while True:
-        inner = (
-            optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else getattr(optimizer, "optimizer", 0)
-        )
-        if not isinstance(inner, Optimizer):
-            break
+    while isinstance(inner := _inside(optimizer), Optimizer):
+        if "lookahead" in type(optimizer).__name__.lower():
+            raise UserError(
+                f"{type(optimizer).__name__} averages weights over many steps, but each merge gives the factors a new "
+                "basis; give the factors to the optimizer inside of it"
+            )
         optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(
-            f"the optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer, or a list of them"
-        )
+    require_kind(optimizer, Optimizer, "the optimizer", "give a torch.optim.Optimizer, or a list of them")
     return (optimizer,)
+
+
+def _inside(optimizer: Any) -> Any:
+    """What a wrapper calls its optimizer: ZeroRedundancyOptimizer, Accelerate's, SAM's; None if it is no wrapper."""
+    names = ("optim",) if isinstance(optimizer, ZeroRedundancyOptimizer) else ("optimizer", "base_optimizer")
+    found = (getattr(optimizer, name, None) for name in names if not isinstance(optimizer, type))
+    return next((inner for inner in found if isinstance(inner, Optimizer)), None)
 
 
 def replicas(device: torch.device, group: Any = None) -> Editing:

@@ -91,12 +91,13 @@ class ZeroEditing(Editing):
         """
         self._link(optimizer)
         flat = next(each for each in optimizer.state if optimizer.state[each])
-        for key, value in optimizer.state[flat].items():
-            if isinstance(value, Tensor) and value.dim() and not value.is_floating_point():
-                raise UserError(f"{type(optimizer).__name__} keeps '{key}' in {value.dtype}, which merges cannot set")
-            if isinstance(value, Tensor) and value.dim():
-                whole = self._whole_moment(optimizer, parameter, key)
-                self._keep_moment(optimizer, parameter, key, torch.zeros_like(whole))
+        states = {
+            key: value for key, value in optimizer.state[flat].items() if isinstance(value, Tensor) and value.dim()
+        }
+        _refuse_what_zeros_spoil(optimizer, states)
+        for key in states:
+            whole = self._whole_moment(optimizer, parameter, key)
+            self._keep_moment(optimizer, parameter, key, torch.zeros_like(whole))
 
     def edit_moments(self, optimizer: Optimizer, parameter: nn.Parameter, edit: EditStates) -> None:
         """Gathers the states of a low-rank parameter, edits them on every rank, keeps the shards. Every rank."""
@@ -188,6 +189,18 @@ class ZeroEditing(Editing):
             utils.safe_set_local_fp32_param(parameter, part)
         else:
             utils.safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _refuse_what_zeros_spoil(optimizer: Optimizer, states: Mapping[str, Tensor]) -> None:
+    """Refuses states that do not begin at zero, before any is set to zero."""
+    for key, value in states.items():
+        if not value.is_floating_point():
+            raise UserError(f"{type(optimizer).__name__} keeps '{key}' in {value.dtype}, which merges cannot set")
+        if key in ("step_size", "ax"):
+            raise UserError(
+                f"{type(optimizer).__name__}'s '{key}' does not begin at zero, and in a DeepSpeed engine merges set "
+                "states to zero only; train the factors by AdamW"
+            )
 
 
 def _has_moments(optimizer: Optimizer) -> bool:

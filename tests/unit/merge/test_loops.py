@@ -1,0 +1,292 @@
+"""Loops that freeze, average, roll back, fail in the middle, or set torch's defaults."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import loqt_scale
+from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, attach, convert_to_loqt, to_dense
+from loqt_scale.errors import UserError
+from loqt_scale.layers import loqt_layers
+from loqt_scale.merge.one_layer import LayerMerge
+from tests.unit.merge.small import RANK, Small, config, loss_of
+
+CONFIG = config("sketch")
+Optimizer = torch.optim.Optimizer
+pytestmark = pytest.mark.filterwarnings("ignore:LoQT. what quantization")
+
+
+def made(
+    kind: Any = torch.optim.AdamW, settings: LoQTConfig = CONFIG, **how: Any
+) -> tuple[Small, Optimizer, MergeCoordinator]:
+    torch.manual_seed(0)
+    model = Small()
+    convert_to_loqt(model, settings)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
+    return model, optimizer, attach(model, optimizer, settings)
+
+
+def step(model: nn.Module, optimizer: Optimizer, merges: MergeCoordinator, data: int) -> Any:
+    merges.prepare()
+    loss_of(model, data).backward()
+    optimizer.step()
+    report = merges.finish()
+    optimizer.zero_grad()
+    return report
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_averages_of_a_converted_model_are_told_and_those_of_dense_weights_are_right() -> None:
+    model, optimizer, merges = made()
+    ema = get_ema_multi_avg_fn(0.9)
+    packed, right = AveragedModel(model, multi_avg_fn=ema), AveragedModel(to_dense(model), multi_avg_fn=ema)
+    oracle: dict[str, torch.Tensor] = {}
+    with pytest.warns(UserWarning, match=r"AveragedModel\(to_dense\(model\)\)") as told:
+        for data in range(7):
+            step(model, optimizer, merges, data)
+            packed.update_parameters(model)
+            right.update_parameters(to_dense(model))
+            now = {name: p.detach().double() for name, p in to_dense(model).named_parameters()}
+            oracle = {name: 0.9 * oracle[name] + 0.1 * p for name, p in now.items()} if oracle else now
+    assert len([each for each in told if "AveragedModel" in str(each.message)]) == 1
+    for name, p in right.module.named_parameters():
+        torch.testing.assert_close(p.double(), oracle[name], rtol=1e-5, atol=1e-6)
+
+
+def test_copies_that_are_kept_or_loaded_or_trained_are_nobodys_mistake() -> None:
+    model, optimizer, merges = made()
+    kept, target, twin = (copy.deepcopy(model) for _ in range(3))
+    own = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
+    its = attach(twin, own, CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in range(12):
+            step(model, optimizer, merges, data)
+            step(twin, own, its, data)
+            if data % 3 == 0:
+                target.load_state_dict(model.state_dict())
+    assert same(model, twin) and not same(model, kept)
+    mean = {name: (a + b) / 2 for (name, a), b in zip(kept.state_dict().items(), target.state_dict().values())}  # noqa: B905
+    with pytest.raises(RuntimeError, match=r"packed bytes.*Average the state dicts of to_dense\(model\)"):
+        model.load_state_dict(mean)
+
+
+def test_frozen_layers_rest_until_they_train_again() -> None:
+    model, optimizer, merges = made()
+    for data in range(3):
+        step(model, optimizer, merges, data)
+    model.up.factor.requires_grad_(False)
+    before = copy.deepcopy(model.up.state_dict())
+    reports = [step(model, optimizer, merges, data) for data in range(3, 7)]
+    assert reports[2].kept == ("up",)
+    after = model.up.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "bias")
+    model.up.factor.requires_grad_(True)
+    reports = [step(model, optimizer, merges, data) for data in range(7, 11)]
+    assert reports[3].kept == () and not torch.equal(before["projection.codes"], model.up.projection.codes)
+    for _, layer in loqt_layers(model):
+        layer.factor.requires_grad_(False)
+    assert all(step(model, optimizer, merges, data) is None for data in range(11, 17))
+
+
+def test_a_layer_that_trains_again_and_that_no_optimizer_holds_is_refused() -> None:
+    model, _, _ = made()
+    model.up.factor.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    merges = attach(model, optimizer, CONFIG)
+    model.up.factor.requires_grad_(True)
+    with pytest.raises(UserError, match=r"factors of 1 of 3 LoQT layers \(up, say\)"):
+        step(model, optimizer, merges, 0)
+
+
+def test_finish_that_raised_is_taken_up_again_or_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    run = LayerMerge.run
+    for fails in (False, True):
+        model, optimizer, merges = made()
+        merges.prepare()
+        loss_of(model, 0).backward()
+        optimizer.step()
+        if fails:
+
+            def once(self: LayerMerge, name: str, *rest: Any) -> Any:
+                if name == "up":
+                    raise MemoryError("no room")
+                return run(self, name, *rest)
+
+            monkeypatch.setattr(LayerMerge, "run", once)
+            with pytest.raises(MemoryError):
+                merges.finish()
+            with pytest.raises(RuntimeError, match=r"finish\(0\) was never called, or raised.*merges\.postpone\(0\)"):
+                merges.prepare()
+            monkeypatch.setattr(LayerMerge, "run", run)
+        results.append((merges.finish(), model))
+    assert str(results[0][0].layers) == str(results[1][0].layers)
+    assert same(results[0][1], results[1][1])
+    model, optimizer, merges = made()
+    merges.prepare(backward_passes=1)
+    for data in range(2):
+        loss_of(model, data).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="more backward passes"):
+        merges.finish()
+    assert step(model, optimizer, merges, 1).step == 1
+
+
+def test_a_rollback_inside_a_merge_step_repeats_the_same_steps() -> None:
+    model, optimizer, merges = made()
+    for data in range(4):
+        step(model, optimizer, merges, data)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), merges.state_dict()))
+    ends = []
+    for _ in range(2):
+        for data in range(4, 7):
+            step(model, optimizer, merges, data)
+        ends.append(copy.deepcopy(model))
+        for thing, state in zip((model, optimizer, merges), copy.deepcopy(saved), strict=True):
+            thing.load_state_dict(state)
+        step(model, optimizer, merges, 4)
+        merges.prepare()
+        loss_of(model, 99).backward()
+        assert all(layer.probe is None for _, layer in loqt_layers(copy.deepcopy(model)))
+        with pytest.warns(UserWarning, match="postponed to step 6"):
+            merges.finish()
+        merges.prepare()
+        for thing, state in zip((model, optimizer, merges), copy.deepcopy(saved), strict=True):
+            thing.load_state_dict(state)
+        optimizer.zero_grad()
+    assert same(*ends)
+
+
+def test_total_steps_are_checked_and_their_end_is_told_once() -> None:
+    model, optimizer, _ = made()
+    for wrong in (0, -3, 2.5, "8", True):
+        with pytest.raises(UserError, match=r"total_steps is .*1 or more"):
+            attach(model, optimizer, CONFIG, total_steps=wrong)  # type: ignore[arg-type]
+    merges = attach(model, optimizer, CONFIG, total_steps=2)
+    with pytest.warns(UserWarning, match="step 2 comes after the 2 steps") as told:
+        for data in range(7):
+            step(model, optimizer, merges, data)
+    assert len([each for each in told if "comes after" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_change_nothing(dtype: torch.dtype) -> None:
+    from loqt_scale.functional import blockwise, nf4_cpu
+
+    ends = []
+    for changed in (False, True):
+        model, optimizer, merges = made()
+        try:
+            torch.set_default_dtype(dtype if changed else torch.float32)
+            nf4_cpu._tables.cache_clear()
+            blockwise._tables.cache_clear()
+            for data in range(6):
+                merges.prepare()
+                loss_of(model, data).backward()
+                optimizer.step()
+                torch.set_default_device("meta" if changed else "cpu")
+                merges.finish()
+                torch.set_default_device("cpu")
+                optimizer.zero_grad()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device("cpu")
+        ends.append(model)
+    assert same(*ends)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (LoQTConfig(rank=4), "rank 8, but the config says 4"),
+        (LoQTConfig(rank=RANK, side="input"), "side 'output', but the config says 'input'"),
+        (
+            LoQTConfig(rank=RANK, quantization=loqt_scale.QuantizationConfig(block_size=32)),
+            "block_size 64, but the config says 32",
+        ),
+    ],
+)
+def test_a_config_of_other_sizes_is_refused(settings: LoQTConfig, said: str) -> None:
+    model, optimizer, _ = made()
+    with pytest.raises(UserError, match=said):
+        attach(model, optimizer, settings)
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    model, optimizer, _ = made()
+    wrong: Any
+    for wrong, said in (("m", "the model is a str"), (Small, "the model is the class Small")):
+        for call in (lambda w: convert_to_loqt(w, CONFIG), lambda w: attach(w, optimizer, CONFIG)):
+            with pytest.raises(UserError, match=said):
+                call(wrong)
+    for wrong in ({"rank": 8}, None):
+        with pytest.raises(UserError, match=r"the config is .*LoQTConfig\(rank=128\)"):
+            MergeCoordinator(model, optimizer, wrong)
+    for wrong, said in ((None, "is None"), (torch.optim.AdamW, "the class AdamW"), (model.parameters(), "a generator")):
+        with pytest.raises(UserError, match=f"the optimizer .*{said}"):
+            attach(model, wrong, CONFIG)
+    assert {"attach", "LoQTCallback", "to_dense"} <= set(dir(loqt_scale))
+
+
+def test_optimizers_with_states_of_their_own_kind() -> None:
+    with pytest.raises(UserError, match=r"LBFGS .*AdamW"):
+        made(torch.optim.LBFGS)
+    _, optimizer, _ = run = made(torch.optim.Adagrad, initial_accumulator_value=0.1)
+    step(*run, 0)
+    assert all(float(state["sum"].min()) >= 0.0999 for state in optimizer.state.values())
+    for flag in ("foreach", "fused"):
+        step(*made(**{flag: True}), 0)
+    model, optimizer, merges = made()
+    for data in range(6):
+        merges.prepare()
+
+        def closure(data: int = data) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, data)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert (merges.finish() is None) == (data not in (0, 5))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_second_derivatives_are_right_or_refused(side: Any) -> None:
+    settings = LoQTConfig(rank=RANK, side=side, merge=MergeConfig(gap=5))
+    model, optimizer, merges = made(settings=settings)
+    for data in range(2):
+        step(model, optimizer, merges, data)
+    model.double()
+    factors = [layer.factor for _, layer in loqt_layers(model)]
+    vectors = [torch.randn_like(factor) for factor in factors]
+    first = torch.autograd.grad(loss_of(model, 1), factors, create_graph=True)
+    product = sum((a * b).sum() for a, b in zip(first, vectors, strict=True))
+    x = torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
+    (by_input,) = torch.autograd.grad(model.square(x).sum(), x, create_graph=True)
+    by_input.square().sum().backward()  # a penalty on gradients by inputs
+    if side == "input":
+        with pytest.raises(UserError, match=r"second derivatives .*side='output'.*to_dense"):
+            torch.autograd.grad(product, factors)  # type: ignore[arg-type]
+        return
+    found = torch.autograd.grad(product, factors)  # type: ignore[arg-type]
+    ends = []
+    for shift in (1e-5, -1e-5):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for (_, layer), vector in zip(loqt_layers(moved), vectors, strict=True):
+                layer.factor.add_(vector, alpha=shift)
+        ends.append(torch.autograd.grad(loss_of(moved, 1), [layer.factor for _, layer in loqt_layers(moved)]))
+    for up, down, exact in zip(*ends, found, strict=True):
+        torch.testing.assert_close((up - down) / 2e-5, exact, rtol=1e-5, atol=1e-8)
