@@ -61,11 +61,21 @@ def check_ranks(config: RunConfig, *, ranks: int, passes: int) -> None:
         ranks: N.
         passes: Micro-batches of a step on each of them.
     """
+    _check_shard_size(config.parallel.shard_size, ranks)
     share = -(-config.train.global_batch_size // ranks)
     require(
         not (config.optim.per_layer and passes > 1),
         f"optim.per_layer is true, but a step is {passes} micro-batches, whose gradients would have to pile up; "
         f"write train.micro_batch_size: {share}, a smaller train.global_batch_size, or optim.per_layer: false",
+    )
+
+
+def _check_shard_size(size: int | None, ranks: int) -> None:
+    sizes = ", ".join(str(other) for other in range(2, ranks + 1) if ranks % other == 0)
+    require(
+        size is None or ranks % size == 0,
+        f"parallel.shard_size is {size}, which does not divide {ranks} rank(s); write "
+        f"{f'one of {sizes}, or ' if sizes else ''}leave it out",
     )
 
 

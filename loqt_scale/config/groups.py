@@ -228,6 +228,9 @@ class ParallelConfig:
         options: Settings of another package's strategy, by their names.
         reshard_after_forward: fsdp: free the gathered block between forward and backward (less memory, one more
             gather) or keep it.
+        shard_size: fsdp: ranks that together store the model once; the others hold copies of it (HSDP). Write the GPUs
+            of a node: then weights are gathered inside of nodes, and only summed gradients travel between them.
+            Default: all ranks.
         kept_between_passes: fsdp: what each rank keeps unsharded between the micro-batches of one step. nothing =
             gradients are reduced after every micro-batch (least memory); gradients = they are kept and reduced after
             the last one; trained = B, embeddings and head, too, are gathered once a step and kept (fewest bytes sent).
@@ -246,6 +249,7 @@ class ParallelConfig:
     strategy: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     reshard_after_forward: bool = True
+    shard_size: int | None = None
     kept_between_passes: Kept = "gradients"
     offload: Offload = "none"
     zero_stage: ZeroStage | None = None
@@ -260,6 +264,20 @@ class ParallelConfig:
         require(1 <= seconds <= _YEAR, f"parallel.timeout_seconds is {seconds}; write 1 to {_YEAR} (a year)")
         if self.strategy != "auto":
             self.check_offload(self.strategy)
+        self._check_shard_size()
+
+    def _check_shard_size(self) -> None:
+        if self.shard_size is None:
+            return
+        require(
+            self.strategy in ("auto", "fsdp"),
+            f"parallel.shard_size is {self.shard_size}, but parallel.strategy is '{self.strategy}'; write "
+            "parallel.strategy: fsdp, or leave parallel.shard_size out",
+        )
+        require(
+            self.shard_size >= 2,
+            f"parallel.shard_size is {self.shard_size}; write 2 or more, or parallel.strategy: ddp to shard nothing",
+        )
 
     def check_offload(self, strategy: str) -> None:
         """Raises ConfigError unless the strategy, which `auto` has been settled to, can offload as asked."""

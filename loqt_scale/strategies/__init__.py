@@ -19,8 +19,8 @@ from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
 from loqt_scale.strategies.ddp import DDP
-from loqt_scale.strategies.editing import Editing, EditStates, ReplicaEditing
-from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep, ShardEditing
+from loqt_scale.strategies.editing import Editing, EditStates, ReplicaEditing, ShardEditing
+from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.offload import is_offloaded

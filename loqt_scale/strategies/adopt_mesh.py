@@ -15,8 +15,7 @@ from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import shard_range
 from loqt_scale.optim import RowShards
 from loqt_scale.strategies.comm import Comm
-from loqt_scale.strategies.editing import Editing
-from loqt_scale.strategies.fsdp import ShardEditing
+from loqt_scale.strategies.editing import Editing, ShardEditing
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement
 from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.process_group import GroupComm

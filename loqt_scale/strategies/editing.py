@@ -210,3 +210,31 @@ class ReplicaEditing(Editing):
             assert ours is not None
             for moment, piece in zip(ours, moments, strict=True):
                 self.write(moment, piece)
+
+
+class ShardEditing(ReplicaEditing):
+    """Every rank works on the rows that it stores: what a merge writes need not be sent.
+
+    Args:
+        comm: The ranks.
+        placement: Where the parameters lie: its shards are the work shares.
+    """
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The stored shard is the work share. Local."""
+        return self.placement.local(parameter)
+
+    def write(self, parameter: Tensor, piece: Tensor) -> None:
+        """The work share is what is stored. Local."""
+        self.placement.local(parameter).copy_(piece)
+
+    def gather(self, parameter: Tensor) -> Tensor:
+        """One all-gather. Every rank."""
+        return self.gather_shares(self.placement.local(parameter.detach()), parameter.shape[0])
+
+    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One all-gather: rows side by side."""
+        widths = [parameter.shape[1] for parameter in parameters]
+        rows = torch.cat([self.placement.local(parameter.detach()) for parameter in parameters], dim=1)
+        parts = self.gather_shares(rows, parameters[0].shape[0]).split(widths, dim=1)
+        return [part.contiguous() for part in parts]  # packed bytes are read in order

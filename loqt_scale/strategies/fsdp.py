@@ -5,6 +5,8 @@ the root for the rest (embeddings, last norm, head). Packed bytes are ordinary f
 gathered with it and never cast (mixed precision touches floating tensors only). Dim 0 of packed tensors counts row
 groups, so each shard can be merged by itself. In a merge a rank works on the rows that it stores.
 
+The ranks are a row, or with `parallel.shard_size` a 2-D mesh whose rows store the model once each (`hybrid`).
+
 Nothing that trains changes between the micro-batches of one step. What then stays unsharded is a choice between memory
 and bytes on the wire (`parallel.kept_between_passes`):
 
@@ -24,7 +26,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -33,18 +35,20 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import RowShards
 from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.comm import Comm
-from loqt_scale.strategies.editing import ReplicaEditing
+from loqt_scale.strategies.editing import ShardEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
+from loqt_scale.strategies.hybrid import HybridEditing, mesh_of
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
 
 
 class FSDPPlacement(FSDPModelPlacement):
-    """Rows of dim 0, cut over all ranks.
+    """Rows of dim 0, cut over the ranks that store the model once.
 
     Args:
-        comm: The ranks.
+        shards: These ranks.
+        mesh: All ranks: shards, or replicas x shards.
         compute_dtype: Dtype that floating parameters are gathered in; gradients are reduced in float32.
         reshard_after_forward: Free gathered blocks between forward and backward.
         kept: What stays whole between the micro-batches of a step.
@@ -53,11 +57,13 @@ class FSDPPlacement(FSDPModelPlacement):
         kept_gathered: Units that stay gathered between the micro-batches of a step.
     """
 
-    def __init__(self, comm: Comm, compute_dtype: torch.dtype, *, reshard_after_forward: bool, kept: Kept) -> None:
-        super().__init__(comm.device, RowShards(comm.sum, comm.rank, comm.world_size))
+    def __init__(
+        self, shards: Comm, mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool, kept: Kept
+    ) -> None:
+        super().__init__(shards.device, RowShards(shards.sum, shards.rank, shards.world_size))
         self._compute_dtype, self._reshard_after_forward, self._kept = compute_dtype, reshard_after_forward, kept
         self.kept_gathered: list[FSDPModule] = []
-        self._mesh = init_device_mesh(comm.device.type, (self.shard_size,))
+        self._mesh = mesh
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
         """Applies `fully_shard` to each block and to the root, on the meta device: nothing is allocated."""
@@ -124,45 +130,23 @@ class FSDPStep(FSDPModelStep):
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Root of the sum of the shards' squares. Every rank. One all-reduce of one number."""
-        return self.placement.row_shards.sum(self.stored_norm(parameters).square()).sqrt()
-
-
-class ShardEditing(ReplicaEditing):
-    """Every rank works on the rows that it stores: what a merge writes need not be sent.
-
-    Args:
-        comm: The ranks.
-        placement: Where the parameters lie: its shards are the work shares.
-    """
-
-    def read(self, parameter: Tensor) -> Tensor:
-        """The stored shard is the work share. Local."""
-        return self.placement.local(parameter)
-
-    def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """The work share is what is stored. Local."""
-        self.placement.local(parameter).copy_(piece)
-
-    def gather(self, parameter: Tensor) -> Tensor:
-        """One all-gather. Every rank."""
-        return self.gather_shares(self.placement.local(parameter.detach()), parameter.shape[0])
-
-    def gather_together(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """One all-gather: rows side by side."""
-        widths = [parameter.shape[1] for parameter in parameters]
-        rows = torch.cat([self.placement.local(parameter.detach()) for parameter in parameters], dim=1)
-        parts = self.gather_shares(rows, parameters[0].shape[0]).split(widths, dim=1)
-        return [part.contiguous() for part in parts]  # packed bytes are read in order
+        squares = self.comm.sum(self.stored_norm(parameters).square())  # of all copies: these must not drift apart
+        return (squares * (self.placement.shard_size / self.comm.world_size)).sqrt()
 
 
 def _create(request: StrategyRequest) -> Strategy:
     parallel, compute_dtype = request.parallel, request.compute_dtype
     comm, kept = GroupComm(request.device, parallel.timeout_seconds, store=request.store), parallel.kept_between_passes
-    placement = FSDPPlacement(comm, compute_dtype, reshard_after_forward=parallel.reshard_after_forward, kept=kept)
-    step = FSDPStep(comm, placement, compute_dtype, kept=kept)
-    return Strategy(
-        description="fsdp", comm=comm, placement=placement, step=step, editing=ShardEditing(comm, placement)
+    mesh, shards, replicas = mesh_of(comm, parallel.shard_size or comm.world_size)
+    placement = FSDPPlacement(
+        shards, mesh, compute_dtype, reshard_after_forward=parallel.reshard_after_forward, kept=kept
     )
+    step = FSDPStep(comm, placement, compute_dtype, kept=kept)
+    editing, description = ShardEditing(comm, placement), "fsdp"
+    if replicas is not None:
+        editing = HybridEditing(comm, placement, shards=shards, replicas=replicas)
+        description = f"fsdp, {replicas.world_size} x {shards.world_size}"
+    return Strategy(description=description, comm=comm, placement=placement, step=step, editing=editing)
 
 
 FSDP = StrategyKind(name="fsdp", create=_create)

@@ -125,6 +125,17 @@ def test_int8_states_move_to_zero(saved: SavedRuns, tmp_path: Path, strategy: st
     assert saved.run(2, strategy, tmp_path / "b", **PACKED, **resume) == pytest.approx(after, abs=1e-4)
 
 
+def test_replicas_of_shards(saved: SavedRuns, tmp_path: Path) -> None:
+    """HSDP on 2 x 2 ranks goes on to the last bit, and on one process: the copies are one in the folder."""
+    settings = {"parallel.shard_size": 2, "train.steps": 16, "checkpoint.every": 8, "checkpoint.keep_last": 9}
+    unbroken = saved.run(4, "fsdp", tmp_path / "a", **settings)
+    after = {step: loss for step, loss in unbroken.items() if step > 8}
+    resume = {"checkpoint.resume": str(tmp_path / "a" / "checkpoints" / "step-00000008")}
+    assert saved.run(4, "fsdp", tmp_path / "b", **settings, **resume) == after
+    alone = saved.run(1, "single", tmp_path / "c", **{"train.steps": 16}, **resume)
+    assert alone == pytest.approx(after, abs=1e-4)
+
+
 @pytest.mark.parametrize("step", [MERGE - 1, MERGE, MERGE + 1])
 def test_before_and_after_a_merge(saved: SavedRuns, tmp_path: Path, step: int) -> None:
     """The merge follows the update of step 13 (counted from 0), which is the 14th."""

@@ -43,6 +43,15 @@ def test_strategies_equal_the_single_process(runs: Runs, world_size: int, strate
     assert_same_losses(runs.losses(world_size, strategy), runs.losses(1, "single"))
 
 
+@pytest.mark.parametrize(
+    "kept", ["gradients", *(pytest.param(k, marks=pytest.mark.long) for k in ("nothing", "trained"))]
+)
+def test_replicas_of_shards_equal_the_single_process(runs: Runs, kept: str) -> None:
+    """HSDP: two copies of the model, each on two ranks, the second of which has rows of another length."""
+    settings = {"parallel.shard_size": 2, "parallel.kept_between_passes": kept, "train.micro_batch_size": 1}
+    assert_same_losses(runs.losses(4, "fsdp", **settings), runs.losses(1, "single"))
+
+
 @pytest.mark.parametrize("what", ["all", *(pytest.param(w, marks=pytest.mark.long) for w in ("base", "optimizer"))])
 def test_offloading_changes_no_bit(runs: Runs, what: str) -> None:
     assert runs.losses(1, f"single-{what}") == runs.losses(1, "single")
