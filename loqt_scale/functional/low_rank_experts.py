@@ -78,7 +78,8 @@ class LowRankExperts(torch.autograd.Function):
         dyp_SR = grouped_rows(dy_SO, bases, ends_E) if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
-            xp_SR = once_differentiable(xp_SR, dy_SO) if needs_x else xp_SR
+            if xp_SR is not None and needs_x:
+                xp_SR = once_differentiable(xp_SR, dy_SO, factor)
             left, right = (dy_SO, xp_SR) if spec.applied_side == "input" else (x_SI, dyp_SR)
             assert left is not None and right is not None
             product = grouped_sums(left, right, ends_E)

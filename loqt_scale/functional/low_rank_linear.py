@@ -154,24 +154,26 @@ def _input_gradient(
     return dx_TI.addmm_(dyp_TR, factor.T, alpha=spec.scale)
 
 
-def once_differentiable(xp: Tensor | None, dy: Tensor) -> Tensor | None:
+def once_differentiable(xp: Tensor, dy: Tensor, factor: Tensor) -> Tensor:
     """X P for a backward pass that may itself be recorded (`create_graph=True`).
 
-    X is not kept on input side, so
-    gradients of a gradient by B would lack their part by X. Whoever asks for them is told so.
+    X is not kept on input side, so a gradient of B's gradient would lack its part by X: whoever asks for one is told.
     """
-    return OnlyOnce.apply(xp, dy) if xp is not None and torch.is_grad_enabled() and dy.requires_grad else xp
+    if not torch.is_grad_enabled():
+        return xp
+    guarded: Tensor = OnlyOnce.apply(xp, dy, factor)
+    return guarded
 
 
 class OnlyOnce(torch.autograd.Function):
-    """X P, which has no gradient that is known, where one is asked for (`dy` makes the graph ask)."""
+    """X P, whose gradient is not known; by dy and B, which stand beside it, its users' gradients come here."""
 
     @staticmethod
-    def forward(ctx: Any, xp: Tensor, dy: Tensor) -> Tensor:
+    def forward(ctx: Any, xp: Tensor, dy: Tensor, factor: Tensor) -> Tensor:
         return xp.view_as(xp)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         raise UserError(
             "second derivatives by B of a LoQT layer are not known on input side, which keeps X P in the place of X; "
             "convert with LoQTConfig(side='output'), or take them of loqt_scale.to_dense(model)"
@@ -217,7 +219,8 @@ class LowRankLinear(torch.autograd.Function):
         dyp_TR = dy_TO @ proj if spec.applied_side == "output" else None
         d_x = d_factor = d_probe = None
         if needs_factor:
-            xp_TR = once_differentiable(xp_TR, dy_TO) if needs_x else xp_TR
+            if xp_TR is not None and needs_x:
+                xp_TR = once_differentiable(xp_TR, dy_TO, factor)
             product = dy_TO.T @ xp_TR if spec.applied_side == "input" else x_TI.T @ dyp_TR
             d_factor = (spec.scale * product).to(factor.dtype)
         if needs_x:

@@ -50,7 +50,8 @@ def release(layers: Iterable[LoQTLayer]) -> None:
 
 def have_changed(layer: LoQTLayer) -> bool:
     """Whether B of a copy of this layer is not what it was when this was asked before."""
-    copies, changed = _COPIES.get(layer, {}), False
+    none: _Seen = WeakKeyDictionary()
+    copies, changed = _COPIES.get(layer, none), False
     for copy, before in list(copies.items()):
         copies[copy] = now = _fingerprint(copy.factor)
         changed |= before not in (None, now)

@@ -279,6 +279,10 @@ def test_second_derivatives_are_right_or_refused(side: Any) -> None:
     if side == "input":
         with pytest.raises(UserError, match=r"second derivatives .*side='output'.*to_dense"):
             torch.autograd.grad(product, factors)  # type: ignore[arg-type]
+        both = nn.Sequential(model.up, model.down)  # and of a loss that is linear in the last layer's output
+        last = torch.autograd.grad(both(x.detach()).sum(), model.down.factor, create_graph=True)[0]
+        with pytest.raises(UserError, match="second derivatives"):
+            torch.autograd.grad(last.square().sum(), [model.up.factor, model.down.factor])
         return
     found = torch.autograd.grad(product, factors)  # type: ignore[arg-type]
     ends = []
