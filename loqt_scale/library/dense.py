@@ -46,7 +46,7 @@ def to_dense(
     """A copy of a converted model with ordinary linear layers of the merged weights. Every rank, if it is sharded.
 
     The copy shares nothing with the model: classes, settings, tied parameters, buffers and hooks are as they were, but
-    for the hooks of FSDP2 and DeepSpeed. Every rank gets a whole one, and needs the memory of it.
+    for the hooks of FSDP2 and DeepSpeed and blocks that torch.compile wrapped, which are copied without it. Every rank gets a whole one, and needs the memory of it.
 
     Args:
         model: The converted model, or what wraps it: DistributedDataParallel, a DeepSpeed engine, torch.compile.
@@ -180,16 +180,21 @@ class _Copy:
         self._memo: dict[int, Any] = {}
 
     def make(self) -> nn.Module:
+        copied, compiled = [], []
         for module in self._model.modules():
             if isinstance(module, LoQTLinear):
                 self._memo[id(module)] = self._dense(module)
+            elif "_orig_mod" in module._modules:  # torch.compile's, which would go on to call the original
+                compiled.append(module)
             elif not isinstance(module, (LoQTLayer, FrozenMatrix)):
                 self._memo[id(module)] = object.__new__(_class_before(module))
-        for module in self._model.modules():
-            if not isinstance(module, (LoQTLayer, FrozenMatrix)):
-                self._fill(self._memo[id(module)], module)
-        copied: nn.Module = self._memo[id(self._model)]
-        return copied
+                copied.append(module)
+        for module in compiled:
+            self._memo[id(module)] = self._memo[id(unwrapped(module))]
+        for module in copied:
+            self._fill(self._memo[id(module)], module)
+        made: nn.Module = self._memo[id(self._model)]
+        return made
 
     def _fill(self, clone: nn.Module, module: nn.Module) -> None:
         state = clone.__dict__

@@ -21,7 +21,7 @@ STEPS = 5
 
 
 def merge_experts(scheme: str, init: str) -> dict[str, Any]:
-    """Losses of three experts, whose weights from before are distributed where there are ranks. Every rank."""
+    """Losses and count of merges of three experts, whose weights from before are distributed where there are ranks. Every rank."""
     several = _join()
     config = LoQTConfig(
         rank=8,
@@ -39,7 +39,7 @@ def merge_experts(scheme: str, init: str) -> dict[str, Any]:
     editing = replicas(torch.device("cpu")) if several else None
     merges = attach(model, optimizer, config, total_steps=50, initial_weights=before, editing=editing)
     losses = [_step(model, merges, optimizer, step) for step in range(STEPS)]
-    return {"losses": losses}
+    return {"losses": [loss for loss, _ in losses], "merged": sum(merged for _, merged in losses)}
 
 
 def unequal_kinds() -> str:
@@ -79,7 +79,7 @@ def _experts() -> nn.Module:
     return model
 
 
-def _step(model: Any, merges: Any, optimizer: Any, step: int) -> float:
+def _step(model: Any, merges: Any, optimizer: Any, step: int) -> tuple[float, bool]:
     generator = torch.Generator().manual_seed(step)
     hidden = torch.randn(24, 32, generator=generator)
     weights, index = torch.rand(24, 3, generator=generator).topk(2, dim=-1)
@@ -87,6 +87,6 @@ def _step(model: Any, merges: Any, optimizer: Any, step: int) -> float:
     loss = (model["experts"](hidden, index, weights) - hidden.sin()).square().mean()
     loss.backward()
     optimizer.step()
-    merges.finish()
+    report = merges.finish()
     optimizer.zero_grad()
-    return float(loss.detach())
+    return float(loss.detach()), report is not None

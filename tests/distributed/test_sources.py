@@ -17,6 +17,7 @@ def test_three_experts_over_two_ranks_merge_as_one_process_does(
 ) -> None:
     (alone,) = ranks.run(1, f"{TASK}merge_experts", scheme=scheme, init=init)
     for several in ranks.run(2, f"{TASK}merge_experts", scheme=scheme, init=init, timeout=60.0):
+        assert several["merged"] == alone["merged"] == 3
         assert several["losses"] == pytest.approx(alone["losses"], rel=near)
 
 

@@ -64,7 +64,14 @@ def test_wrapped_blocks_have_plain_names(tmp_path: Path) -> None:
     report = convert_to_loqt(model, LoQTConfig(rank=8, exclude_modules=["model.layers.1.mlp.*", "lm_head"]))
     assert QUERY in report and not any("layers.1.mlp" in name for name in report)
     attach(model, adamw(model), CONFIG, initial_weights=before)
-    save_merged(model.eval(), tmp_path / "merged")
+    dense = to_dense(model.eval())
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-5)
+    assert list(dense.state_dict()) == want
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.zero_()  # what it computes with is its own
+    assert not logits(dense).any() and logits(model).any()
+    save_merged(model, tmp_path / "merged")
     model.save_pretrained(tmp_path / "usual")
     for folder in ("merged", "usual"):
         assert set(load_file(tmp_path / folder / "model.safetensors")) == set(want)
