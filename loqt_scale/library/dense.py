@@ -46,7 +46,8 @@ def to_dense(
     """A copy of a converted model with ordinary linear layers of the merged weights. Every rank, if it is sharded.
 
     The copy shares nothing with the model: classes, settings, tied parameters, buffers and hooks are as they were, but
-    for the hooks of FSDP2 and DeepSpeed and blocks that torch.compile wrapped, which are copied without it. Every rank gets a whole one, and needs the memory of it.
+    for the hooks of FSDP2 and DeepSpeed, and for torch.compile around single blocks, which the copy lacks. Every rank
+    gets a whole one, and needs the memory of it.
 
     Args:
         model: The converted model, or what wraps it: DistributedDataParallel, a DeepSpeed engine, torch.compile.

@@ -21,7 +21,7 @@ STEPS = 5
 
 
 def merge_experts(scheme: str, init: str) -> dict[str, Any]:
-    """Losses and count of merges of three experts, whose weights from before are distributed where there are ranks. Every rank."""
+    """Losses and merges of three experts, their weights from before distributed if there are ranks. Every rank."""
     several = _join()
     config = LoQTConfig(
         rank=8,
