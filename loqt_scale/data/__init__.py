@@ -138,7 +138,7 @@ def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     train = LogicalStreams(
         partial(_open_stream, pieces, tokenizer, config.seq_len, global_batch_size // pieces.streams),
         streams=pieces.streams,
-        text=pieces.description,
+        text=pieces.origin,
         seq_len=config.seq_len,
         global_batch_size=global_batch_size,
     )

@@ -125,7 +125,7 @@ class LogicalStreams:
         return {"streams": self.count, "text": self._text, "places": places}
 
     def seek(self, step: int, position: dict[str, Any]) -> None:
-        """See `TrainStream`. Places of all streams are needed: which ones a rank reads depends on how many there are."""
+        """See `TrainStream`. Places of all streams are needed: which ones a rank reads depends on their number."""
         assert not self._streams, "read already"
         self._begin, self._places, self._next = step, self._checked(position), step
         for number in range(self.count):

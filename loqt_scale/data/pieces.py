@@ -65,12 +65,16 @@ class Pieces:
         return self.files * self.parts
 
     @property
+    def origin(self) -> str:
+        """What a place belongs to."""
+        return f"{self.files} file{'' if self.files == 1 else 's'}"
+
+    @property
     def description(self) -> str:
-        """For people, and what a place belongs to."""
-        files = f"{self.files} file{'' if self.files == 1 else 's'}"
+        """For people."""
         if self.parts == 1:
-            return files
-        return f"{files}, each read by {self.parts} streams (write more files, and each is read once)"
+            return self.origin
+        return f"{self.origin}, each read by {self.parts} streams (write more files, and each is read once)"
 
     def texts(self, place: int, row: int) -> Iterator[tuple[int, list[str]]]:
         """The piece at a place of the endless list, from a row on (of the piece's own), in shuffled blocks.

@@ -18,7 +18,7 @@ import torch
 
 
 class RateMeter:
-    """Tokens and seconds per optimizer step, and seconds waited for text, over the last `window` steps, pauses left out.
+    """Tokens and seconds per optimizer step, seconds waited for text, over the last `window` steps, pauses left out.
 
     Args:
         window: Steps averaged over.

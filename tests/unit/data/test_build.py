@@ -247,10 +247,12 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) ->
 def test_ranks_read_their_own_documents_and_the_same_batches(folder: Path) -> None:
     """1, 2, 3, 4 and 6 ranks, each with a corpus of its own; each goes on from the others' places at other numbers."""
     batch, steps = 12, 9
-    whole = [build(batch, dataset=str(folder)).train.sequences(step, 0, batch).input_ids for step in range(steps)]
+    whole = [
+        build(batch, dataset=str(folder), streams=12).train.sequences(step, 0, batch).input_ids for step in range(steps)
+    ]
     places: dict[str, Any] | None = None
     for first, ranks in ((0, 1), (2, 3), (3, 4), (5, 2), (7, 6)):
-        corpora = [build(batch, dataset=str(folder)) for _ in range(ranks)]
+        corpora = [build(batch, dataset=str(folder), streams=12) for _ in range(ranks)]
         for corpus in corpora:
             if places is not None:
                 corpus.train.seek(first, json.loads(json.dumps(places)))
