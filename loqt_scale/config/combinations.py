@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 def check_combinations(config: RunConfig) -> None:
     """Raises ConfigError if two settings contradict each other."""
+    batch, streams = config.train.global_batch_size, config.data.streams
+    require(
+        streams is None or batch % streams == 0,
+        f"data.streams is {streams}, which does not divide train.global_batch_size {batch}; write one of "
+        f"{', '.join(str(count) for count in range(1, min(batch, 1024) + 1) if batch % count == 0)}, or null",
+    )
     uneven = next((rank for rank in config.loqt.ranks if rank % 32), 0)
     ours_alone = {
         "optim.per_layer: true": config.optim.per_layer,

@@ -81,6 +81,9 @@ class DataConfig:
         dataset_config: Its configuration name (e.g. en).
         split: Split of `dataset` that is trained on.
         eval_split: Split of `dataset` that is held out.
+        streams: Logical streams of `dataset`, which divide `train.global_batch_size`: each is a part of the text that
+            one rank reads and tokenizes, so their number is to be a multiple of the number of ranks. Default: the
+            greatest divisor up to 64 (up to 8, or the number of files, if those are fewer than 64).
         text_field: Column of JSON, parquet or data-set rows that holds the text.
         tokenizer: bytes = one token a byte; bpe = a byte-level BPE trained on the corpus in seconds; else a folder or
             Hugging Face id for `AutoTokenizer`.
@@ -96,6 +99,7 @@ class DataConfig:
     dataset_config: str | None = None
     split: str = "train"
     eval_split: str = "validation"
+    streams: int | None = None
     text_field: str = "text"
     tokenizer: str = field(default="bytes", metadata=PATH)
     bpe_vocab_size: int = 4096
@@ -117,6 +121,15 @@ class DataConfig:
             not (self.tokenizer == "bpe" and self.dataset is not None),
             "data.tokenizer is 'bpe', which is trained on local text, but data.dataset is streamed; "
             "write data.tokenizer: FOLDER or a Hugging Face id, or 'bytes'",
+        )
+        require(
+            self.streams is None or 1 <= self.streams <= _MANY,
+            f"data.streams is {self.streams}; write 1 to {_MANY}, or null",
+        )
+        require(
+            self.streams is None or self.dataset is not None,
+            f"data.streams is {self.streams}, but only a streamed data set (data.dataset) is read by logical streams: "
+            "files are tokenized once, and each rank reads what it needs; write data.streams: null",
         )
         size = self.bpe_vocab_size
         require(300 <= size <= _MANY, f"data.bpe_vocab_size is {size}; write 300 to {_MANY}")

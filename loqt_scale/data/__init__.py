@@ -1,14 +1,16 @@
 """Text to training batches: `build_corpus` is the whole interface.
 
     corpora.py      documents of local files or of the embedded corpus
-    hub.py          documents of a streamed data set
+    hub.py          rows of a streamed data set
     tokenizers.py   text <-> ids
     packing.py      documents -> sequences of one length (pure)
     token_store.py  local corpora, tokenized once, kept on disk
     cache.py        folders that one process builds while the others wait
     batching.py     a rank's share of them, in micro-batches; the loss, summed
     batches.py      which sequences a step reads; stored corpora, random access
-    streaming.py    the same for streams, which only go forward
+    logical.py      the same for data sets that only go forward, as streams that ranks share among them
+    pieces.py       which documents each of these streams reads
+    streaming.py    one of them, read ahead in a thread
 
 Nothing here knows about ranks: each asks for its share of a step's global batch.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +28,15 @@ import torch
 from loqt_scale.config import DataConfig
 from loqt_scale.data.batches import AnotherTextError, Batch, StoredSequences, TrainStream
 from loqt_scale.data.corpora import embedded_text, files_text
+from loqt_scale.data.hub import held_out_windows, open_splits, split_lines
+from loqt_scale.data.logical import LogicalStreams, join_positions, stream_count
 from loqt_scale.data.packing import Int64Array, evaluation_windows
+from loqt_scale.data.pieces import Pieces, cut_into_pieces, training_windows
+from loqt_scale.data.streaming import LogicalStream
 from loqt_scale.data.token_store import default_cache_dir, tokenized, trained_bpe
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus"]
+__all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus", "join_positions"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Corpus:
         fingerprint: What must be the same on every rank: lines that change with the tokenizer's ids and with the text.
         occurring: Reads how many rows of an embedding its ids need: one more than the greatest. Of a stream, which
             cannot be read beforehand, the tokenizer's greatest.
+        streams: Logical streams that ranks can share among them; None: text that each rank reads as it needs it.
     """
 
     tokenizer: Tokenizer
@@ -52,6 +60,7 @@ class Corpus:
     description: str
     fingerprint: tuple[str, ...]
     occurring: Callable[[], int]
+    streams: int | None = None
 
 
 def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:
@@ -121,24 +130,30 @@ def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
 
 
 def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
-    # Imported here: the `datasets` library takes seconds to import, which local text does not need.
-    from loqt_scale.data.hub import held_out_windows, open_splits, split_lines, training_windows
-    from loqt_scale.data.streaming import StreamedSequences
-
     tokenizer = load_tokenizer(config.tokenizer)
     train_split, eval_split = open_splits(config)
     held_out = _evaluation_batch(*held_out_windows(eval_split, tokenizer, config))
-    train = StreamedSequences(
-        lambda start: training_windows(train_split, tokenizer, config, seed, start),
+    wanted = partial(stream_count, config.streams, global_batch_size)
+    pieces = cut_into_pieces(train_split, streams=wanted, seed=seed)
+    train = LogicalStreams(
+        partial(_open_stream, pieces, tokenizer, config.seq_len, global_batch_size // pieces.streams),
+        streams=pieces.streams,
+        text=pieces.origin,
+        seq_len=config.seq_len,
         global_batch_size=global_batch_size,
     )
     name = config.dataset if config.dataset_config is None else f"{config.dataset}/{config.dataset_config}"
     description = (
-        f"{name} (streamed), tokenizer {tokenizer.name}: train split {config.split!r}; eval split "
-        f"{config.eval_split!r}, {int((held_out.labels >= 0).sum()):,} tokens scored"
+        f"{name} (streamed), tokenizer {tokenizer.name}: train split {config.split!r}, {pieces.streams} logical "
+        f"streams over {pieces.description}; eval split {config.eval_split!r}, "
+        f"{int((held_out.labels >= 0).sum()):,} tokens scored"
     )
     fingerprint = (_tokenizer_line(tokenizer), *split_lines(config, train_split, eval_split), _batch_line(held_out))
-    return Corpus(tokenizer, train, held_out, description, fingerprint, lambda: tokenizer.token_count)
+    return Corpus(tokenizer, train, held_out, description, fingerprint, lambda: tokenizer.token_count, pieces.streams)
+
+
+def _open_stream(pieces: Pieces, tokenizer: Tokenizer, seq_len: int, per_step: int, number: int) -> LogicalStream:
+    return LogicalStream(partial(training_windows, pieces, number, tokenizer, seq_len), per_step=per_step)
 
 
 def _tokenizer_line(tokenizer: Tokenizer) -> str:

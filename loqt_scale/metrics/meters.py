@@ -18,7 +18,7 @@ import torch
 
 
 class RateMeter:
-    """Tokens and seconds per optimizer step over the last `window` steps, pauses left out.
+    """Tokens and seconds per optimizer step, seconds waited for text, over the last `window` steps, pauses left out.
 
     Args:
         window: Steps averaged over.
@@ -27,13 +27,18 @@ class RateMeter:
     def __init__(self, window: int = 50) -> None:
         if window < 1:
             raise ValueError(f"window is {window}; write 1 or more steps")
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
         self._last = time.perf_counter()
 
-    def tick(self, tokens: int) -> None:
-        """Mark the end of a step that trained on `tokens` tokens (of all ranks, for the rate of the whole run)."""
+    def tick(self, tokens: int, waited: float = 0.0) -> None:
+        """Mark the end of a step.
+
+        Args:
+            tokens: That it trained on (of all ranks, for the rate of the whole run).
+            waited: Seconds of it in which this rank waited for its share of the text.
+        """
         now = time.perf_counter()
-        self._steps.append((now - self._last, tokens))
+        self._steps.append((now - self._last, tokens, waited))
         self._last = now
 
     @contextmanager
@@ -48,13 +53,18 @@ class RateMeter:
     @property
     def seconds_per_step(self) -> float:
         """Mean seconds of a step; 0 before the first."""
-        return sum(seconds for seconds, _ in self._steps) / len(self._steps) if self._steps else 0.0
+        return sum(seconds for seconds, _, _ in self._steps) / len(self._steps) if self._steps else 0.0
+
+    @property
+    def waited_per_step(self) -> float:
+        """Mean seconds of a step in which it waited for text; 0 before the first."""
+        return sum(waited for _, _, waited in self._steps) / len(self._steps) if self._steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second; 0 before the first step."""
-        seconds = sum(seconds for seconds, _ in self._steps)
-        return sum(tokens for _, tokens in self._steps) / seconds if seconds > 0.0 else 0.0
+        seconds = sum(seconds for seconds, _, _ in self._steps)
+        return sum(tokens for _, tokens, _ in self._steps) / seconds if seconds > 0.0 else 0.0
 
 
 def memory_metrics(device: torch.device | str) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from loqt_scale.data.logical import ranks_that_share, streams_read_twice
 from loqt_scale.metrics import format_count, format_perplexity, format_span
 
 if TYPE_CHECKING:
@@ -42,9 +43,29 @@ def banner(
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
+    lines += sharing_note(corpus.streams, train.global_batch_size, strategy.step.data_size)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
     lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
+
+
+def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> list[str]:
+    """A line on ranks that read and tokenize the same text, if there are such.
+
+    Args:
+        streams: Logical streams of the run's text; None: it is not streamed.
+        global_batch_size: Sequences of a step.
+        ranks: Among which they are shared.
+    """
+    again = 0 if streams is None else streams_read_twice(streams, global_batch_size, ranks)
+    if streams is None or again <= 0:
+        return []
+    even = ", ".join(map(str, ranks_that_share(streams)))
+    return [
+        f"note     {streams} logical streams on {ranks} ranks: some text is read and tokenized by several ranks "
+        f"({streams + again} readings of a stream); {even} ranks share them evenly; for a new run, write a multiple of "
+        f"{ranks} that divides the global batch in data.streams"
+    ]
 
 
 def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: str) -> list[str]:

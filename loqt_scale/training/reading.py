@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NoReturn
 
 import torch
@@ -33,11 +34,13 @@ class ShareReader:
 
     Attributes:
         fault: Why a share could not be read; None as long as all could.
+        waited: Seconds that the last share took.
     """
 
     def __init__(self, text: TrainStream, seq_len: int, *, alone: bool) -> None:
         self._text, self._seq_len, self._alone = text, seq_len, alone
         self.fault: Exception | None = None
+        self.waited = 0.0
 
     def read(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of a step; blank ones from the first failure on. Local.
@@ -45,6 +48,7 @@ class ShareReader:
         Raises:
             UnreadableDataError: They cannot be read, and this rank is `alone`.
         """
+        begin = time.perf_counter()
         try:
             if self.fault is None:
                 return self._text.sequences(step, start, stop)
@@ -53,6 +57,8 @@ class ShareReader:
                 text = f"the data of step {step + 1} cannot be read: {one_line(error)}"
                 raise UnreadableDataError(text) from error
             self.fault = error
+        finally:
+            self.waited = time.perf_counter() - begin
         blank = torch.zeros((stop - start, self._seq_len), dtype=torch.int64)
         return Batch(blank, blank)
 

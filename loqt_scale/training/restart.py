@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loqt_scale.checkpoint import CONFIG, DATA, FORMAT, HUGGINGFACE, Checkpoint, Manifest, load_checkpoint
 from loqt_scale.config.yaml import save_run_config
+from loqt_scale.data import join_positions
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.model.architectures import portable_config
 from loqt_scale.optim import LearningRates, set_schedule_position, set_update_count
@@ -41,11 +42,13 @@ def manifest_of(trainer: Trainer) -> Manifest:
 
 
 def documents_of(trainer: Trainer) -> Callable[[Path], None]:
-    """Writes a checkpoint's other files into the folder it gets, perhaps in the background.
+    """Writes a checkpoint's other files into the folder it gets, perhaps in the background. Every rank.
 
     The place in the text is that of this call: they are written while training reads on.
     """
     position = trainer.corpus.train.position(trainer.done)
+    if trainer.corpus.streams is not None:
+        position = join_positions(trainer.strategy.comm.gather_objects(position))
 
     def write(folder: Path) -> None:
         save_run_config(trainer.config, folder / CONFIG)

@@ -200,7 +200,7 @@ class Trainer:
             self.finish_pending()
         if self.scheduler is not None:
             self.scheduler.step()
-        self.rates.tick(self.tokens_per_step)
+        self.rates.tick(self.tokens_per_step, self.reader.waited)
 
     def tag(self, step: int) -> StepTag:
         """What this rank believes a step to be."""
@@ -314,6 +314,7 @@ class Trainer:
             "train/skipped_steps": self.health.skipped,
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.rates.seconds_per_step,
+            "perf/data_wait_seconds": self.rates.waited_per_step,
             **memory_metrics(self.strategy.comm.device),
         }
         self.writer.log(done, values)

@@ -238,8 +238,9 @@ def test_a_streamed_data_set_goes_on_where_it_was(saved: SavedRuns, tmp_path: Pa
     saves = {"checkpoint.every": 7, "checkpoint.keep_last": 9}
     unbroken = saved.run(1, "single", tmp_path / "a", **settings, **saves)
     checkpoint = tmp_path / "a" / "checkpoints" / "step-00000007"
-    # 7 steps of 8 sequences: the windows of the first chunk that had been read when the save began, not those since
-    assert json.loads((checkpoint / "data.json").read_text())["windows"] == 56
+    # 7 steps of one sequence for each of 8 streams: the windows that had been read when the save began, not those since
+    places = json.loads((checkpoint / "data.json").read_text())["places"]
+    assert [place["windows"] for place in places.values()] == [7] * 8
     resumed = saved.run(1, "single", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
     assert resumed == {step: loss for step, loss in unbroken.items() if step > 7}
 

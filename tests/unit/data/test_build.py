@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from loqt_scale.config import DataConfig
-from loqt_scale.data import Corpus, build_corpus
+from loqt_scale.data import AnotherTextError, Corpus, build_corpus, join_positions
 from loqt_scale.data.packing import cut_windows
 from loqt_scale.data.tokenizers import ByteTokenizer
+from loqt_scale.functional.shares import share
 
 T = 8
 TRAIN = [f"training text number {i:03d}" for i in range(60)]
@@ -98,7 +99,7 @@ def test_data_errors_come_out_of_build(tmp_path: Path, cache_dir: str) -> None:
 
 
 def test_stream_trains_on_one_split_and_holds_out_the_other(folder: Path) -> None:
-    corpus = build(dataset=str(folder))
+    corpus = build(dataset=str(folder), streams=1)
     epoch = sum(len(text) + 1 for text in TRAIN)
     read_once = documents_of(read(corpus, epoch // (4 * T)))
     assert set(read_once) <= set(TRAIN) and len(read_once) == len(set(read_once)) >= len(TRAIN) - 2
@@ -110,7 +111,7 @@ def test_stream_trains_on_one_split_and_holds_out_the_other(folder: Path) -> Non
 
 def test_stream_wraps_over_epochs_in_a_new_order(folder: Path) -> None:
     tokens = sum(len(text) + 1 for text in TRAIN)
-    read_thrice = documents_of(read(build(dataset=str(folder)), 3 * tokens // (4 * T)))
+    read_thrice = documents_of(read(build(dataset=str(folder), streams=1), 3 * tokens // (4 * T)))
     epochs = [read_thrice[i * len(TRAIN) : (i + 1) * len(TRAIN)] for i in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(TRAIN)
     assert epochs[0] != epochs[1]
@@ -127,7 +128,8 @@ def test_stream_depends_on_seed_and_step_only(folder: Path) -> None:
 
 def test_stream_goes_on_without_tokenizing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions of three epochs, cut into small groups: the same sequences from there on, and few texts tokenized."""
-    monkeypatch.setattr("loqt_scale.data.hub._ENCODE_CHARS", 40)
+    monkeypatch.setattr("loqt_scale.data.pieces._ENCODE_CHARS", 40)
+    monkeypatch.setattr("loqt_scale.data.pieces.SHUFFLED_ROWS", 24)
     steps = 3 * sum(len(text) + 1 for text in TRAIN) // (4 * T)
     corpus = build(dataset=str(folder))
     whole = [corpus.train.sequences(step, 0, 4).input_ids for step in range(steps)]
@@ -152,7 +154,8 @@ def test_stream_goes_on_without_tokenizing_again(folder: Path, monkeypatch: pyte
             assert torch.equal(after.train.sequences(step, 0, 4).input_ids, whole[step])
             assert torch.equal(after.train.sequences(step + 1, 0, 4).input_ids, whole[step + 1])
             after.train.close()
-    assert position["epoch"] == 2 and len(tokenized) < 5 * len(TRAIN), "all before the last place is 2 epochs alone"
+    assert max(place["piece"] for place in position["places"].values()) > 3, "of six pieces over four streams"
+    assert len(tokenized) < 5 * len(TRAIN), "all before the last place is 2 epochs alone"
 
 
 def test_stream_of_parquet_with_its_own_splits_and_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,5 +240,56 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) ->
     if kind == "parquet":
         (tmp_path / "validation.jsonl").unlink()
         pq.write_table(pa.table({"text": HELD_OUT}), tmp_path / "validation.parquet")
-    seen = set(documents_of(read(build(dataset=str(tmp_path)), 2200 // (4 * T))))  # two epochs at least
+    seen = set(documents_of(read(build(dataset=str(tmp_path), streams=1), 2200 // (4 * T))))  # two epochs at least
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
+
+
+def test_ranks_read_their_own_documents_and_the_same_batches(folder: Path) -> None:
+    """1, 2, 3, 4 and 6 ranks, each with a corpus of its own; each goes on from the others' places at other numbers."""
+    batch, steps = 12, 9
+    whole = [
+        build(batch, dataset=str(folder), streams=12).train.sequences(step, 0, batch).input_ids for step in range(steps)
+    ]
+    places: dict[str, Any] | None = None
+    for first, ranks in ((0, 1), (2, 3), (3, 4), (5, 2), (7, 6)):
+        corpora = [build(batch, dataset=str(folder), streams=12) for _ in range(ranks)]
+        for corpus in corpora:
+            if places is not None:
+                corpus.train.seek(first, json.loads(json.dumps(places)))
+        for step in range(first, steps):
+            parts = [
+                corpus.train.sequences(step, *share(batch, rank, ranks)).input_ids
+                for rank, corpus in enumerate(corpora)
+            ]
+            assert torch.equal(torch.cat(parts), whole[step])
+            if step + 1 in (2, 3, 5, 7):
+                break
+        places = join_positions([corpus.train.position() for corpus in corpora])
+        assert places is not None and len(places["places"]) == 12
+
+
+def test_a_place_of_another_kind_is_refused(folder: Path) -> None:
+    position = build(dataset=str(folder)).train.position()
+    assert position is not None
+    old = {"epoch": 0, "texts": 3, "tokens": 40, "rest": [1], "windows": 2}
+    with pytest.raises(AnotherTextError, match=r"earlier version of loqt_scale, which read .* in another order"):
+        build(dataset=str(folder)).train.seek(1, old)
+    with pytest.raises(AnotherTextError, match="put the old files back"):
+        build(dataset=str(folder)).train.seek(1, position | {"text": "5 files"})
+    with pytest.raises(ValueError, match="are not those of 4"):
+        build(dataset=str(folder)).train.seek(1, position | {"places": {"0": {}}})
+    with pytest.raises(ValueError, match="ends before row 4000"):
+        moved = build(dataset=str(folder))
+        moved.train.seek(1, position | {"places": {str(number): {"row": 4000} for number in range(4)}})
+        moved.train.sequences(1, 0, 4)
+
+
+def test_fewer_documents_than_streams(tmp_path: Path) -> None:
+    """One file of three documents: parts of it are empty, and every stream goes on to those that are not."""
+    write_jsonl(tmp_path / "train.jsonl", TRAIN[:3])
+    write_jsonl(tmp_path / "validation.jsonl", HELD_OUT)
+    corpus = build(8, dataset=str(tmp_path))
+    assert "8 logical streams over 1 file, each read by 8 streams" in corpus.description
+    rows = torch.stack([corpus.train.sequences(step, 0, 8).input_ids for step in range(40)])
+    for stream in range(8):
+        assert set(documents_of(rows[:, stream])) == set(TRAIN[:3])

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loqt_scale.data.streaming import Chunk, Place, StreamedSequences
+from loqt_scale.data.streaming import Chunk, LogicalStream, Place
 
 T = 2
 
@@ -23,21 +23,21 @@ T = 2
 def windows(sizes: list[int], place: Place) -> Iterator[Chunk]:
     """Endless windows in chunks of these sizes, again and again; window i starts with token i T.
 
-    A place counts the chunks before it as texts, their windows as tokens.
+    A place counts the chunks before it as texts, their windows as rows.
     """
     assert place.windows == 0, "skipping is not the reader's affair"
-    first = place.tokens
+    first = place.row
     for chunk in count(place.texts):
         starts = np.arange(first, first + sizes[chunk % len(sizes)]) * T
-        yield starts[:, None] + np.arange(T + 1), Place(texts=chunk, tokens=first)
+        yield starts[:, None] + np.arange(T + 1), Place(texts=chunk, row=first)
         first += len(starts)
 
 
-def stream(batch_size: int, sizes: list[int] | None = None) -> StreamedSequences:
-    return StreamedSequences(lambda place: windows(sizes or [3], place), global_batch_size=batch_size)
+def stream(batch_size: int, sizes: list[int] | None = None) -> LogicalStream:
+    return LogicalStream(lambda place: windows(sizes or [3], place), per_step=batch_size)
 
 
-def numbers(made: StreamedSequences, step: int, start: int, stop: int) -> list[int]:
+def numbers(made: LogicalStream, step: int, start: int, stop: int) -> list[int]:
     return [int(first) // T for first in made.sequences(step, start, stop).input_ids[:, 0]]
 
 
@@ -70,11 +70,11 @@ def test_a_stream_goes_on_from_its_position(batch_size: int, sizes: list[int], s
         for _ in range(steps):
             numbers(made, step, 0, 0)
             step += 1
-        position = json.loads(json.dumps(made.position()))
+        position = json.loads(json.dumps(made.position(step)))
         made.close()
         made = stream(batch_size, sizes)
         made.seek(step, position)
-        assert json.loads(json.dumps(made.position())) == position
+        assert json.loads(json.dumps(made.position(step))) == position
     assert numbers(made, step, 0, batch_size) == list(range(step * batch_size, (step + 1) * batch_size))
     made.close()
 
@@ -105,7 +105,7 @@ def test_errors_of_the_reader_reach_the_caller_every_time() -> None:
         yield next(windows([1], place))
         raise ValueError("no column")
 
-    made = StreamedSequences(failing, global_batch_size=1)
+    made = LogicalStream(failing, per_step=1)
     assert numbers(made, 0, 0, 1) == [0]
     for _ in range(2):
         with pytest.raises(ValueError, match="no column"):
@@ -113,7 +113,7 @@ def test_errors_of_the_reader_reach_the_caller_every_time() -> None:
 
 
 def test_a_stream_that_ends_is_an_error() -> None:
-    made = StreamedSequences(lambda place: iter([]), global_batch_size=1)
+    made = LogicalStream(lambda place: iter([]), per_step=1)
     with pytest.raises(RuntimeError, match="endless"):
         made.sequences(0, 0, 1)
 
@@ -128,7 +128,7 @@ def test_reading_ahead_is_bounded() -> None:
             latest = next(read)
             yield chunk
 
-    made = StreamedSequences(counting, global_batch_size=1)
+    made = LogicalStream(counting, per_step=1)
     made.sequences(0, 0, 1)
     time.sleep(0.2)
     assert 2 <= latest <= 12
@@ -161,7 +161,7 @@ def test_a_closed_stream_says_so() -> None:
 
 @pytest.mark.parametrize(
     "position",
-    [None, [], 7, "x", {"epoch": "1"}, {"epoch": -1}, {"texts": 2**60}, {"rest": [-1]}, {"other": 1}, {"windows": 7}],
+    [None, [], 7, "x", {"piece": "1"}, {"piece": -1}, {"texts": 2**60}, {"rest": [-1]}, {"other": 1}, {"windows": 7}],
 )
 def test_a_position_that_is_none_is_refused(position: object) -> None:
     """It may come from a stranger's checkpoint: nor can seven sequences have been read in two steps of three."""
