@@ -40,19 +40,17 @@ from loqt_scale.layers import LoQTExperts, LoQTLayer, check_kinds, copies, loqt_
 from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.merge.first_weights import agreed_source, check_first_weights
 from loqt_scale.merge.one_layer import LayerMerge, own_names
-from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch
+from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch, reason_to_wait
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
-from loqt_scale.merge.settings import check_config, check_settings, settings_of
+from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
 from loqt_scale.merge.sources import WeightsInMemory
 from loqt_scale.merge.spread import found_or_given, warn_of_rounding
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.optim import check_no_lbfgs, check_no_muon_of_experts, parameters_of
 from loqt_scale.strategies import Editing
-
-STATE_VERSION = 1
 
 
 class MergeCoordinator:
@@ -206,7 +204,12 @@ class MergeCoordinator:
         step = self._order.prepare(step)
         self._make_up(step, before if known else None)
         self._tell_end(step)
-        if self.is_merge_step(step) and self._trains and self._order.open != step:
+        if (
+            self.is_merge_step(step)
+            trains = any(layer.factor.requires_grad for layer in self._layers.values())
+            and trains
+            and self._order.open != step
+        ):
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
             self._order.open = step
@@ -231,7 +234,7 @@ class MergeCoordinator:
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
-        if not self.is_merge_step(step) or not self._trains:
+        if not self.is_merge_step(step) or not any(layer.factor.requires_grad for layer in self._layers.values()):
             self._drop()
             self._order.leave(step)
             return None
@@ -356,11 +359,6 @@ class MergeCoordinator:
             return
         self.require(step)
 
-    @property
-    def _trains(self) -> bool:
-        """Whether any layer's B trains."""
-        return any(layer.factor.requires_grad for layer in self._layers.values())
-
     def _tell_end(self, step: int) -> None:
         """Says it once if a run goes on past its end."""
         if not self._end_is_told and (words := self._schedule.words_at_end(step)):
@@ -368,10 +366,7 @@ class MergeCoordinator:
             self._warn(words)
 
     def _check_states(self) -> None:
-        """Refuses an optimizer that lacks factors that train, or whose states of them cannot be carried over.
-
-        Before anything is changed.
-        """
+        """Refuses an optimizer that lacks factors, or whose states cannot be carried over, before anything changes."""
         live = self._search.live
         self._editing.check_held(self._optimizers, {name: layer.factor for name, layer in live.items()})
         if self._config.merge.optimizer_state == "transport":
@@ -389,21 +384,13 @@ class MergeCoordinator:
         broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
         if not seeing:
             raise RuntimeError(NOTHING_SEEN)
-        if broken:
-            return f"the gradients of {broken:.0f} layer(s) were not finite"
-        if not alive:
-            return "the gradients of all layers were zero"
-        if without:
-            return "the optimizer made no step between prepare and finish (call finish after optimizer.step())"
-        return ""
+        return reason_to_wait(broken, alive, without)
 
     def _warn(self, text: str) -> None:
         if self._editing.comm.is_main:
             warnings.warn(f"LoQT: {text}", stacklevel=3)
 
     def _optimizer_of(self, layer: LoQTLayer) -> torch.optim.Optimizer:
-        if len(self._optimizers) == 1:
-            return self._optimizers[0]
         return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))
 
     def _merging(self) -> LayerMerge:

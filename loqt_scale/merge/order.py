@@ -99,3 +99,20 @@ class StepOrder:
                 f"step {self.open} ends in a merge, but finish({self.open}) was never called, or raised, and B stays "
                 f"as it is; {CALL_PREPARE}; or have the next step merge: merges.postpone({self.open})"
             )
+
+
+def reason_to_wait(broken: float, alive: float, without: float) -> str:
+    """Why a step must not be merged; nothing if it may.
+
+    Args:
+        broken: Layers whose gradients are not finite.
+        alive: Layers whose gradients are not zero.
+        without: Ranks whose optimizer has made no step.
+    """
+    if broken:
+        return f"the gradients of {broken:.0f} layer(s) were not finite"
+    if not alive:
+        return "the gradients of all layers were zero"
+    if without:
+        return "the optimizer made no step between prepare and finish (call finish after optimizer.step())"
+    return ""

@@ -14,6 +14,8 @@ from loqt_scale.layers import LoQTLayer
 
 _OF_TENSORS = ("layers",)  # what no run may change: it says what stored tensors mean
 
+STATE_VERSION = 1  # of a coordinator's state dict
+
 
 def settings_of(
     layers: Mapping[str, LoQTLayer], config: LoQTConfig, *, seed: int, total_steps: int | None

@@ -294,3 +294,30 @@ def test_second_derivatives_are_right_or_refused(side: Any) -> None:
         ends.append(torch.autograd.grad(loss_of(moved, 1), [layer.factor for _, layer in loqt_layers(moved)]))
     for up, down, exact in zip(*ends, found, strict=True):
         torch.testing.assert_close((up - down) / 2e-5, exact, rtol=1e-5, atol=1e-8)
+
+
+def test_a_loop_that_is_wholly_under_autocast_merges_in_float32() -> None:
+    states = []
+    for enabled in (False, True):
+        model, optimizer, merges = made()
+        merges.prepare()
+        loss_of(model, 0).backward()
+        optimizer.step()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            merges.finish()
+        states.append(model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_model_that_is_a_linear_itself_is_refused() -> None:
+    with pytest.raises(UserError, match=r"give nn\.Sequential\(model\)"):
+        convert_to_loqt(nn.Linear(64, 64), CONFIG)
+
+
+def test_a_run_without_an_end_merges_on() -> None:
+    settings = LoQTConfig(rank=RANK, merge=MergeConfig(gap=3, growth=1.2))
+    model, optimizer, endless = made(settings=settings)
+    ending = attach(model, optimizer, settings, total_steps=200)
+    assert [step for step in range(200) if endless.is_merge_step(step)] == ending.steps
+    with pytest.raises(UserError, match="last_step_fraction"):
+        made(settings=LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9)))

@@ -384,16 +384,6 @@ def test_initial_weights_in_one_word(tmp_path: Any) -> None:
             attach(model, adamw(model), CONFIG, initial_weights=wrong)  # type: ignore[arg-type]
 
 
-def test_a_run_without_an_end_merges_on() -> None:
-    settings = LoQTConfig(rank=RANK, merge=MergeConfig(gap=3, growth=1.2))
-    model = converted(settings)
-    endless, ending = attach(model, adamw(model), settings), attach(model, adamw(model), settings, total_steps=200)
-    assert [step for step in range(200) if endless.is_merge_step(step)] == ending.steps
-    with pytest.raises(UserError, match="last_step_fraction"):
-        part = LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9))
-        attach(other := converted(part), adamw(other), part)
-
-
 def test_a_step_that_is_a_tensor_is_its_number_then() -> None:
     model, number = converted(), torch.tensor(0)
     optimizer = adamw(model)
@@ -403,21 +393,3 @@ def test_a_step_that_is_a_tensor_is_its_number_then() -> None:
         merged += [n] if step(model, merges, optimizer, number, n) is not None else []  # type: ignore[arg-type]
         number += 1
     assert merged == [0, 5, 10] and json.dumps(merges.state_dict())
-
-
-def test_a_loop_that_is_wholly_under_autocast_merges_in_float32() -> None:
-    plain, under = converted(), converted()
-    for model, enabled in ((plain, False), (under, True)):
-        optimizer = adamw(model)
-        merges = attach(model, optimizer, CONFIG, total_steps=50)
-        merges.prepare()
-        loss_of(model, 0).backward()
-        optimizer.step()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            merges.finish()
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), under.state_dict().values(), strict=True))
-
-
-def test_a_model_that_is_a_linear_itself_is_refused() -> None:
-    with pytest.raises(UserError, match=r"give nn\.Sequential\(model\)"):
-        convert_to_loqt(nn.Linear(64, 64), CONFIG)
