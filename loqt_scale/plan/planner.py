@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.model.build import design_model
-from loqt_scale.plan.activations import PassMemory
+from loqt_scale.plan.activations import OnePass
 from loqt_scale.plan.memory import RankMemory, rank_memory
 from loqt_scale.plan.shapes import ModelShapes, model_shapes
 from loqt_scale.plan.spread import planned_spread
@@ -42,7 +42,7 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int) -> Plan:
     """
     spread = planned_spread(config, ranks)
     shapes = model_shapes(design_model(config, vocab_size=vocab_size))
-    one_pass = PassMemory(config, vocab_size=vocab_size)
+    one_pass = OnePass(config, vocab_size=vocab_size)
     memory = rank_memory(config, shapes, one_pass, spread)
     return Plan(memory, *planned_traffic(config, shapes, ranks))
 
