@@ -1,12 +1,4 @@
-"""FLOPs: of an operator as torch counts them, with those that torch's own table lacks; of a token, as MFU counts them.
-
-Two counts that must not be mixed up:
-
-    executed    what operators really do: LoQT's products, folds, recomputed blocks       `operator_flops`, `FORMULAS`
-    model       what the dense model needs, whatever the method saves or repeats          `model_flops_per_token`
-
-MFU is the second over time and peak (PaLM, Chowdhery et al. 2022, appendix B), so that methods can be compared by it.
-"""
+"""FLOPs of an operator as torch counts them, with those that torch's own table lacks."""
 
 from __future__ import annotations
 
@@ -63,19 +55,3 @@ def operator_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
     if packet in FORMULAS:
         return FORMULAS[packet](*(_shape(value) for value in args))
     return int(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0
-
-
-def model_flops_per_token(matrix_values: int, *, layers: int, attention_width: int, seq_len: int) -> int:
-    """FLOPs of a token, forward and backward, of the dense model: the numerator of MFU.
-
-    Args:
-        matrix_values: Values of the matrices that a token is multiplied with: all linears and the head, not the
-            embedding; of a mixture's experts those that a token goes to.
-        layers: Attention layers.
-        attention_width: Heads times values of a head.
-        seq_len: Tokens of a sequence. A token counts as if it looked at all of them, though half is masked.
-
-    Returns:
-        6 a value, and 12 layers * attention_width * seq_len.
-    """
-    return 6 * matrix_values + 12 * layers * attention_width * seq_len
