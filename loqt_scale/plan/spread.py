@@ -32,6 +32,12 @@ class Spread:
 def planned_spread(config: RunConfig, ranks: int) -> Spread:
     """How a run of so many ranks is spread; raises ConfigError if its strategy is not planned."""
     name = strategy_of(config.parallel, ranks)
+    sequences = config.train.global_batch_size
+    if ranks > sequences:
+        raise ConfigError(
+            f"--gpus is {ranks}, but a batch has {sequences} sequence(s), so that some would have none; write --gpus "
+            f"{sequences}, or --train.global_batch_size {ranks}"
+        )
     if name == "zero":
         raise ConfigError(
             "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
