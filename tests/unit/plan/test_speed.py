@@ -138,7 +138,7 @@ def test_what_bounds_a_step_follows_the_machine(monkeypatch: pytest.MonkeyPatch)
 def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gpu is 'H101', which is not known; write one of H100, H100-PCIe"):
         find_machine("H101", gpus=8)
-    with pytest.raises(ConfigError, match="interconnect is 'token-ring'.*write one of nvlink5"):
+    with pytest.raises(ConfigError, match=r"interconnect is 'token-ring'.*write one of nvlink5"):
         find_machine("h100", gpus=8, interconnect="token-ring")
     with pytest.raises(ConfigError, match="but there is no gpu"):
         PlanOptions(interconnect="ib400")
