@@ -25,14 +25,11 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addmm_: _product_in_place,
     aten.baddbmm_: _product_in_place,
-    **ATTENTION,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 """What torch's table lacks, as `FlopCounterMode(custom_mapping=...)` takes it."""
 
