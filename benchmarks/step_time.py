@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.functional.flops import FORMULAS
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 
@@ -126,9 +127,8 @@ def count_flops(trainer: Trainer) -> int:
 
 
 def flops_by_operator(trainer: Trainer) -> dict[object, int]:
-    """The same, by operator (torch's counter knows no in-place addmm, which folds the low-rank term into a weight)."""
-    in_place = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    """The same, by operator."""
+    with FlopCounterMode(display=False, custom_mapping=dict(FORMULAS)) as counter:
         update(trainer, 900)
     return counter.get_flop_counts()["Global"]
 

@@ -98,14 +98,30 @@ def _eval(argv: Sequence[str], prog: str) -> None:
 
 def _plan(argv: Sequence[str], prog: str) -> None:
     if {"-h", "--help"} & set(argv):
-        about = "Memory and traffic of a run: [--gpus N] [--gpu-memory 24GB] and the settings of train."
+        about = (
+            "Memory, traffic and speed of a run: [--gpus N] [--gpu-memory 24GB] [--gpu H100] [--interconnect ib400] "
+            "[--devices FILE] [--tokens 20e9] and the settings of train."
+        )
         parse_run_config(["--help"], prog=prog, about=about)
     ours, rest = take_options(PlanOptions, argv)
     options, config = parse_options(PlanOptions, ours, prog), parse_run_config(rest, prog=prog)
-    from loqt_scale.plan import describe_plan, vocabulary_size
+    from loqt_scale.plan import describe_plan, find_machine, vocabulary_size
 
+    on = None
+    if options.gpu is not None:
+        on = find_machine(options.gpu, gpus=options.gpus, interconnect=options.interconnect, path=options.devices)
     vocab_size, note = vocabulary_size(config, options.vocab_size)
-    print(describe_plan(config, ranks=options.gpus, vocab_size=vocab_size, gpu_memory=options.gpu_memory, note=note))
+    tokens = None if options.tokens is None else int(options.tokens)
+    said = describe_plan(
+        config,
+        ranks=options.gpus,
+        vocab_size=vocab_size,
+        gpu_memory=options.gpu_memory,
+        note=note,
+        on=on,
+        tokens=tokens,
+    )
+    print(said)
 
 
 COMMANDS: dict[str, Command] = {

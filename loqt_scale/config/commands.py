@@ -84,14 +84,27 @@ class PlanOptions:
         gpus: Ranks of the run.
         gpu_memory: What a GPU has, e.g. 24GB (10^9 bytes) or 24GiB (2^30).
         vocab_size: Rows of the embedding. Default: the tokenizer's.
+        gpu: Name of the GPU, e.g. H100: then step time, tokens/s and MFU are planned, too.
+        interconnect: Name of what connects them. Default: the GPU's own, in a node of 8 and beyond.
+        devices: YAML file of GPUs, interconnects and assumptions in place of the package's own.
+        tokens: Tokens of the whole run, e.g. 20e9, for its days. Default: those of its steps.
     """
 
     gpus: int = 1
     gpu_memory: str | None = None
     vocab_size: int | None = None
+    gpu: str | None = None
+    interconnect: str | None = None
+    devices: str | None = field(default=None, metadata=PATH)
+    tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
+        tokens = self.tokens
+        require(tokens is None or tokens >= 1, f"tokens is {tokens}; write 1 or more, e.g. 20e9")
+        for name in ("interconnect", "devices", "tokens"):
+            unused = self.gpu is None and getattr(self, name) is not None
+            require(not unused, f"{name} is {getattr(self, name)}, but there is no gpu; write --gpu H100, say")
         require(1 <= self.gpus <= 2**24, f"gpus is {self.gpus}; write 1 to {2**24}")
         rows = self.vocab_size
         require(rows is None or 1 <= rows <= 2**31, f"vocab_size is {rows}; write 1 to {2**31}")

@@ -1,4 +1,4 @@
-"""What forward and backward add to the memory of a rank, by running them on tensors that have no storage.
+"""What forward and backward take of a rank, memory and operations, by running them on tensors that have no storage.
 
 Formulas for activations go stale with every model and every version of a library. So the step is really taken, by the
 model's own code, under torch's fake tensors: every operator says which tensors it would make, `PeakMeter` adds up the
@@ -22,6 +22,7 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
 from loqt_scale.model.build import design_model, recompute_blocks
 from loqt_scale.model.structure import decoder_blocks
+from loqt_scale.plan.operations import OperationMeter, Operations, extrapolated
 from loqt_scale.strategies import DTYPES
 
 DEPTHS = (2, 4)  # blocks of the two models that stand for a deep one
@@ -59,8 +60,8 @@ class PeakMeter(TorchDispatchMode):
         self.alive -= self._sizes.pop(key)
 
 
-class PassMemory:
-    """Bytes beyond parameters at the highest moment of one forward and backward pass of one micro-batch, unsharded.
+class OnePass:
+    """One forward and backward pass of one micro-batch, unsharded: bytes beyond parameters at its highest moment.
 
     Nothing is measured before it is asked for, nor twice: not every strategy needs every number.
 
@@ -87,7 +88,34 @@ class PassMemory:
         """As `gradients_freed`, before a merge; sketches are freed as soon as they are complete, too."""
         return self._peak(free=True, probes=True)
 
+    @property
+    def operations(self) -> Operations:
+        """What the operators of a pass do."""
+        return self._taken(free=True)[1]
+
+    @property
+    def merge_operations(self) -> Operations:
+        """The same before a merge."""
+        return self._taken(free=True, probes=True)[1]
+
+    @property
+    def model_flops(self) -> int:
+        """FLOPs that the method asks for, whether blocks are recomputed or not: MFU's numerator.
+
+        Attention's backward pass counts twice its forward pass, without what its kernel recomputes.
+        """
+        plain = replace(self._config, model=replace(self._config.model, activation_checkpointing=False))
+        counts = OnePass(plain, vocab_size=self._vocab_size).operations
+        attention, rest = (
+            sum(op.flops * count for op, count in counts.items() if (op.kind == "attention") is wanted)
+            for wanted in (True, False)
+        )
+        return rest + attention * 6 // 7
+
     def _peak(self, **how: bool) -> int:
+        return self._taken(**how)[0]
+
+    def _taken(self, **how: bool) -> Taken:
         config = self._config
         size = min(config.train.micro_batch_size, config.train.global_batch_size)
         train = TrainConfig(global_batch_size=size, micro_batch_size=size)
@@ -98,31 +126,34 @@ class PassMemory:
         return _KNOWN[key]
 
 
-_KNOWN: dict[tuple[object, ...], int] = {}
+Taken = tuple[int, Operations]  # bytes at the highest moment, what was done
+_KNOWN: dict[tuple[object, ...], Taken] = {}
 
 
-def _measure(config: RunConfig, vocab_size: int, **how: bool) -> int:
+def _measure(config: RunConfig, vocab_size: int, **how: bool) -> Taken:
     """One pass; of a deep model two shallow ones, since each block adds the same."""
     model = design_model(config, vocab_size=vocab_size).model
     depth = len(decoder_blocks(model))
     if depth <= DEPTHS[-1] or not hasattr(model.config, "num_hidden_layers"):
         return take_pass(config, model, **how)
-    peaks = []
+    taken = []
     for shallow in DEPTHS:
         changed = {**config.model.overrides, "num_hidden_layers": shallow}
         smaller = replace(config, model=replace(config.model, overrides=changed))
-        peaks.append(take_pass(smaller, design_model(smaller, vocab_size=vocab_size).model, **how))
-    return peaks[1] + (depth - DEPTHS[1]) * (peaks[1] - peaks[0]) // (DEPTHS[1] - DEPTHS[0])
+        taken.append(take_pass(smaller, design_model(smaller, vocab_size=vocab_size).model, **how))
+    (low, few), (high, more) = taken
+    peak = high + (depth - DEPTHS[1]) * (high - low) // (DEPTHS[1] - DEPTHS[0])
+    return peak, extrapolated(few, more, blocks=DEPTHS, depth=depth)
 
 
-def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False) -> int:
-    """Takes one forward and backward pass of a meta model on fake tensors; returns its highest moment in bytes."""
+def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False) -> Taken:
+    """Takes one forward and backward pass of a meta model on fake tensors: its highest moment, its operations."""
     if config.model.activation_checkpointing:
         recompute_blocks(model)
     dtype = DTYPES[config.model.dtype]
     with FakeTensorMode():
         known = _make_fake(model)
-        with PeakMeter(known) as meter:
+        with PeakMeter(known) as meter, OperationMeter() as operations:
             for parameter in model.parameters() if free else ():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_free)
@@ -136,7 +167,7 @@ def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool =
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
                 loss = model(input_ids=tokens, targets=tokens)
             loss.backward()
-        return meter.peak
+        return meter.peak, operations.operations
 
 
 def _free(parameter: Tensor) -> None:

@@ -15,7 +15,7 @@ from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
-from loqt_scale.plan.activations import PassMemory
+from loqt_scale.plan.activations import OnePass
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
 from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, device_type, moment_bytes, update_scratch
@@ -71,7 +71,7 @@ class RankMemory:
         return max(self.step_peak, self.merge_peak)
 
 
-def rank_memory(config: RunConfig, shapes: ModelShapes, passes: PassMemory, spread: Spread) -> RankMemory:
+def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread: Spread) -> RankMemory:
     """Adds everything up.
 
     Args:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.model.build import design_model
-from loqt_scale.plan.activations import PassMemory
+from loqt_scale.plan.activations import OnePass
+from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory, rank_memory
 from loqt_scale.plan.shapes import ModelShapes, model_shapes
+from loqt_scale.plan.speed import Speed, planned_speed
 from loqt_scale.plan.spread import planned_spread
 from loqt_scale.plan.traffic import Traffic, merge_traffic, step_traffic
 
@@ -22,29 +24,34 @@ class Plan:
         memory: Bytes.
         step: On the wire, each step.
         merge: On the wire, each merge.
+        speed: On the machine that was named, if one was.
     """
 
     memory: RankMemory
     step: Traffic
     merge: Traffic
+    speed: Speed | None = None
 
 
-def plan_run(config: RunConfig, *, ranks: int, vocab_size: int) -> Plan:
+def plan_run(config: RunConfig, *, ranks: int, vocab_size: int, on: Machine | None = None) -> Plan:
     """Computes a plan. Allocates nothing of the model.
 
     Args:
         config: The run. Its strategy `auto` is fsdp on several ranks.
         ranks: GPUs.
         vocab_size: The tokenizer's.
+        on: The GPUs, if the speed is wanted.
 
     Raises:
         ValueError: Settings that do not fit the model, or a strategy that is not planned.
     """
     spread = planned_spread(config, ranks)
     shapes = model_shapes(design_model(config, vocab_size=vocab_size))
-    one_pass = PassMemory(config, vocab_size=vocab_size)
+    one_pass = OnePass(config, vocab_size=vocab_size)
     memory = rank_memory(config, shapes, one_pass, spread)
-    return Plan(memory, *planned_traffic(config, shapes, ranks))
+    traffic = planned_traffic(config, shapes, ranks)
+    speed = None if on is None else planned_speed(config, shapes, one_pass, spread, traffic, on)
+    return Plan(memory, *traffic, speed)
 
 
 def planned_traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple[Traffic, Traffic]:

@@ -19,17 +19,25 @@ class Spread:
         ranks: GPUs, over which a merge's rows are shared out.
         data_size: Ranks that share out a batch's sequences.
         shard_size: Ranks that together store each parameter once.
+        update_size: Ranks that share out the update of a parameter.
     """
 
     strategy: str
     ranks: int
     data_size: int
     shard_size: int
+    update_size: int
 
 
 def planned_spread(config: RunConfig, ranks: int) -> Spread:
     """How a run of so many ranks is spread; raises ConfigError if its strategy is not planned."""
     name = strategy_of(config.parallel, ranks)
+    sequences = config.train.global_batch_size
+    if ranks > sequences:
+        raise ConfigError(
+            f"--gpus is {ranks}, but a batch has {sequences} sequence(s), so that some would have none; write --gpus "
+            f"{sequences}, or --train.global_batch_size {ranks}"
+        )
     if name == "zero":
         raise ConfigError(
             "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
@@ -41,4 +49,5 @@ def planned_spread(config: RunConfig, ranks: int) -> Spread:
     config.parallel.check_offload(name)
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
-    return Spread(name, ranks, data_size=ranks, shard_size=ranks if name == "fsdp" else 1)
+    cut = ranks if name == "fsdp" else 1
+    return Spread(name, ranks, data_size=ranks, shard_size=cut, update_size=cut)

@@ -11,15 +11,24 @@ from loqt_scale.metrics import format_span
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.advice import first_that_fits
+from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory
 from loqt_scale.plan.planner import Plan, plan_run, planned_traffic
 from loqt_scale.plan.shapes import model_shapes
+from loqt_scale.plan.speed_table import describe_speed
 from loqt_scale.plan.spread import planned_spread
 from loqt_scale.plan.traffic import Traffic
 
 
 def describe_plan(
-    config: RunConfig, *, ranks: int, vocab_size: int, gpu_memory: str | None = None, note: str = ""
+    config: RunConfig,
+    *,
+    ranks: int,
+    vocab_size: int,
+    gpu_memory: str | None = None,
+    note: str = "",
+    on: Machine | None = None,
+    tokens: int | None = None,
 ) -> str:
     """The whole answer, for people.
 
@@ -29,11 +38,15 @@ def describe_plan(
         vocab_size: The tokenizer's.
         gpu_memory: What each GPU has, such as 24GB; None: that is not asked.
         note: A last line.
+        on: The GPUs, if the speed is wanted.
+        tokens: Of the whole run, for its days. Default: the run's steps.
     """
-    plan = plan_run(config, ranks=ranks, vocab_size=vocab_size)
+    plan = plan_run(config, ranks=ranks, vocab_size=vocab_size, on=on)
     parts = [_title(config, ranks), _memory_table(plan.memory)]
     if gpu_memory is not None:
         parts.append(_verdict(config, plan, gpu_memory, ranks=ranks, vocab_size=vocab_size))
+    if on is not None:
+        parts.append(describe_speed(config, plan, on, ranks=ranks, vocab_size=vocab_size, tokens=tokens))
     if ranks > 1:
         # which has no B to keep gathered, and would not send its gradients more than once a step
         parallel, adamw = replace(config.parallel, kept_between_passes="gradients"), replace(config.optim, name="adamw")

@@ -175,7 +175,7 @@ def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:
             {"data.seq_len": 512, "train.micro_batch_size": 8, "train.global_batch_size": 8}
             | {"model.loss_chunk_tokens": chunk}
         )
-        peaks.append(activations.PassMemory(config, vocab_size=131_072).gradients_pile_up)
+        peaks.append(activations.OnePass(config, vocab_size=131_072).gradients_pile_up)
     assert peaks[0] > 4 * 2**30 and peaks[1] < 2**30
 
 
@@ -187,7 +187,7 @@ def test_two_shallow_models_stand_for_a_deep_one(recompute: bool, monkeypatch: p
     for depths in ((2, 4), (11, 12)):
         monkeypatch.setattr(activations, "DEPTHS", depths)
         monkeypatch.setattr(activations, "_KNOWN", {})
-        memory = activations.PassMemory(config, vocab_size=BYTES)
+        memory = activations.OnePass(config, vocab_size=BYTES)
         peaks.append([memory.gradients_pile_up, memory.gradients_freed, memory.merge_freed])
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 

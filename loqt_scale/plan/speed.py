@@ -1,0 +1,201 @@
+"""Seconds of a step on a machine that is not here, from counted operations and bytes on the wire.
+
+    a pass      each operator takes as long as its FLOPs or its bytes, whichever is more; the host starts kernels
+    a step      its passes, or its bytes on the wire if these take longer, and a part of the shorter; the update
+    a merge     sketches, factorisations, products in float32, passes over W; rows and layers are shared out over ranks
+
+Nothing here is measured: fractions of peaks are assumptions (`devices.yaml`), calibrated on one H100.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from loqt_scale.config import RunConfig
+from loqt_scale.functional.schedule import merge_steps
+from loqt_scale.functional.shares import micro_steps
+from loqt_scale.merge import probe_shape
+from loqt_scale.optim.fragment import chunk_values
+from loqt_scale.plan.activations import OnePass
+from loqt_scale.plan.devices import Machine
+from loqt_scale.plan.operations import Operation, Operations
+from loqt_scale.plan.shapes import ModelShapes
+from loqt_scale.plan.spread import Spread
+from loqt_scale.plan.traffic import Traffic
+
+Bound = Literal["compute", "memory bandwidth", "network", "host"]
+CAUSAL = 0.5  # of attention's counted FLOPs, what is not masked
+FUSED_UPDATE_BYTES = 36  # a value: read gradient, parameter, two moments, write three; the norm, the clipping
+STREAMED_UPDATE_BYTES, STREAMED_KERNELS = 320, 40  # a value, and of a chunk: about forty float32 operators
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A planned step.
+
+    Args:
+        tokens: Of a step, over all ranks.
+        ranks: N.
+        compute: Seconds of a step in operators bound by FLOPs, on a rank.
+        memory: Seconds in operators bound by memory bandwidth, the update among them.
+        host: Seconds in which the host starts kernels.
+        network: Seconds of the bytes on the wire.
+        step: Seconds of a step without merges.
+        merge: Seconds that a merge adds to its step.
+        merges: Merges of a step, on average over the run.
+        flops: FLOPs that a rank executes in a step.
+        model_flops: FLOPs of a step over all ranks without what is recomputed: the numerator of MFU.
+        peak: FLOP/s of a GPU.
+    """
+
+    tokens: int
+    ranks: int
+    compute: float
+    memory: float
+    host: float
+    network: float
+    step: float
+    merge: float
+    merges: float
+    flops: float
+    model_flops: float
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step with its share of merges."""
+        return self.step + self.merges * self.merge
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over time and peak."""
+        return self.model_flops / self.seconds / self.ranks / self.peak
+
+    @property
+    def bound(self) -> Bound:
+        """What a step waits for most."""
+        device = self.compute + self.memory
+        if self.network > max(device, self.host):
+            return "network"
+        if self.host > device:
+            return "host"
+        return "compute" if self.compute >= self.memory else "memory bandwidth"
+
+
+def planned_speed(
+    config: RunConfig, shapes: ModelShapes, one: OnePass, spread: Spread, traffic: tuple[Traffic, Traffic], on: Machine
+) -> Speed:
+    """How fast a run will be.
+
+    Args:
+        config: The run.
+        shapes: Its model.
+        one: Its pass.
+        spread: How it is spread over ranks.
+        traffic: Bytes on the wire of a step and of a merge.
+        on: The machine.
+    """
+    train, compiled = config.train, config.model.compile
+    passes = micro_steps(train.global_batch_size, spread.data_size, train.micro_batch_size)
+    compute, memory = (passes * part for part in _device_seconds(one.operations, on, compiled=compiled))
+    update, launches = _update(config, shapes, spread, on)
+    kernels = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()) + launches
+    host, network = kernels * on.assumed.launch_us * MICRO, _wire_seconds(traffic[0], on)
+    busy = max(compute + memory, passes and host - launches * on.assumed.launch_us * MICRO)
+    step = max(busy, network) + on.assumed.unhidden * min(busy, network)
+    step += max(update, launches * on.assumed.launch_us * MICRO)
+    tokens = train.global_batch_size * config.data.seq_len
+    rank_tokens = passes * train.micro_batch_size * config.data.seq_len
+    return Speed(
+        tokens,
+        spread.ranks,
+        compute,
+        memory + update,
+        host,
+        network,
+        step,
+        _merge_seconds(config, shapes, one, spread, passes, on) + _wire_seconds(traffic[1], on),
+        _merges_a_step(config),
+        passes * sum(op.flops * n for op, n in one.operations.items()),
+        one.model_flops * passes * tokens / max(rank_tokens, 1),
+        on.gpu.bfloat16 * TERA,
+    )
+
+
+def _device_seconds(operations: Operations, on: Machine, *, compiled: bool) -> tuple[float, float]:
+    """(bound by FLOPs, bound by bytes) of a pass."""
+    compute = memory = 0.0
+    for operation, count in operations.items():
+        flops, moved = _seconds(operation, on, compiled=compiled)
+        compute += count * flops if flops >= moved else 0.0
+        memory += count * moved if flops < moved else 0.0
+    return compute, memory
+
+
+def _seconds(operation: Operation, on: Machine, *, compiled: bool) -> tuple[float, float]:
+    """(by FLOPs, by bytes) of one call."""
+    assumed, peak, rate = on.assumed, on.gpu.bfloat16 * TERA, on.gpu.bandwidth * GIGA
+    moved = operation.bytes / (rate * (assumed.dequantize if operation.kind == "dequantize" else assumed.memory))
+    if operation.kind == "other":
+        return 0.0, moved * (assumed.fused if compiled else 1.0)
+    if operation.kind == "attention":
+        return CAUSAL * operation.flops / (peak * assumed.attention), moved
+    return operation.flops / (peak * assumed.products), moved
+
+
+def _kernels(operation: Operation, on: Machine, compiled: bool) -> float:
+    return on.assumed.fused if compiled and operation.kind == "other" else 1.0
+
+
+def _wire_seconds(traffic: Traffic, on: Machine) -> float:
+    return traffic.sent / (on.link_rate * GIGA * on.assumed.network)
+
+
+def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine) -> tuple[float, int]:
+    """(seconds, kernels beyond a few) of an update of this rank's share."""
+    values = [p.values(spread.update_size) for p in shapes.parameters if p.trains]
+    streams = config.streams_updates
+    chunks = sum(math.ceil(size / chunk_values("cuda")) for size in values) if streams else 0
+    moved = sum(values) * (STREAMED_UPDATE_BYTES if streams else FUSED_UPDATE_BYTES)
+    return moved / (on.gpu.bandwidth * GIGA * on.assumed.memory), STREAMED_KERNELS * chunks
+
+
+def _merges_a_step(config: RunConfig) -> float:
+    if config.method != "loqt":
+        return 0.0
+    merge, steps = config.loqt.merge, config.train.steps
+    found = merge_steps(
+        steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=merge.last_step(steps)
+    )
+    return len(found) / steps
+
+
+def _merge_seconds(
+    config: RunConfig, shapes: ModelShapes, one: OnePass, spread: Spread, passes: int, on: Machine
+) -> float:
+    """Of sketches, on every rank, and of what is shared out."""
+    if config.method != "loqt":
+        return 0.0
+    compiled, assumed = config.model.compile, on.assumed
+    sketched, plain = (
+        sum(_device_seconds(operations, on, compiled=compiled)) for operations in (one.merge_operations, one.operations)
+    )
+    shared, drawn = 0.0, 0.0
+    for spec in shapes.layers:
+        *_, features, width = probe_shape(spec.each, config.loqt.subspace)
+        work = spec.expert_count * 4 * features * width**2
+        shared += work / (assumed.factorise * TERA)
+        drawn += work / (assumed.test_matrix * TERA) if config.loqt.subspace.method == "sketch" else 0.0
+        rounds, values = config.loqt.merge.compensation_rounds, spec.base.rows * spec.base.cols
+        products = 2 * (1 + rounds) * 2 * values * spec.projection.cols
+        shared += products / (on.gpu.float32 * TERA * assumed.merge_products)
+        shared += (1 + rounds) * values * assumed.merge_bytes / (on.gpu.bandwidth * GIGA * assumed.memory)
+    return passes * max(0.0, sketched - plain) + drawn + shared / spread.ranks
