@@ -1,7 +1,7 @@
 """What `loqt-scale plan` says of 7b and 13b on four machines, beside full-rank training. Nothing is measured.
 
-    python benchmarks/planning.py
-    python benchmarks/planning.py --presets llama_7b
+python benchmarks/planning.py
+python benchmarks/planning.py --presets llama_7b
 """
 
 from __future__ import annotations

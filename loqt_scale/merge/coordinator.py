@@ -204,12 +204,8 @@ class MergeCoordinator:
         step = self._order.prepare(step)
         self._make_up(step, before if known else None)
         self._tell_end(step)
-        if (
-            self.is_merge_step(step)
-            trains = any(layer.factor.requires_grad for layer in self._layers.values())
-            and trains
-            and self._order.open != step
-        ):
+        trains = any(layer.factor.requires_grad for layer in self._layers.values())
+        if self.is_merge_step(step) and trains and self._order.open != step:
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
             self._order.open = step
