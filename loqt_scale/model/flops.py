@@ -126,13 +126,19 @@ def _choices(config: Any, experts: int) -> int:
     return next((int(count) for count in found if isinstance(count, int)), experts)
 
 
+def _number(config: Any, name: str) -> int:
+    """A whole number of a config; 0 if it has none of that name."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
+
+
 def _attention_flops(config: Any, tokens: int, seq_len: int) -> int:
     """Forward, all layers: queries with keys, and weights with values."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):  # no attention: RWKV, Mamba
+    heads, hidden, layers = (_number(config, n) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if not heads:  # no attention: RWKV, Mamba
         return 0
     kinds = getattr(config, "layer_types", None)
-    layers = sum(kind in _ATTENDS for kind in kinds) if kinds else config.num_hidden_layers
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys, values = (getattr(config, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
+    layers = sum(kind in _ATTENDS for kind in kinds) if kinds else layers
+    width = _number(config, "head_dim") or hidden // heads
+    keys, values = (_number(config, name) or width for name in ("qk_head_dim", "v_head_dim"))
     return 2 * layers * tokens * seq_len * heads * (keys + values)

@@ -178,7 +178,10 @@ def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
         ({"bf16.enable": True}, "DeepSpeedBF16Config, enable: Extra inputs"),
         ({"amp.enabled": True}, "NVIDIA Apex AMP integration has been removed"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.1]}}}, "expected 2 value for min_lr, got 1"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}}, "TypeError: WarmupLR.__init__() got an u"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
+            "TypeError: WarmupLR.__init__() got an u",
+        ),
     ],
 )
 def test_what_deepspeed_refuses_is_said_early_in_its_words(json_file, values, expected):
