@@ -22,6 +22,7 @@ from loqt_scale.strategies.zero.config import names_scheduler
 FREE = (
     "checkpoint.",
     "parallel.",
+    "metrics.",
     "model.compile",
     "model.activation_checkpointing",
     "data.cache_dir",
@@ -33,6 +34,8 @@ FREE = (
     "train.log_every",
     "train.progress",
     "train.wire_counter",
+    "train.peak_tflops",
+    "train.profile",
 )
 _WARMUP = ("optim.warmup_steps", "optim.warmup_fraction")
 _MAY_CHANGE = ("train.steps", "optim.states")

@@ -43,6 +43,7 @@ from loqt_scale.config.groups import (
     TrainConfig,
 )
 from loqt_scale.config.method import LoQTConfig, MergeConfig, QuantizationConfig, SubspaceConfig
+from loqt_scale.config.metrics import MetricsConfig, ProfileConfig
 from loqt_scale.config.run import RunConfig
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "LowRankPath",
     "MergeConfig",
     "Method",
+    "MetricsConfig",
     "ModelConfig",
     "Offload",
     "OnExisting",
@@ -66,6 +68,7 @@ __all__ = [
     "OptimizerName",
     "OptimizerStates",
     "ParallelConfig",
+    "ProfileConfig",
     "ProgressMode",
     "QuantScheme",
     "QuantizationConfig",

@@ -19,6 +19,7 @@ from loqt_scale.config.choices import (
     ZeroOffload,
     ZeroStage,
 )
+from loqt_scale.config.metrics import ProfileConfig
 
 _STEPS = 99_999_999  # a checkpoint's name holds eight digits
 _MANY = 2**24  # tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip
@@ -318,6 +319,8 @@ class TrainConfig:
         log_every: Write metrics every so many steps.
         progress: Progress bar on rank 0: auto = only on a terminal.
         wire_counter: once = count the bytes of one normal step and one merge at the collectives; off.
+        peak_tflops: TFLOP/s of one device in the compute dtype, of which perf/mfu is a share. Default: by its name, if known.
+        profile: Steps that torch.profiler records.
     """
 
     steps: int = 1000
@@ -331,6 +334,8 @@ class TrainConfig:
     log_every: int = 1
     progress: ProgressMode = "auto"
     wire_counter: Literal["once", "off"] = "off"
+    peak_tflops: float | None = None
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         check_values(self, "train")
@@ -340,6 +345,9 @@ class TrainConfig:
             require(value >= 1, f"train.{key} is {value}; write 1 or more")
             require(value <= limit, f"train.{key} is {value}; write {limit} or less")
         require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; write 0 (only at the ends) or more")
+        peak = self.peak_tflops
+        require(peak is None or peak > 0.0, f"train.peak_tflops is {peak}; write a positive number, or null")
+        self.profile.check_within(self.steps)
         require(self.seed >= 0, f"train.seed is {self.seed}; write 0 or more")
 
 

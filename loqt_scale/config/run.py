@@ -15,6 +15,7 @@ from loqt_scale.config.groups import (
     TrainConfig,
 )
 from loqt_scale.config.method import LoQTConfig
+from loqt_scale.config.metrics import MetricsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class RunConfig:
         parallel: How the run is spread over ranks.
         train: The loop.
         checkpoint: What is kept, and where it goes on.
+        metrics: Where its numbers go.
     """
 
     method: Method = "loqt"
@@ -40,6 +42,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
         check_combinations(self)

@@ -4,6 +4,7 @@
 * `replay`: TensorBoard's curves anew, from `metrics.jsonl`;
 * `Progress`: one bar on a terminal, about twenty plain lines in a log file;
 * `RateMeter`: tokens and seconds per step, from the host's clock alone;
+* `Throughput`: TFLOP/s, MFU and HFU, from counted FLOPs;
 * `memory_metrics`: peak memory of this process;
 * `format_*`: numbers as people read them.
 
@@ -22,6 +23,8 @@ from loqt_scale.metrics.text import (
     format_span,
     perplexity,
 )
+from loqt_scale.metrics.throughput import Throughput, peak_tflops
+from loqt_scale.metrics.wandb_run import check_wandb
 from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter, replay
 
 __all__ = [
@@ -32,12 +35,15 @@ __all__ = [
     "RateMeter",
     "Reminder",
     "Tell",
+    "Throughput",
+    "check_wandb",
     "format_bytes",
     "format_count",
     "format_duration",
     "format_perplexity",
     "format_span",
     "memory_metrics",
+    "peak_tflops",
     "perplexity",
     "replay",
 ]

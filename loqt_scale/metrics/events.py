@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from loqt_scale.metrics.lasting import LastingFile
@@ -44,6 +44,7 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = LastingFile(folder / _file_name(folder), tell)
         self._records = RecordWriter(self._file)
+        self._ended: object = None
         self._begin(purge_step)
 
     def _begin(self, purge_step: int | None) -> None:
@@ -55,6 +56,30 @@ class EventFile:
         """Writes scalars of one step, one event for all of them."""
         scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._add(summary=self._summary(value=scalars), step=step)
+
+    def describe(self, hyperparameters: Mapping[str, object], metrics: Iterable[str], step: int) -> None:
+        """Puts the run into TensorBoard's table of runs (HParams).
+
+        torch's `SummaryWriter.add_hparams` does this in a folder of its own, which is one more run to look at.
+
+        Args:
+            hyperparameters: What it is compared by.
+            metrics: Names of scalars, whose last values are its columns.
+            step: From which this file speaks.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in hyperparameters.items()
+        }
+        experiment, begun, self._ended = hparams(plain, dict.fromkeys(metrics, 0.0))
+        for summary in (experiment, begun):
+            self._add(summary=summary, step=step)
+
+    def succeeded(self, step: int) -> None:
+        """Marks the run as finished in that table; it has been described."""
+        self._add(summary=self._ended, step=step)
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

@@ -18,14 +18,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from loqt_scale.config import RunConfig
+from loqt_scale.config.keys import flat_settings
 from loqt_scale.errors import named
 from loqt_scale.metrics.events import EventFile
 from loqt_scale.metrics.lasting import LastingFile
 from loqt_scale.metrics.reminder import Tell
+from loqt_scale.metrics.wandb_run import WandbRun
 from loqt_scale.process.streams import warn
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+COMPARED = ("eval/loss", "train/loss", "perf/tokens_per_second", "perf/tflops_per_rank", "perf/mfu")
+"""Whose last values TensorBoard's HParams shows of each run."""
 
 
 class MetricsWriter:
@@ -36,6 +41,7 @@ class MetricsWriter:
         enabled: False on all ranks but one: every call then does nothing, so that the caller needs no `if`.
         resume_step: Step after which a run goes on: what the files say of later steps is removed. None: a new run.
         evaluates_again: Whether the run begins with an evaluation after that step: one that is there is removed too.
+        settings: The run, for TensorBoard's table of runs (HParams) and wandb; None: neither.
         tell: Takes a line for people, when the files cannot be written; default: stderr.
 
     Raises:
@@ -50,10 +56,13 @@ class MetricsWriter:
         *,
         resume_step: int | None = None,
         evaluates_again: bool = False,
+        settings: RunConfig | None = None,
         tell: Tell = warn,
     ) -> None:
         self._file: LastingFile | None = None
         self._board: EventFile | None = None
+        self._wandb: WandbRun | None = None
+        self._described, self._succeeded = settings is not None, False
         if enabled:
             path = Path(run_dir) / METRICS_FILE
             if resume_step is not None:
@@ -63,6 +72,12 @@ class MetricsWriter:
             if evaluates_again:
                 _copy(path, self._board, purge_step or 0)
             self._file = LastingFile(path, tell)
+            if settings is not None:
+                known = {name: value for name, value in flat_settings(settings).items() if value is not None}
+                self._board.describe(known, COMPARED, purge_step or 0)
+                if settings.metrics.wandb:
+                    resumes = resume_step is not None
+                    self._wandb = WandbRun(settings.metrics, Path(run_dir), known, resumes=resumes, tell=tell)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of scalars.
@@ -82,6 +97,14 @@ class MetricsWriter:
         line = {"step": int(step), **{name: _json_value(value) for name, value in scalars.items()}}
         self._file.write((json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n").encode())
         self._board.log(int(step), scalars)
+        if self._wandb is not None:
+            self._wandb.log(int(step), scalars)
+
+    def succeed(self, step: int) -> None:
+        """The run is over, after so many steps, and has gone well: other tools are told so."""
+        self._succeeded = True
+        if self._board is not None and self._described:
+            self._board.succeeded(step)
 
     def close(self) -> None:
         """Close both files; a second call does nothing."""
@@ -89,7 +112,9 @@ class MetricsWriter:
             self._file.close()
         if self._board is not None:
             self._board.close()
-        self._file = self._board = None
+        if self._wandb is not None:
+            self._wandb.close(succeeded=self._succeeded)
+        self._file = self._board = self._wandb = None
 
     def __enter__(self) -> Self:
         return self

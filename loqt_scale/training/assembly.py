@@ -1,14 +1,18 @@
-"""The optimizer and the merges of a run, made from its settings, its built model and its strategy."""
+"""The optimizer, the merges and the counted FLOPs of a run, made from its settings, its built model and its strategy."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from loqt_scale.config import RunConfig
+from loqt_scale.functional.shares import share
 from loqt_scale.merge import MergeCoordinator
+from loqt_scale.metrics import Throughput, peak_tflops
 from loqt_scale.model.build import BuiltModel
+from loqt_scale.model.flops import pass_flops
 from loqt_scale.optim import create_optimizer
-from loqt_scale.strategies import Editing, Placement
+from loqt_scale.strategies import Editing, Placement, Strategy
 
 
 def make_optimizer(built: BuiltModel, config: RunConfig, placement: Placement) -> torch.optim.Optimizer:
@@ -40,3 +44,19 @@ def make_merges(
         seed=config.train.seed,
         initial_weights=built.initial_weights,
     )
+
+
+def make_throughput(model: nn.Module, config: RunConfig, strategy: Strategy) -> Throughput:
+    """What tokens per second mean for the devices of a run; of its model before it is sharded. Local."""
+    train, comm = config.train, strategy.comm
+    start, stop = share(train.global_batch_size, 0, strategy.step.data_size)
+    flops = pass_flops(
+        model,
+        sequences=max(1, min(train.micro_batch_size, stop - start)),
+        seq_len=config.data.seq_len,
+        recomputes=config.model.activation_checkpointing,
+    )
+    peak = train.peak_tflops
+    if peak is None and comm.device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(comm.device), config.model.dtype)
+    return Throughput(flops.model / flops.tokens, flops.hardware / flops.tokens, comm.world_size, peak)

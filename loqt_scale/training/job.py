@@ -25,7 +25,7 @@ from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.data import Corpus, build_corpus
 from loqt_scale.functional.shares import micro_steps
-from loqt_scale.metrics import Console, MetricsWriter, Progress
+from loqt_scale.metrics import Console, MetricsWriter, Progress, check_wandb
 from loqt_scale.model.build import ModelDesign, design_model
 from loqt_scale.optim import momentum_only
 from loqt_scale.process.environment import launched_world_size
@@ -77,6 +77,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, float
 
 def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict[str, float]:
     stop.check()  # while this module was loaded
+    check_wandb(config.metrics)
     resolve_strategy(config.parallel)
     device = resolve_device(config.train.device)
     strategy = create_strategy(config, device=device, store=store)
@@ -138,7 +139,7 @@ def _train_design(
     resumed: dict[str, Any] = {"resume_step": done, "evaluates_again": done == train.steps}
     with (
         Progress(train.steps, enabled=strategy.comm.is_main, mode=train.progress, initial_step=done or 0) as progress,
-        MetricsWriter(train.run_dir, strategy.comm.is_main, tell=progress.line, **resumed) as writer,
+        MetricsWriter(train.run_dir, strategy.comm.is_main, settings=config, tell=progress.line, **resumed) as writer,
     ):
         trainer = Trainer(config, corpus, design, strategy=strategy, progress=progress, writer=writer, stop=stop)
         if strategy.comm.is_main:
@@ -149,6 +150,7 @@ def _train_design(
         if checkpoint is not None:
             restore(trainer, checkpoint)
         before, after = trainer.run()
+        writer.succeed(trainer.done)
         progress.close()
         progress.line(summary(config, before, after))
     return before, after

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -39,12 +39,13 @@ from loqt_scale.model.build import ModelDesign, build_model
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
-from loqt_scale.training.assembly import make_merges, make_optimizer
+from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
 from loqt_scale.training.diagnosis import Diagnosis, chance_overlaps
 from loqt_scale.training.evaluation import evaluate
 from loqt_scale.training.health import Health
 from loqt_scale.training.messages import merge_line, start_line
 from loqt_scale.training.pending import HostCopy, PendingStep
+from loqt_scale.training.profiling import StepProfile
 from loqt_scale.training.reading import ShareReader
 from loqt_scale.training.rescue import saved_first
 from loqt_scale.training.restart import documents_of, manifest_of
@@ -79,6 +80,7 @@ class Trainer:
         self.progress, self.writer, self.stop = progress, writer, stop or StopRequest()
 
         # what trains, and by what
+        self.throughput = make_throughput(design.model, config, strategy)  # before it is sharded
         self.built = build_model(design, config.model, strategy)
         attend_causally(self.built.model, config.data.seq_len)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
@@ -121,6 +123,11 @@ class Trainer:
 
         # what is told of it
         self.rates = RateMeter()
+        self.merge_seconds = 0.0  # of this process
+        rank, device = strategy.comm.rank, strategy.comm.device
+        self.profile = StepProfile(
+            config.train.profile, config.train.run_dir, rank=rank, device=device, tell=progress.line
+        )
         self.diagnosis = Diagnosis(config.loqt, config.optim, chance_overlaps(self.built.model), progress.line)
         self.wire = FirstCounted(strategy.comm.world_size, on=config.train.wire_counter == "once")
 
@@ -136,9 +143,9 @@ class Trainer:
         if self.eval_before is None:
             self.begin()
             self.eval_before = self.evaluate(0)
-        with self.stop.patience(), self.saver, saved_first(self):
+        with closing(self.profile), self.stop.patience(), self.saver, saved_first(self):
             while self.done < self.config.train.steps:
-                self.step(self.done)
+                self._profiled_step(self.done)
                 self.between_steps()
             self.save_if_unsaved()
             self.stop.doing = f"after step {self.done}, the last; {self.saver.way_on(self.done)}"
@@ -177,6 +184,13 @@ class Trainer:
             signals = filter(None, numbers)  # perhaps one rank alone was told
             raise Stopped(next(signals), together=True)
 
+    def _profiled_step(self, step: int) -> None:
+        self.profile.begin(step)
+        self.step(step)
+        if self.profile.ends_with(step):
+            with self.rates.paused():
+                self.profile.close()
+
     # ---- a step -----------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> None:
@@ -189,7 +203,7 @@ class Trainer:
                 self.merges.prepare(step, backward_passes=self.micro_steps)
             sums = self.accumulate(step)
             metrics = {f"train/lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-            with self._changing("an update"):
+            with self._changing("an update"), self.profile.region("optimizer"):
                 norm = self.update()
         numbers = HostCopy(torch.cat([sums, norm.reshape(1).to(sums)]))
         self.done, self.tokens = step + 1, self.tokens + self.tokens_per_step
@@ -216,7 +230,8 @@ class Trainer:
         train, spread = self.config.train, self.strategy.step
         # dropout, if the model has any: a function of the step and the rank, so a checkpoint need not hold its state
         torch.manual_seed(stable_seed("step", train.seed, step, spread.data_rank))
-        batch = self.reader.read(step, *share(train.global_batch_size, spread.data_rank, spread.data_size))
+        with self.profile.region("data"):
+            batch = self.reader.read(step, *share(train.global_batch_size, spread.data_rank, spread.data_size))
         with self._changing("an update" if self.per_layer is not None else None):
             loss = self._passes(batch)
             numbers = (float(self.tag(step).checksum), self._flags().number(spread.data_size))
@@ -230,11 +245,12 @@ class Trainer:
         pieces = micro_batches(batch, steps=steps, micro_batch_size=self.config.train.micro_batch_size, device=device)
         for index, piece in enumerate(pieces):
             with spread.micro_step(self.model, last=index == steps - 1):
-                with spread.autocast():
+                with self.profile.region("forward"), spread.autocast():
                     loss = self.model(input_ids=piece.input_ids, targets=piece.labels) / self.tokens_per_step
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
-                spread.backward(self.model, loss)
+                with self.profile.region("backward"):
+                    spread.backward(self.model, loss)
             total += loss.detach()
         return total
 
@@ -294,12 +310,13 @@ class Trainer:
     def merge(self, step: int) -> dict[str, float]:
         """Merges after a merge step; returns the merge's metrics. Every rank."""
         assert self.merges is not None
-        with self._changing("a merge"), self.wire.first("wire/merge") as sent:
+        with self._changing("a merge"), self.profile.region("merge"), self.wire.first("wire/merge") as sent:
             report = self.merges.finish(step)
         if report is None:  # postponed, as it has warned
             return {}
         self.wire.add_reduced(sent, "wire/merge", report.sketch_bytes)
         self.progress.line(merge_line(report))
+        self.merge_seconds += report.seconds
         self.diagnosis.take_merge(report)
         means = {f"merge/{key}": value for key, value in report.means().items()}
         return means | {"merge/seconds": report.seconds} | sent
@@ -315,6 +332,8 @@ class Trainer:
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.rates.seconds_per_step,
             "perf/data_wait_seconds": self.rates.waited_per_step,
+            "perf/merge_seconds": self.merge_seconds,
+            **self.throughput.metrics(rate),
             **memory_metrics(self.strategy.comm.device),
         }
         self.writer.log(done, values)
