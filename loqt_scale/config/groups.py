@@ -319,7 +319,8 @@ class TrainConfig:
         log_every: Write metrics every so many steps.
         progress: Progress bar on rank 0: auto = only on a terminal.
         wire_counter: once = count the bytes of one normal step and one merge at the collectives; off.
-        peak_tflops: TFLOP/s of one device in the compute dtype, of which perf/mfu is a share. Default: by its name, if known.
+        peak_tflops: TFLOP/s of one device in the compute dtype, of which perf/mfu is a share. Default: by its name, if
+            known.
         profile: Steps that torch.profiler records.
     """
 

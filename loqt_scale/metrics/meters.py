@@ -75,8 +75,8 @@ def memory_metrics(device: torch.device | str) -> dict[str, int]:
 
     Returns:
         `memory/max_rss_bytes` (resident in host memory) always; on CUDA also `memory/max_allocated_bytes`,
-        `memory/max_reserved_bytes` and `memory/reserved_bytes` of the caching allocator. Peaks since the start of the process, or since
-        `torch.cuda.reset_peak_memory_stats`.
+        `memory/max_reserved_bytes` and `memory/reserved_bytes` of the caching allocator. Peaks since the start of the
+        process, or since `torch.cuda.reset_peak_memory_stats`.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     metrics = {"memory/max_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

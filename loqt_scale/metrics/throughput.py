@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off); data sheets.
+# Dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off), by data
+# sheets.
 # The first name that a device's name contains counts.
 PEAK_TFLOPS = {
     "H100 PCIe": (756.0, 51.0),

@@ -3,10 +3,10 @@
     T tokens, S positions a sequence, O, I, R as in `functional.low_rank_linear`
 
 What is counted are matrix products, two FLOPs a multiply-add: linears, experts (of each token, those that it goes to),
-the head, attention's two products over all S x S pairs, as torch's flash kernels, PaLM (arXiv 2204.02311) and torchtitan
-count them (the causal half, windows and borders of documents take none away). A trained matrix costs its product
-three times, a frozen one twice. LoQT's layers cost what `functional.low_rank_linear` computes: the base twice, the
-low-rank products by the path that is taken, no gradient of the base. Not counted: norms, softmax, dequantization,
+the head, attention's two products over all S x S pairs, as torch's flash kernels, PaLM (arXiv 2204.02311) and
+torchtitan count them (the causal half, windows and borders of documents take none away). A trained matrix costs its
+product three times, a frozen one twice. LoQT's layers cost what `functional.low_rank_linear` computes: the base twice,
+the low-rank products by the path that is taken, no gradient of the base. Not counted: norms, softmax, dequantization,
 scans of state-space models, the optimizer, merges.
 """
 

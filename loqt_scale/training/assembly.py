@@ -1,4 +1,4 @@
-"""The optimizer, the merges and the counted FLOPs of a run, made from its settings, its built model and its strategy."""
+"""The optimizer, the merges and the counted FLOPs of a run, made from its settings, its model and its strategy."""
 
 from __future__ import annotations
 
