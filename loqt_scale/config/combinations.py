@@ -80,8 +80,8 @@ def _check_shard_size(size: int | None, ranks: int) -> None:
     sizes = ", ".join(str(other) for other in range(2, ranks + 1) if ranks % other == 0)
     require(
         size is None or ranks % size == 0,
-        f"parallel.shard_size is {size}, which does not divide {ranks} rank(s); write "
-        f"{f'one of {sizes}, or ' if sizes else ''}leave it out",
+        f"parallel.shard_size is {size}, which does not divide {ranks} rank(s); "
+        f"{f'write one of {sizes}, or ' if sizes else ''}leave it out",
     )
 
 

@@ -14,7 +14,8 @@ from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
 from loqt_scale.checkpoint.changes import changes_between
-from loqt_scale.config import RunConfig
+from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.commands import (
     ExportOptions,
     GenerateOptions,
@@ -299,3 +300,24 @@ def test_a_wrong_value_is_one_short_line_whatever_it_is(capsys: pytest.CaptureFi
         assert cli.main(["train", f"--loqt.rank={value}"]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and line.startswith("loqt-scale train") and len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "message"),
+    [
+        (3, 4, r"parallel\.shard_size is 3, which does not divide 4 rank\(s\); write one of 2, 4, or leave it out"),
+        (2, 1, r"does not divide 1 rank\(s\); leave it out"),
+    ],
+)
+def test_a_shard_size_divides_the_ranks(size, ranks, message):
+    config = RunConfig(parallel=ParallelConfig(shard_size=size))
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(config, ranks=ranks, passes=1)
+    check_ranks(config, ranks=2 * size, passes=1)
+
+
+def test_a_shard_size_is_for_fsdp_and_shards():
+    with pytest.raises(ConfigError, match="but parallel.strategy is 'ddp'; write parallel.strategy: fsdp"):
+        ParallelConfig(shard_size=2, strategy="ddp")
+    with pytest.raises(ConfigError, match="parallel.shard_size is 1; write 2 or more"):
+        ParallelConfig(shard_size=1)
