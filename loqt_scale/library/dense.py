@@ -89,7 +89,7 @@ def save_merged(
     if not all_succeeded(not (first and folder.exists()), device):
         raise UserError(f"folder: {folder} exists; write a folder that does not")
     state: dict[str, Tensor] = {}
-    for name, tensor in _dense_tensors(inner, torch.device("cpu"), dtype):
+    for name, tensor in _dense_tensors(inner, dtype, keep=first):
         if first:
             state[name] = tensor
     try:
@@ -121,13 +121,20 @@ def _write(model: Any, folder: Path, state: dict[str, Tensor], dtype: torch.dtyp
             settings.write_text(json.dumps({**tree, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
 
-def _dense_tensors(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of the unconverted model's state dict, a tied one as the same tensor. Every rank."""
+def _dense_tensors(model: nn.Module, dtype: torch.dtype | None, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor in host memory) of the unconverted model's state dict, a tied one as the same. Every rank.
+
+    Args:
+        model: The converted model.
+        dtype: As `save_merged` has it.
+        keep: Whether this rank wants them; else it only takes part, and gets empty ones.
+    """
     seen: dict[int, Tensor] = {}
     for name, module in named_modules(model, remove_duplicate=False):
         for key, tensor, read in _reads(module):
             if id(tensor) not in seen:
-                seen[id(tensor)] = _moved(read(dtype), device, dtype)
+                value = read(dtype)
+                seen[id(tensor)] = _moved(value, torch.device("cpu"), dtype) if keep else value.new_empty(0)
             is_weight = isinstance(module, LoQTLayer) and key == "weight"
             full = cast(LoQTLayer, module).weight_name(name) if is_weight else f"{name}.{key}"
             yield full.lstrip("."), seen[id(tensor)]

@@ -317,7 +317,7 @@ def test_a_shard_size_divides_the_ranks(size, ranks, message):
 
 
 def test_a_shard_size_is_for_fsdp_and_shards():
-    with pytest.raises(ConfigError, match="but parallel.strategy is 'ddp'; write parallel.strategy: fsdp"):
+    with pytest.raises(ConfigError, match=r"but parallel\.strategy is 'ddp'; write parallel\.strategy: fsdp"):
         ParallelConfig(shard_size=2, strategy="ddp")
-    with pytest.raises(ConfigError, match="parallel.shard_size is 1; write 2 or more"):
+    with pytest.raises(ConfigError, match=r"parallel\.shard_size is 1; write 2 or more"):
         ParallelConfig(shard_size=1)
