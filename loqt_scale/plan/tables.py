@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.sizes import OUTSIDE, parse_size
@@ -15,7 +14,7 @@ from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory
 from loqt_scale.plan.planner import Plan, plan_run, planned_traffic
 from loqt_scale.plan.shapes import model_shapes
-from loqt_scale.plan.speed_table import describe_speed
+from loqt_scale.plan.speed_table import describe_speed, full_rank
 from loqt_scale.plan.spread import planned_spread
 from loqt_scale.plan.traffic import Traffic
 
@@ -48,9 +47,7 @@ def describe_plan(
     if on is not None:
         parts.append(describe_speed(config, plan, on, ranks=ranks, vocab_size=vocab_size, tokens=tokens))
     if ranks > 1:
-        # which has no B to keep gathered, and would not send its gradients more than once a step
-        parallel, adamw = replace(config.parallel, kept_between_passes="gradients"), replace(config.optim, name="adamw")
-        full = replace(config, method="full", parallel=parallel, optim=adamw)
+        full = full_rank(config, ranks)
         dense, _ = planned_traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), ranks)
         parts.append(_wire_table(config, plan, dense))
     return "\n\n".join([*parts, note] if note else parts)
@@ -106,7 +103,7 @@ def _checker(limit: int, *, ranks: int, vocab_size: int) -> Callable[[RunConfig]
 
 def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
     lines = [f"  {'sent by a rank (ring)':<26}", f"  {'a step':<26}{_size(plan.step.sent):>12}"]
-    lines.append(f"  {'a step, full-rank':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
+    lines.append(f"  {'a step, full-rank FSDP2':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
     if config.method == "loqt":
         lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
     return "\n".join(lines)
