@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, MixtralConfig, PreTrainedConfig
 
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.model.build import design_model
@@ -51,5 +53,24 @@ def counted_and_seen(**settings: Any) -> tuple[PassFlops, int]:
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_equal_what_torch_counts(settings: dict[str, Any]) -> None:
     ours, seen = counted_and_seen(**settings)
-    print(ours, ours.hardware / seen)
+    assert ours.hardware == pytest.approx(seen, rel=0.001)
+
+
+MIXTRAL = MixtralConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64)  # weights are transposed
+
+
+@pytest.mark.parametrize("shape", [MIXTRAL, GPT2], ids=["experts", "transposed"])
+def test_equal_what_torch_counts_of_other_architectures(shape: PreTrainedConfig, tmp_path: Path) -> None:
+    shape.save_pretrained(tmp_path)
+    ours, seen = counted_and_seen(**{"model.path": tmp_path, "loqt.rank": 16})
     assert ours.hardware == pytest.approx(seen, rel=0.001)
