@@ -387,6 +387,8 @@ class MergeCoordinator:
             warnings.warn(f"LoQT: {text}", stacklevel=3)
 
     def _optimizer_of(self, layer: LoQTLayer) -> torch.optim.Optimizer:
+        if len(self._optimizers) == 1:  # which may be an engine's, over parameters of its own
+            return self._optimizers[0]
         return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))
 
     def _merging(self) -> LayerMerge:
