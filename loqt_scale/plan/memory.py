@@ -19,6 +19,7 @@ from loqt_scale.plan.activations import OnePass
 from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
 from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, device_type, moment_bytes, update_scratch
+from loqt_scale.plan.zero import zero_gathered, zero_gradients, zero_state
 from loqt_scale.strategies import DTYPES, is_offloaded
 
 CHUNK_BUFFERS = 2  # float32, of a merge's chunk of rows: what is quantized, and what comes back
@@ -80,6 +81,8 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
         passes: What forward and backward add.
         spread: How it is spread over ranks.
     """
+    if spread.strategy == "zero":
+        return _zero_memory(config, shapes, passes, spread)
     strategy, cut, offload = spread.strategy, spread.shard_size, config.parallel.offload
     away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
@@ -115,6 +118,22 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
     merge_passing += collected_bytes(config, shapes, spread.ranks, passes_of_step) if merges else 0
     scratch = merge_scratch(shapes, spread.ranks) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
+
+
+def _zero_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread: Spread) -> RankMemory:
+    """Under DeepSpeed, which keeps its bucket and the reduced gradients beside what a pass takes."""
+    count = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
+    gradients, bucket = zero_gradients(config, shapes, spread.ranks, count)
+    merges, beside = config.method == "loqt", gradients + bucket
+    merge_passing = passes.merge_freed + beside + collected_bytes(config, shapes, spread.ranks, count) if merges else 0
+    return RankMemory(
+        zero_state(config, shapes, spread.ranks),
+        gradients,
+        passes.gradients_freed + beside,
+        zero_gathered(config, shapes),
+        merge_passing,
+        merge_scratch(shapes, spread.ranks) + bucket if shapes.layers else 0,
+    )
 
 
 def summed_bytes(parameter: ParameterShape, passes: int, ranks: int = 1) -> int:

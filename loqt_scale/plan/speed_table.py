@@ -41,7 +41,7 @@ def full_rank(config: RunConfig, ranks: int) -> RunConfig:
     parallel = replace(
         config.parallel,
         strategy="fsdp" if ranks > 1 else "single",
-        kept_between_passes="gradients",
+        kept_between_passes="gradients",  # it has no B to keep, and would not send its gradients more than once a step
         offload="none",
         zero_stage=None,
         zero_config=None,

@@ -8,6 +8,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config.combinations import strategy_of
 from loqt_scale.config.names import check_strategy_name
 from loqt_scale.errors import ConfigError
+from loqt_scale.plan.zero import zero_stage
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Spread:
     """What a plan must know of a strategy.
 
     Args:
-        strategy: single, ddp or fsdp.
+        strategy: single, ddp, fsdp or zero.
         ranks: GPUs, over which a merge's rows are shared out.
         data_size: Ranks that share out a batch's sequences.
         shard_size: Ranks that together store each parameter once.
@@ -38,16 +39,17 @@ def planned_spread(config: RunConfig, ranks: int) -> Spread:
             f"--gpus is {ranks}, but a batch has {sequences} sequence(s), so that some would have none; write --gpus "
             f"{sequences}, or --train.global_batch_size {ranks}"
         )
-    if name == "zero":
-        raise ConfigError(
-            "parallel.strategy is 'zero', whose buffers are DeepSpeed's affair; write --parallel.strategy fsdp, which "
-            "holds what stage 3 shards"
-        )
     check_strategy_name(name)
-    if name not in ("single", "ddp", "fsdp"):
+    if name not in ("single", "ddp", "fsdp", "zero"):
         raise ConfigError(f"parallel.strategy is '{name}', which plan does not know; write --parallel.strategy fsdp")
     config.parallel.check_offload(name)
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
-    cut = ranks if name == "fsdp" else 1
-    return Spread(name, ranks, data_size=ranks, shard_size=cut, update_size=cut)
+    if config.parallel.shard_size not in (None, ranks):
+        raise ConfigError(
+            f"parallel.shard_size is {config.parallel.shard_size}, but plan does not know copies of a sharded model; "
+            f"leave it out, or write --gpus {config.parallel.shard_size} to see what a rank holds"
+        )
+    cut = ranks if name == "fsdp" or (name == "zero" and zero_stage(config) == 3) else 1
+    update = 1 if name in ("single", "ddp") else ranks
+    return Spread(name, ranks, data_size=ranks, shard_size=cut, update_size=update)

@@ -15,7 +15,7 @@ from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory
 from loqt_scale.plan.planner import Plan, plan_run, planned_traffic
 from loqt_scale.plan.shapes import model_shapes
-from loqt_scale.plan.speed_table import describe_speed
+from loqt_scale.plan.speed_table import describe_speed, full_rank
 from loqt_scale.plan.spread import planned_spread
 from loqt_scale.plan.traffic import Traffic
 
@@ -48,9 +48,7 @@ def describe_plan(
     if on is not None:
         parts.append(describe_speed(config, plan, on, ranks=ranks, vocab_size=vocab_size, tokens=tokens))
     if ranks > 1:
-        # which has no B to keep gathered, and would not send its gradients more than once a step
-        parallel, adamw = replace(config.parallel, kept_between_passes="gradients"), replace(config.optim, name="adamw")
-        full = replace(config, method="full", parallel=parallel, optim=adamw)
+        full = full_rank(config, ranks)
         dense, _ = planned_traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), ranks)
         parts.append(_wire_table(config, plan, dense))
     return "\n\n".join([*parts, note] if note else parts)

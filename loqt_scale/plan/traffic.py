@@ -16,6 +16,7 @@ from loqt_scale.plan.memory import summed_bytes
 from loqt_scale.plan.shapes import ModelShapes
 from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, muon_bytes
+from loqt_scale.plan.zero import zero_step
 from loqt_scale.strategies import DTYPES
 
 
@@ -43,6 +44,10 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
         reduced = sum(summed_bytes(p, passes) for p in trained)
         reduced += 4 * FLOAT  # the loss with its two companions, the gradient's norm
         return Traffic(reduced, 2 * reduced * (spread.data_size - 1) // spread.data_size)
+    if spread.strategy == "zero":
+        gathers, scatters, sums = zero_step(config, shapes, passes)
+        around = (gathers + scatters + 2 * sums) * (spread.ranks - 1) // spread.ranks
+        return Traffic(gathers + scatters + sums, around)
     ranks, parallel = spread.shard_size, config.parallel
     compute, gathered = DTYPES[config.model.dtype], 0
     for p in shapes.parameters:

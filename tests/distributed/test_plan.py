@@ -167,6 +167,28 @@ def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, setting
     assert 0.5 * plan.merge.sent < seen["merge_sent"] <= plan.merge.sent
 
 
+ZERO = [pytest.param(3, id="stage-3"), *(pytest.param(n, id=f"stage-{n}", marks=pytest.mark.long) for n in (1, 2))]
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_zero_holds_and_sends_what_is_planned(tmp_path: Path, text_file: Path, cache_dir: Path, stage: int) -> None:
+    """Three passes a step in bfloat16: state to 3 %, a step's bytes on the wire to the padding."""
+    settings = {"parallel.zero_stage": stage, "model.dtype": "bfloat16", "train.micro_batch_size": 1}
+    plan, pool = planned(2, "zero", settings), RankPool()  # of its own: DeepSpeed's groups outlive a task
+    try:
+        call = run_on(pool, tmp_path, text_file, cache_dir)
+        ranks = call("held_bytes", 2, "zero", **settings)
+        seen = call("traffic", 2, "zero", **settings)[0]
+    finally:
+        pool.close()
+    held = {kind: max(rank["held"].get(kind, 0) for rank in ranks) for kind in (*KINDS, "masters")}
+    for kind, name in (*KINDS.items(), ("masters", "float32 masters")):
+        assert plan.memory.state[name] == pytest.approx(held[kind], rel=0.03), name
+    assert plan.step.payload == pytest.approx(sum(size for _, size, _ in seen["step"]), abs=64)
+    assert plan.step.sent == pytest.approx(seen["step_sent"], abs=64)
+    assert plan.merge.sent == pytest.approx(seen["merge_sent"], rel=0.5), (plan.merge, seen["merge_sent"])
+
+
 def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:
     """4,096 tokens of 131,072 logits: 2 GiB in float32, of which a chunk is 256 MiB."""
     peaks = []
@@ -217,8 +239,12 @@ def test_changes_only_ever_save(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_planned_says_what_to_write() -> None:
     config = small_config(WIDE)
-    for strategy, ranks, message in (("zero", 2, "write --parallel.strategy fsdp"), ("single", 2, "write --gpus 1")):
-        other = replace(config, parallel=replace(config.parallel, strategy=strategy))
+    for changed, ranks, message in (
+        ({"strategy": "zero", "zero_offload": "optimizer"}, 2, "leave it out, and write --parallel.zero_stage"),
+        ({"strategy": "single"}, 2, "write --gpus 1"),
+        ({"strategy": "fsdp", "shard_size": 2}, 6, "write --gpus 2"),
+    ):
+        other = replace(config, parallel=replace(config.parallel, **changed))
         with pytest.raises(ConfigError, match=message):
             plan_run(other, ranks=ranks, vocab_size=BYTES)
     for text in ("24", "big GB", "GB"):
