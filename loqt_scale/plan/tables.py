@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.sizes import OUTSIDE, parse_size
@@ -104,7 +103,7 @@ def _checker(limit: int, *, ranks: int, vocab_size: int) -> Callable[[RunConfig]
 
 def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
     lines = [f"  {'sent by a rank (ring)':<26}", f"  {'a step':<26}{_size(plan.step.sent):>12}"]
-    lines.append(f"  {'a step, full-rank':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
+    lines.append(f"  {'a step, full-rank FSDP2':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
     if config.method == "loqt":
         lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
     return "\n".join(lines)

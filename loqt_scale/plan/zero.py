@@ -55,7 +55,8 @@ def zero_gathered(config: RunConfig, shapes: ModelShapes) -> int:
     """Bytes of whole parameters at a time under stage 3: as many values as DeepSpeed lets live."""
     if zero_stage(config) < 3:
         return 0
-    whole, values = (sum(column) for column in zip(*((_share(p, 1, config), p.values()) for p in shapes.parameters)))
+    whole = sum(_share(p, 1, config) for p in shapes.parameters)
+    values = sum(p.values() for p in shapes.parameters)
     return whole * min(values, LIVE_VALUES) // values
 
 
