@@ -98,20 +98,6 @@ class OnePass:
         """The same before a merge."""
         return self._taken(free=True, probes=True)[1]
 
-    @property
-    def model_flops(self) -> int:
-        """FLOPs that the method asks for, whether blocks are recomputed or not: MFU's numerator.
-
-        Attention's backward pass counts twice its forward pass, without what its kernel recomputes.
-        """
-        plain = replace(self._config, model=replace(self._config.model, activation_checkpointing=False))
-        counts = OnePass(plain, vocab_size=self._vocab_size).operations
-        attention, rest = (
-            sum(op.flops * count for op, count in counts.items() if (op.kind == "attention") is wanted)
-            for wanted in (True, False)
-        )
-        return rest + attention * 6 // 7
-
     def _peak(self, **how: bool) -> int:
         return self._taken(**how)[0]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.model.build import design_model
+from loqt_scale.model.flops import pass_flops
 from loqt_scale.plan.activations import OnePass
 from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory, rank_memory
@@ -46,11 +47,17 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int, on: Machine | No
         ValueError: Settings that do not fit the model, or a strategy that is not planned.
     """
     spread = planned_spread(config, ranks)
-    shapes = model_shapes(design_model(config, vocab_size=vocab_size))
+    design = design_model(config, vocab_size=vocab_size)
+    shapes = model_shapes(design)
     one_pass = OnePass(config, vocab_size=vocab_size)
     memory = rank_memory(config, shapes, one_pass, spread)
     traffic = planned_traffic(config, shapes, ranks)
-    speed = None if on is None else planned_speed(config, shapes, one_pass, spread, traffic, on)
+    speed = None
+    if on is not None:
+        train, recomputes = config.train, config.model.activation_checkpointing
+        size = min(train.micro_batch_size, train.global_batch_size)
+        flops = pass_flops(design.model, sequences=size, seq_len=config.data.seq_len, recomputes=recomputes)
+        speed = planned_speed(config, shapes, one_pass, flops, spread, traffic, on)
     return Plan(memory, *traffic, speed)
 
 

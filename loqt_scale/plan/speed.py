@@ -17,6 +17,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import probe_shape
+from loqt_scale.model.flops import PassFlops
 from loqt_scale.optim.fragment import chunk_values
 from loqt_scale.plan.activations import OnePass
 from loqt_scale.plan.devices import Machine
@@ -91,7 +92,13 @@ class Speed:
 
 
 def planned_speed(
-    config: RunConfig, shapes: ModelShapes, one: OnePass, spread: Spread, traffic: tuple[Traffic, Traffic], on: Machine
+    config: RunConfig,
+    shapes: ModelShapes,
+    one: OnePass,
+    flops: PassFlops,
+    spread: Spread,
+    traffic: tuple[Traffic, Traffic],
+    on: Machine,
 ) -> Speed:
     """How fast a run will be.
 
@@ -99,6 +106,7 @@ def planned_speed(
         config: The run.
         shapes: Its model.
         one: Its pass.
+        flops: What the method asks for in it.
         spread: How it is spread over ranks.
         traffic: Bytes on the wire of a step and of a merge.
         on: The machine.
@@ -113,7 +121,6 @@ def planned_speed(
     step = max(busy, network) + on.assumed.unhidden * min(busy, network)
     step += max(update, launches * on.assumed.launch_us * MICRO)
     tokens = train.global_batch_size * config.data.seq_len
-    rank_tokens = passes * train.micro_batch_size * config.data.seq_len
     return Speed(
         tokens,
         spread.ranks,
@@ -125,7 +132,7 @@ def planned_speed(
         _merge_seconds(config, shapes, one, spread, passes, on) + _wire_seconds(traffic[1], on),
         _merges_a_step(config),
         passes * sum(op.flops * n for op, n in one.operations.items()),
-        one.model_flops * passes * tokens / max(rank_tokens, 1),
+        flops.model * tokens / flops.tokens,
         on.gpu.bfloat16 * TERA,
     )
 
