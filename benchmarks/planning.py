@@ -43,7 +43,7 @@ def rows_of(preset: str, gpu: str, gpus: int) -> Iterator[list[str]]:
 
 
 def fitting(config: RunConfig, on: Machine, gpus: int, *, whole: bool) -> tuple[RunConfig | None, str]:
-    """The run with what makes it fit; of full-rank training only smaller passes are tried."""
+    """The run with what makes it fit; of full-rank training smaller passes and sharded gradients are tried."""
     limit = on.gpu.memory * 1e9 - OUTSIDE
 
     def fits(one: RunConfig) -> bool:
@@ -55,10 +55,13 @@ def fitting(config: RunConfig, on: Machine, gpus: int, *, whole: bool) -> tuple[
         change = first_that_fits(config, ranks=gpus, fits=fits)
         words = "" if change is None else " ".join(word.removeprefix("--") for word in change.words)
         return (None, "") if change is None else (change.config, words)
-    for size in (4, 2, 1):
-        smaller = replace(config, train=replace(config.train, micro_batch_size=size))
-        if size < config.train.micro_batch_size and fits(smaller):
-            return smaller, f"train.micro_batch_size={size}"
+    sharded = replace(config, parallel=replace(config.parallel, kept_between_passes="nothing"))
+    said = "parallel.kept_between_passes=nothing"
+    for kept, words in ((config, ""), (sharded, said)) if gpus > 1 else ((config, ""),):
+        for size in (config.train.micro_batch_size, 4, 2, 1):
+            smaller = replace(kept, train=replace(kept.train, micro_batch_size=size))
+            if size <= config.train.micro_batch_size and fits(smaller):
+                return smaller, f"{words} train.micro_batch_size={size}".strip()
     return None, ""
 
 
@@ -80,7 +83,7 @@ def main() -> None:
     text = (
         f"{table(HEADER, rows)}\n\n**Planned, not measured.** The configs of these names with `model.compile: true`; a "
         "step is 131072 tokens where no other batch is written. Vocabulary 32128. Full rank: AdamW, FSDP2 on several "
-        "GPUs, passes of fewer sequences where that makes it fit. Assumptions: `loqt_scale/plan/devices.yaml`."
+        "GPUs, passes of fewer sequences, and then gradients sharded between passes, where that makes it fit. Assumptions: `loqt_scale/plan/devices.yaml`."
     )
     publish("Planned: 7b and 13b on four machines", "python benchmarks/planning.py", text)
 

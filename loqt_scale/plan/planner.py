@@ -66,4 +66,4 @@ def planned_traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple
     spread = planned_spread(config, ranks)
     passes = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
     step = step_traffic(config, shapes, spread, passes=passes)
-    return step, merge_traffic(config.loqt, shapes, ranks=ranks, passes=passes)
+    return step, merge_traffic(config, shapes, spread, passes=passes)

@@ -61,14 +61,34 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
     return Traffic(payload, (gathered + scattered + 2 * summed) * (ranks - 1) // ranks)
 
 
-def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, *, ranks: int, passes: int) -> Traffic:
-    """A merge under fsdp, with the sketches of its step's passes: an upper bound that is met up to padding."""
+def merge_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, passes: int) -> Traffic:
+    """A merge with the sketches of its step's passes: under fsdp an upper bound that is met up to padding."""
+    loqt, ranks = config.loqt, spread.ranks
     if ranks == 1:
         return Traffic(0, 0)
     layers = [_layer_merge(loqt, spec, ranks, passes) for spec in shapes.layers]
     once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
     reduced += 4 * FLOAT  # whether there is something to merge
+    more, summed = _beyond_rows(shapes, spread)
+    once, reduced = once + more, reduced + summed
     return Traffic(once + reduced, (once + 2 * reduced) * (ranks - 1) // ranks)
+
+
+def _beyond_rows(shapes: ModelShapes, spread: Spread) -> tuple[int, int]:
+    """(once, all-reduced) of a strategy that does not store the rows which a rank merges.
+
+    Replicas gather the new W; ZeRO sums B and its moments, of which ranks hold parts; its stage 3 gathers what is packed
+    for the merge, sends it from there to all, and B so often, too.
+    """
+    weights, frozen, factors = (
+        sum(p.nbytes() for p in shapes.parameters if p.kind in kinds)
+        for kinds in (("codes of W", "scales of W"), ("codes of W", "scales of W", "P"), ("B",))
+    )
+    if spread.strategy == "fsdp":
+        return 0, 0
+    if spread.shard_size > 1:
+        return 3 * frozen + 4 * factors, 0
+    return weights, 3 * factors if spread.strategy == "zero" else 0
 
 
 def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int]:
