@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import loqt_scale.functional.grouped  # noqa: F401  (importing it registers torch.ops.loqt_scale)
+
 aten = torch.ops.aten
 
 
@@ -28,6 +30,8 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
 FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addmm_: _product_in_place,
     aten.baddbmm_: _product_in_place,
+    torch.ops.loqt_scale.grouped_rows: lambda x, w, ends, *_: 2 * x[0] * w[1] * w[2],
+    torch.ops.loqt_scale.grouped_sums: lambda a, b, ends, *_: 2 * a[0] * a[1] * b[1],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

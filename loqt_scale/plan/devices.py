@@ -26,6 +26,10 @@ class Gpu:
     inside: str
     across: str
 
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of products in float32 or bfloat16."""
+        return 1e12 * (self.float32 if dtype == "float32" else self.bfloat16)
+
 
 @dataclass(frozen=True)
 class Assumptions:

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import ModelConfig, RunConfig
 from loqt_scale.functional.schedule import merge_steps
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import probe_shape
@@ -113,7 +113,7 @@ def planned_speed(
     """
     train, compiled = config.train, config.model.compile
     passes = micro_steps(train.global_batch_size, spread.data_size, train.micro_batch_size)
-    compute, memory = (passes * part for part in _device_seconds(one.operations, on, compiled=compiled))
+    compute, memory = (passes * part for part in _device_seconds(one.operations, on, config.model))
     update, launches = _update(config, shapes, spread, on)
     kernels = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()) + launches
     host, network = kernels * on.assumed.launch_us * MICRO, _wire_seconds(traffic[0], on)
@@ -133,26 +133,26 @@ def planned_speed(
         _merges_a_step(config),
         passes * sum(op.flops * n for op, n in one.operations.items()),
         flops.model * tokens / flops.tokens,
-        on.gpu.bfloat16 * TERA,
+        on.gpu.peak(config.model.dtype),
     )
 
 
-def _device_seconds(operations: Operations, on: Machine, *, compiled: bool) -> tuple[float, float]:
+def _device_seconds(operations: Operations, on: Machine, model: ModelConfig) -> tuple[float, float]:
     """(bound by FLOPs, bound by bytes) of a pass."""
     compute = memory = 0.0
     for operation, count in operations.items():
-        flops, moved = _seconds(operation, on, compiled=compiled)
+        flops, moved = _seconds(operation, on, model)
         compute += count * flops if flops >= moved else 0.0
         memory += count * moved if flops < moved else 0.0
     return compute, memory
 
 
-def _seconds(operation: Operation, on: Machine, *, compiled: bool) -> tuple[float, float]:
+def _seconds(operation: Operation, on: Machine, model: ModelConfig) -> tuple[float, float]:
     """(by FLOPs, by bytes) of one call."""
-    assumed, peak, rate = on.assumed, on.gpu.bfloat16 * TERA, on.gpu.bandwidth * GIGA
+    assumed, peak, rate = on.assumed, on.gpu.peak(model.dtype), on.gpu.bandwidth * GIGA
     moved = operation.bytes / (rate * (assumed.dequantize if operation.kind == "dequantize" else assumed.memory))
     if operation.kind == "other":
-        return 0.0, moved * (assumed.fused if compiled else 1.0)
+        return 0.0, moved * (assumed.fused if model.compile else 1.0)
     if operation.kind == "attention":
         return CAUSAL * operation.flops / (peak * assumed.attention), moved
     return operation.flops / (peak * assumed.products), moved
@@ -191,9 +191,9 @@ def _merge_seconds(
     """Of sketches, on every rank, and of what is shared out."""
     if config.method != "loqt":
         return 0.0
-    compiled, assumed = config.model.compile, on.assumed
+    assumed = on.assumed
     sketched, plain = (
-        sum(_device_seconds(operations, on, compiled=compiled)) for operations in (one.merge_operations, one.operations)
+        sum(_device_seconds(operations, on, config.model)) for operations in (one.merge_operations, one.operations)
     )
     shared, drawn = 0.0, 0.0
     for spec in shapes.layers:

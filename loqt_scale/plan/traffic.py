@@ -77,8 +77,8 @@ def merge_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pas
 def _beyond_rows(shapes: ModelShapes, spread: Spread) -> tuple[int, int]:
     """(once, all-reduced) of a strategy that does not store the rows which a rank merges.
 
-    Replicas gather the new W; ZeRO sums B and its moments, of which ranks hold parts; its stage 3 gathers what is packed
-    for the merge, sends it from there to all, and B so often, too.
+    Replicas gather the new W; ZeRO sums B and its moments, of which ranks hold parts; its stage 3 gathers what is
+    packed for the merge and hands it on, and B, too.
     """
     weights, frozen, factors = (
         sum(p.nbytes() for p in shapes.parameters if p.kind in kinds)

@@ -10,17 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_scale.config.yaml import parse_run_config
+from loqt_scale.functional.flops import FORMULAS
 from loqt_scale.model.build import design_model
 from loqt_scale.model.flops import PassFlops, pass_flops
 from loqt_scale.plan.activations import take_pass
 
 SEQUENCES, VOCABULARY = 4, 320
-UNKNOWN_TO_TORCH = {  # products in place, and ours of experts; shapes of their arguments
-    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
-    torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2],
-    torch.ops.loqt_scale.grouped_rows: lambda x, w, ends, **_: 2 * x[0] * w[1] * w[2],
-    torch.ops.loqt_scale.grouped_sums: lambda a, b, ends, **_: 2 * a[0] * a[1] * b[1],
-}
 FEW = {"data.seq_len": 16, "loqt.rank": 8}  # tokens: the low-rank product goes beside the base
 MANY = {"data.seq_len": 128, "loqt.rank": 64}  # it goes into it
 CASES = {
@@ -42,7 +37,7 @@ def counted_and_seen(**settings: Any) -> tuple[PassFlops, int]:
     model = design_model(config, vocab_size=VOCABULARY).model
     recomputes = config.model.activation_checkpointing
     ours = pass_flops(model, sequences=SEQUENCES, seq_len=config.data.seq_len, recomputes=recomputes)
-    counter: Any = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
+    counter: Any = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     with counter, sdpa_kernel(SDPBackend.MATH):  # torch does not count the CPU's flash kernel
         take_pass(config, model, free=False)
     return ours, counter.get_total_flops()

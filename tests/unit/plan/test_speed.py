@@ -19,6 +19,7 @@ from loqt_scale.config.commands import PlanOptions
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.flops import FORMULAS
+from loqt_scale.metrics.throughput import peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run
 from loqt_scale.plan import devices as devices_module
@@ -134,6 +135,13 @@ def test_what_bounds_a_step_follows_the_machine() -> None:
     assert speed_of(config, slow_memory, 8, 32000).bound == "memory bandwidth"
     few_flops = replace(fast, gpu=replace(fast.gpu, bfloat16=1.0))
     assert speed_of(config, few_flops, 8, 32000).bound == "compute"
+
+
+def test_peaks_are_those_that_a_run_on_the_device_takes() -> None:
+    """`metrics.throughput` knows devices by CUDA's names."""
+    for name, gpu in yaml.safe_load(TABLE.read_text())["gpus"].items():
+        words = name.replace("RTX", "RTX ").replace("-", " ")
+        assert peak_tflops(words, "bfloat16") == gpu["bfloat16"] and peak_tflops(words, "float32") == gpu["float32"]
 
 
 def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> None:
