@@ -71,12 +71,12 @@ class UnwritableError(UserError, PermissionError):
     """A file or folder that cannot be made, moved or written."""
 
 
-def require_kind(value: object, kind: type, name: str, advice: str) -> None:
+def require_kind(value: object, kind: type | tuple[type, ...], name: str, advice: str) -> None:
     """Refuses an argument of another type, a class in the place of an object too.
 
     Args:
         value: The argument.
-        kind: What it should be.
+        kind: What it should be, or several.
         name: What it is called, "the model" say.
         advice: What to write.
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from loqt_scale.config import LoQTConfig, MergeConfig, QuantizationConfig, SubspaceConfig
-from loqt_scale.errors import UserError
+from loqt_scale.errors import UserError, require_kind
 from loqt_scale.layers import convert_to_loqt, loqt_layers
 from loqt_scale.library.attach import Given, attach
 from loqt_scale.library.first_weights import FirstWeights
@@ -68,6 +68,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: LoQTConfig | Mapping[str, Any], *, seed: int = 0, initial_weights: Given = None) -> None:
+        require_kind(config, (LoQTConfig, Mapping), "the config", "give a LoQTConfig: LoQTConfig(rank=128)")
         self.config = config if isinstance(config, LoQTConfig) else _config_of(config)
         self.seed, self.initial_weights = seed, initial_weights
         self.merges: MergeCoordinator | None = None

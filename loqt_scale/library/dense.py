@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from loqt_scale.errors import UserError
+from loqt_scale.errors import UserError, require_kind
 from loqt_scale.export.model_folder import published
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.layers.experts import ExpertsForward
@@ -102,6 +102,7 @@ def save_merged(
 
 
 def _opened(model: nn.Module) -> nn.Module:
+    require_kind(model, nn.Module, "the model", "give the converted model, or what wraps it")
     inner = unwrapped(model)
     if not any(isinstance(module, LoQTLayer) for module in inner.modules()):
         raise UserError("the model has no LoQT layer, so there is nothing to merge; save it as it is")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from loqt_scale.errors import UserError, require_kind
@@ -136,7 +136,7 @@ def _tell_placement(optimizers: Iterable[Optimizer], editing: Editing) -> None:
 
 def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]) -> tuple[str, Editing]:
     device = next(iter(layers.values())).factor.device
-    _refuse_fsdp1(model)
+    _refuse_wrappers(model)
     reshard(inner)
     parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
@@ -169,12 +169,17 @@ def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLayer]) -> Any:
     return None
 
 
-def _refuse_fsdp1(model: nn.Module) -> None:
+def _refuse_wrappers(model: nn.Module) -> None:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UserError(
             "the model is in FullyShardedDataParallel (FSDP1), which flattens parameters: codes, scales and factors "
             "could not be told apart; use FSDP2, `for block in blocks: fully_shard(block)` and `fully_shard(model)` "
             "(torch.distributed.fsdp), under Accelerate fsdp_version: 2"
+        )
+    if any(isinstance(module, DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise UserError(
+            "the model is in DataParallel, whose copies on other GPUs live for one pass, so that merges would see part "
+            "of its gradients; start a process for each GPU (torchrun) and wrap in DistributedDataParallel"
         )
 
 

@@ -321,3 +321,15 @@ def test_a_run_without_an_end_merges_on() -> None:
     assert [step for step in range(200) if endless.is_merge_step(step)] == ending.steps
     with pytest.raises(UserError, match="last_step_fraction"):
         made(settings=LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9)))
+
+
+def test_data_parallel_and_arguments_of_another_type_are_refused() -> None:
+    model, optimizer, _ = made()
+    wrapped = nn.DataParallel(model)
+    wrapped.device_ids = [0, 1]  # as with two GPUs
+    with pytest.raises(UserError, match=r"in DataParallel.*DistributedDataParallel"):
+        attach(wrapped, optimizer, CONFIG)
+    with pytest.raises(UserError, match="the model is"):
+        to_dense("m")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the config is"):
+        loqt_scale.LoQTCallback(3)
