@@ -30,8 +30,8 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
 FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addmm_: _product_in_place,
     aten.baddbmm_: _product_in_place,
-    torch.ops.loqt_scale.grouped_rows: lambda x, w, ends, *_: 2 * x[0] * w[1] * w[2],
-    torch.ops.loqt_scale.grouped_sums: lambda a, b, ends, *_: 2 * a[0] * a[1] * b[1],
+    torch.ops.loqt_scale.grouped_rows: lambda x, w, ends, *_, **__: 2 * x[0] * w[1] * w[2],
+    torch.ops.loqt_scale.grouped_sums: lambda a, b, ends, *_, **__: 2 * a[0] * a[1] * b[1],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
