@@ -20,6 +20,7 @@ from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.functional import blockwise
 from loqt_scale.merge import MergeCoordinator
+from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.model.attention import attend_causally
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import UpdateInBackward, create_optimizer
@@ -110,7 +111,7 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
             merges.prepare(merge, backward_passes=1)
             step()
             with pytest.MonkeyPatch.context() as patch:  # what a merge says of itself is read at its end, and must be
-                patch.setattr(MergeCoordinator, "_read", lambda self, said: {name: [0.0] * 5 for name in said})
+                patch.setattr(BegunMerge, "read", lambda self, _: {name: [0.0] * 5 for name in self.diagnostics})
                 patch.setattr(MergeCoordinator, "_reason_to_wait", _nothing_elsewhere)  # read before it
                 assert merges.finish(merge) is not None
         assert all(p.device == ELSEWHERE for p in model.parameters())
