@@ -183,7 +183,8 @@ def test_told_to_stop(
     assert losses(run_dir) == unbroken(ranks)
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("every", [False, True])
 def test_a_flipped_file_is_refused(
     settings: Job, tmp_path: Path, unbroken: Callable[[int], list[float]], every: bool
 ) -> None:

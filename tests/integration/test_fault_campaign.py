@@ -28,6 +28,7 @@ def campaign(results: Path, *words: str) -> dict[str, str]:
     return bad
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="its ranks are forks that die with their parent")
 def test_what_ended_badly_once_and_a_few_others(tmp_path: Path) -> None:
     bad = campaign(tmp_path / "results.jsonl", "--known", "--quick", "--count=2")
