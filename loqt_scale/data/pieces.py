@@ -104,7 +104,7 @@ def cut_into_pieces(split: Split, *, streams: Callable[[int], int], seed: int) -
     """
     files = int(split.rows.num_shards)
     wanted = streams(files)
-    if files < wanted and hasattr(split.rows, "reshard"):  # datasets 4.8: row groups become files of their own
+    if files < wanted and hasattr(split.rows, "reshard"):  # of newer datasets: row groups become files of their own
         split = replace(split, rows=split.rows.reshard())
     return Pieces(split=split, streams=wanted, seed=seed, files=int(split.rows.num_shards))
 
