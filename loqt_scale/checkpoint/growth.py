@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loqt_scale.checkpoint.manifest import Manifest
 from loqt_scale.config import RunConfig
-from loqt_scale.functional.schedule import merge_steps
+from loqt_scale.functional.schedule import planned_merges
 from loqt_scale.optim import LearningRates
 
 
@@ -46,11 +46,5 @@ def _merges_left_out(config: RunConfig, before: int, done: int) -> int:
     """Merges that fall on steps done if the run is longer, and did not fall there."""
     if config.method != "loqt":
         return 0
-    merge = config.loqt.merge
-    short, long = (
-        merge_steps(
-            done, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=merge.last_step(length)
-        )
-        for length in (before, config.train.steps)
-    )
+    short, long = (planned_merges(config.loqt.merge, length, done=done) for length in (before, config.train.steps))
     return len(long) - len(short)

@@ -76,6 +76,11 @@ class LowRankSpec:
         """Which side of W P stands on."""
         return OTHER_SIDE[self.side] if self.transposed else self.side
 
+    @property
+    def features(self) -> tuple[int, int]:
+        """(O, I): out_features and in_features, whichever way the weight is stored."""
+        return (self.base.cols, self.base.rows) if self.transposed else (self.base.rows, self.base.cols)
+
 
 def resolve_side(side: SideChoice, out_features: int, in_features: int) -> Side:
     """`auto` projects the shorter side (ties: input), as GaLore and LoQT do."""
@@ -92,7 +97,7 @@ def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> LowRankPat
     """
     if spec.compute != "auto":
         return spec.compute
-    rank, out_features, in_features = spec.projection.cols, *_features(spec)
+    rank, out_features, in_features = spec.projection.cols, *spec.features
     fold = 2 * out_features * in_features * rank
     already_there = (spec.applied_side == "output") if backward else (spec.applied_side == "input")
     if already_there:
@@ -100,11 +105,6 @@ def choose_path(spec: LowRankSpec, tokens: int, *, backward: bool) -> LowRankPat
     else:
         branch = 2 * tokens * rank * (in_features + out_features)
     return "fold" if fold <= branch else "branch"
-
-
-def _features(spec: LowRankSpec) -> tuple[int, int]:
-    """(O, I)."""
-    return (spec.base.cols, spec.base.rows) if spec.transposed else (spec.base.rows, spec.base.cols)
 
 
 def effective_weight(base: Tensor, projection: Tensor, factor: Tensor, spec: LowRankSpec) -> Tensor:

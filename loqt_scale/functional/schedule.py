@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from loqt_scale.config import GapSchedule
+from loqt_scale.config import GapSchedule, MergeConfig
 
 
 def gap_after(index: int, *, gap: int, schedule: GapSchedule, growth: float) -> int:
@@ -46,3 +46,9 @@ def merge_steps(
         if step >= end:
             return steps
         steps.append(step)
+
+
+def planned_merges(merge: MergeConfig, total_steps: int, *, done: int | None = None) -> list[int]:
+    """The merge steps of a run by its settings, of its first `done` steps only if that is given."""
+    below, last = total_steps if done is None else done, merge.last_step(total_steps)
+    return merge_steps(below, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last)

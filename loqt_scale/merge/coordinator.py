@@ -204,8 +204,7 @@ class MergeCoordinator:
         step = self._order.prepare(step)
         self._make_up(step, before if known else None)
         self._tell_end(step)
-        trains = any(layer.factor.requires_grad for layer in self._layers.values())
-        if self.is_merge_step(step) and trains and self._order.open != step:
+        if self._merges_after(step) and self._order.open != step:
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
             self._order.open = step
@@ -230,7 +229,7 @@ class MergeCoordinator:
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
-        if not self.is_merge_step(step) or not any(layer.factor.requires_grad for layer in self._layers.values()):
+        if not self._merges_after(step):
             self._drop()
             self._order.leave(step)
             return None
@@ -238,6 +237,9 @@ class MergeCoordinator:
             return self._merge(step)
         with torch.autocast(self._editing.device.type, enabled=False):  # a merge is in float32, wherever it is called
             return self._merge(step)
+
+    def _merges_after(self, step: int) -> bool:
+        return self.is_merge_step(step) and any(layer.factor.requires_grad for layer in self._layers.values())
 
     def _merge(self, step: int) -> MergeReport | None:
         started = time.perf_counter()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from loqt_scale.config import MergeConfig
 from loqt_scale.errors import UserError
-from loqt_scale.functional.schedule import gap_after, merge_steps
+from loqt_scale.functional.schedule import gap_after, planned_merges
 
 
 class MergeSchedule:
@@ -32,10 +32,7 @@ class MergeSchedule:
                 )
             self._planned = [0]
         else:
-            last = merge.last_step(total_steps)
-            self._planned = merge_steps(
-                total_steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=last
-            )
+            self._planned = planned_merges(merge, total_steps)
         self._due = set(self._planned)
 
     def __contains__(self, step: int) -> bool:

@@ -101,11 +101,10 @@ def check_config(layers: Mapping[str, LoQTLayer], config: LoQTConfig) -> None:
 
 def _wanted(layer: LoQTLayer, config: LoQTConfig) -> dict[str, list[Any]]:
     """What a config may have made of a layer. Any of its ranks, because the model may have got another name since."""
-    each, quantization = layer.spec.each.base, config.quantization
-    features = (each.cols, each.rows) if layer.spec.transposed else (each.rows, each.cols)
+    quantization = config.quantization
     return {
         "rank": list(dict.fromkeys(config.ranks)),
-        "side": [resolve_side(config.side, *features)],
+        "side": [resolve_side(config.side, *layer.spec.each.features)],
         "scale": [config.scale],
         "weight": [quantization.weight],
         "projection": [quantization.projection],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off), by data
-# sheets.
-# The first name that a device's name contains counts.
+# Dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off), as makers
+# give them. The first name that a device's name contains counts.
 PEAK_TFLOPS = {
     "H100 PCIe": (756.0, 51.0),
     "H100 NVL": (835.0, 60.0),

@@ -83,7 +83,7 @@ def layer_flops(spec: LowRankSpec, tokens: int) -> tuple[int, int]:
         spec: Its facts.
         tokens: Rows that it is applied to.
     """
-    rank, (out, inner) = spec.projection.cols, _features(spec)
+    rank, (out, inner) = spec.projection.cols, spec.features
     base, fold, wide, narrow = (2 * n for n in (tokens * out * inner, out * inner * rank, tokens * out, tokens * inner))
     both = (wide + narrow) * rank
     ahead, back = (choose_path(spec, tokens, backward=backward) for backward in (False, True))
@@ -92,11 +92,6 @@ def layer_flops(spec: LowRankSpec, tokens: int) -> tuple[int, int]:
         return base + forward, base + wide * rank + (fold if back == "fold" else both)
     forward = fold if ahead == "fold" else both  # dY P is made in any case; the gradient of B is X^T (dY P)
     return base + forward, base + both + (fold if back == "fold" else narrow * rank)
-
-
-def _features(spec: LowRankSpec) -> tuple[int, int]:
-    """(O, I)."""
-    return (spec.base.cols, spec.base.rows) if spec.transposed else (spec.base.rows, spec.base.cols)
 
 
 def _products(module: nn.Module, tokens: int, config: Any) -> Iterator[tuple[int, int]]:

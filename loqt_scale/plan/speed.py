@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loqt_scale.config import ModelConfig, RunConfig
-from loqt_scale.functional.schedule import merge_steps
+from loqt_scale.functional.schedule import planned_merges
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import probe_shape
 from loqt_scale.model.flops import PassFlops
@@ -115,18 +115,16 @@ def planned_speed(
     passes = micro_steps(train.global_batch_size, spread.data_size, train.micro_batch_size)
     compute, memory = (passes * part for part in _device_seconds(one.operations, on, config.model))
     update, launches = _update(config, shapes, spread, on)
-    kernels = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()) + launches
-    host, network = kernels * on.assumed.launch_us * MICRO, _wire_seconds(traffic[0], on)
-    busy = max(compute + memory, passes and host - launches * on.assumed.launch_us * MICRO)
-    step = max(busy, network) + on.assumed.unhidden * min(busy, network)
-    step += max(update, launches * on.assumed.launch_us * MICRO)
+    kernels, launch = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()), _launch(on)
+    network, busy = _wire_seconds(traffic[0], on), max(compute + memory, kernels * launch)
+    step = max(busy, network) + on.assumed.unhidden * min(busy, network) + max(update, launches * launch)
     tokens = train.global_batch_size * config.data.seq_len
     return Speed(
         tokens,
         spread.ranks,
         compute,
         memory + update,
-        host,
+        (kernels + launches) * launch,
         network,
         step,
         _merge_seconds(config, shapes, one, spread, passes, on) + _wire_seconds(traffic[1], on),
@@ -162,6 +160,11 @@ def _kernels(operation: Operation, on: Machine, compiled: bool) -> float:
     return on.assumed.fused if compiled and operation.kind == "other" else 1.0
 
 
+def _launch(on: Machine) -> float:
+    """Seconds in which the host starts a kernel."""
+    return on.assumed.launch_us * MICRO
+
+
 def _wire_seconds(traffic: Traffic, on: Machine) -> float:
     return traffic.sent / (on.link_rate * GIGA * on.assumed.network)
 
@@ -178,11 +181,8 @@ def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine)
 def _merges_a_step(config: RunConfig) -> float:
     if config.method != "loqt":
         return 0.0
-    merge, steps = config.loqt.merge, config.train.steps
-    found = merge_steps(
-        steps, gap=merge.gap, schedule=merge.schedule, growth=merge.growth, last_step=merge.last_step(steps)
-    )
-    return len(found) / steps
+    steps = config.train.steps
+    return len(planned_merges(config.loqt.merge, steps)) / steps
 
 
 def _merge_seconds(

@@ -17,7 +17,7 @@ from loqt_scale.optim import RowShards
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.editing import Editing, ShardEditing
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement
-from loqt_scale.strategies.hybrid import HybridEditing
+from loqt_scale.strategies.hybrid import HybridEditing, column_and_row
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.whole import reshard
 
@@ -63,7 +63,7 @@ def adopt_mesh(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[str,
     if mesh.ndim == 1:
         comm = GroupComm(device, group=mesh.get_group())
         return f"fully_shard over {comm.world_size} rank(s)", ShardEditing(comm, MeshPlacement(comm, model))
-    comm, (replicas, shards) = GroupComm(device, group=_group_of(mesh)), _both(mesh, device)
+    comm, (replicas, shards) = GroupComm(device, group=_group_of(mesh)), column_and_row(mesh, device)
     editing = HybridEditing(comm, MeshPlacement(shards, model), shards=shards, replicas=replicas)
     return f"fully_shard, {replicas.world_size} replica(s) of {shards.world_size} shard(s) (HSDP)", editing
 
@@ -109,11 +109,6 @@ def _device(mesh: DeviceMesh, parameters: Mapping[str, Tensor]) -> torch.device:
             f"{mesh.device_type}, which merges do not know; leave offload_policy out"
         )
     return local.to_local().device
-
-
-def _both(mesh: DeviceMesh, device: torch.device) -> tuple[Comm, Comm]:
-    """This rank's column and row of a 2-D mesh."""
-    return GroupComm(device, group=mesh.get_group(0)), GroupComm(device, group=mesh.get_group(1))
 
 
 def _group_of(mesh: DeviceMesh) -> Any:

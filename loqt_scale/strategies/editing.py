@@ -19,7 +19,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from loqt_scale.functional.shares import shard_range
@@ -93,11 +94,15 @@ class Editing(ABC):
         Returns:
             What torch.distributed.checkpoint saves: `piece` itself if it is the whole.
         """
-        mesh = self.comm.host_mesh()
+        mesh = self.host_mesh()
         if mesh is None:
             return piece
-        whole = torch.empty(tuple(shape), device="meta")
-        return DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+        whole, places = torch.empty(tuple(shape), device="meta"), [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+        return DTensor.from_local(piece, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
+
+    def host_mesh(self) -> DeviceMesh | None:
+        """The ranks that share out rows, on the host, in a row; copies of them below. Every rank, the first time."""
+        return self.comm.host_mesh()
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 

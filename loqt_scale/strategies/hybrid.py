@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.editing import ShardEditing
@@ -28,13 +27,17 @@ def mesh_of(comm: GroupComm, shard_size: int) -> tuple[DeviceMesh, Comm, Comm | 
         comm: All ranks, in the order of their nodes: the first `shard_size` of them are the first row.
         shard_size: Ranks of a row; divides their number.
     """
-    device = comm.device
     if shard_size == comm.world_size:
-        return init_device_mesh(device.type, (shard_size,)), comm, None
+        return init_device_mesh(comm.device.type, (shard_size,)), comm, None
     shape = (comm.world_size // shard_size, shard_size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
-    shards, replicas = (GroupComm(device, group=mesh.get_group(name)) for name in ("shards", "replicas"))
+    mesh = init_device_mesh(comm.device.type, shape, mesh_dim_names=("replicas", "shards"))
+    replicas, shards = column_and_row(mesh, comm.device)
     return mesh, shards, replicas
+
+
+def column_and_row(mesh: DeviceMesh, device: torch.device) -> tuple[Comm, Comm]:
+    """This rank's replicas and shards of a 2-D mesh. Every rank of it."""
+    return GroupComm(device, group=mesh.get_group(0)), GroupComm(device, group=mesh.get_group(1))
 
 
 class HybridEditing(ShardEditing):
@@ -63,13 +66,11 @@ class HybridEditing(ShardEditing):
         """See `Editing.gather_pieces`. Every rank. One all-gather in the row."""
         return self._shards.gather_pieces(piece, ranges)
 
-    def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
-        """See `Editing.as_shard`: one of the copies is saved. Every rank, the first time."""
+    def host_mesh(self) -> DeviceMesh:
+        """See `Editing.host_mesh`: one of the copies is saved."""
         if self._host_mesh is None:
             self._host_mesh = init_device_mesh("cpu", (self._replicas.world_size, self._shards.world_size))
-        whole, mesh = torch.empty(tuple(shape), device="meta"), self._host_mesh
-        places = (Replicate(), Shard(0))
-        return DTensor.from_local(piece, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
+        return self._host_mesh
 
     def write(self, parameter: Tensor, piece: Tensor) -> None:
         """The work share is what is stored. Every rank. One broadcast in the column."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loqt_scale.errors import ConfigError, UserError
-from loqt_scale.optim import RowShards, StreamedAdamW
+from loqt_scale.optim import StreamedAdamW
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
 from loqt_scale.strategies.placement import Replicated
 from loqt_scale.strategies.process_group import GroupComm
@@ -19,6 +18,7 @@ from loqt_scale.strategies.zero.editing import ZeroEditing
 from loqt_scale.strategies.zero.engine import RunningEngine
 from loqt_scale.strategies.zero.json import flattened
 from loqt_scale.strategies.zero.keys import ENGINE_RULES, check_rules
+from loqt_scale.strategies.zero.placement import master_shards
 
 
 def is_engine(model: nn.Module) -> bool:
@@ -79,15 +79,9 @@ def adopt_engine(engine: Any) -> tuple[str, Editing]:
     running = RunningEngine(sys.modules["deepspeed"], stage, engine)
     optimizer = base_optimizer(engine)
     if isinstance(optimizer, StreamedAdamW):
-        shards = RowShards(partial(_sum_masters, comm), comm.rank, comm.world_size)
-        optimizer.place(lambda tensor: tensor, lambda _: 0, shards)
+        optimizer.place(lambda tensor: tensor, lambda _: 0, master_shards(comm))
     running.tell_fragments(optimizer, comm.rank)
     return description, ZeroEditing(comm, running)
-
-
-def _sum_masters(comm: GroupComm, tensor: Tensor) -> Tensor:
-    """Every rank. Masters may lie in host memory."""
-    return comm.sum(tensor.to(comm.device)).to(tensor.device)
 
 
 def _checked_stage(engine: Any) -> int:

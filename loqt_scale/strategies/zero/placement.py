@@ -14,6 +14,11 @@ from loqt_scale.strategies.placement import Placement
 from loqt_scale.strategies.zero.engine import ZeroEngine
 
 
+def master_shards(comm: Comm) -> RowShards:
+    """The ranks that each hold a part of what trains, in float32. These masters may lie in host memory."""
+    return RowShards(lambda tensor: comm.sum(tensor.to(comm.device)).to(tensor.device), comm.rank, comm.world_size)
+
+
 class ZeroPlacement(Placement):
     """See the module's docstring. Every rank's part of the moments is consecutive values, not rows.
 
@@ -24,10 +29,7 @@ class ZeroPlacement(Placement):
     """
 
     def __init__(self, comm: Comm, engine: ZeroEngine, compute_dtype: torch.dtype) -> None:
-        def sum_masters(tensor: Tensor) -> Tensor:
-            return comm.sum(tensor.to(comm.device)).to(tensor.device)  # they may lie in host memory
-
-        super().__init__(comm.device, RowShards(sum_masters, comm.rank, comm.world_size))
+        super().__init__(comm.device, master_shards(comm))
         self._engine, self._compute_dtype = engine, compute_dtype
 
     def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:

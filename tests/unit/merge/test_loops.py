@@ -76,7 +76,8 @@ def test_copies_that_are_kept_or_loaded_or_trained_are_nobodys_mistake() -> None
             if data % 3 == 0:
                 target.load_state_dict(model.state_dict())
     assert same(model, twin) and not same(model, kept)
-    mean = {name: (a + b) / 2 for (name, a), b in zip(kept.state_dict().items(), target.state_dict().values())}  # noqa: B905
+    other = target.state_dict()
+    mean = {name: (value + other[name]) / 2 for name, value in kept.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"packed bytes.*Average the state dicts of to_dense\(model\)"):
         model.load_state_dict(mean)
 
