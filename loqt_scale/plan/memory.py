@@ -116,7 +116,7 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
     elif config.optim.name == "muon":  # whole matrices, when activations are gone
         passing, merge_passing = (max(p, gradients + updating) if p else 0 for p in (passing, merge_passing))
     merge_passing += collected_bytes(config, shapes, spread.ranks, passes_of_step) if merges else 0
-    scratch = merge_scratch(shapes, spread.ranks) if shapes.layers else 0
+    scratch = merge_scratch(shapes, spread.work_size) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
 

@@ -37,6 +37,7 @@ from loqt_scale.metrics.wire_counter import FirstCounted
 from loqt_scale.model.attention import attend_causally
 from loqt_scale.model.build import ModelDesign, build_model
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
+from loqt_scale.process.environment import node_size
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
@@ -129,7 +130,9 @@ class Trainer:
             config.train.profile, config.train.run_dir, rank=rank, device=device, tell=progress.line
         )
         self.diagnosis = Diagnosis(config.loqt, config.optim, chance_overlaps(self.built.model), progress.line)
-        self.wire = FirstCounted(strategy.comm.world_size, on=config.train.wire_counter == "once")
+        self.wire = FirstCounted(
+            strategy.comm.world_size, node_size=node_size(), on=config.train.wire_counter == "once"
+        )
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
