@@ -5,7 +5,7 @@ ranks, goes on with exactly the text it would have read. So nothing here knows a
 of B sequences, numbered 0 to B - 1, and whoever needs some of them asks for `sequences(step, start, stop)`.
 
 For a stored corpus of n sequences, sequence i of step s is number g = s B + i of an endless list: epoch g // n, place
-g % n in that epoch's permutation. A batch may thus straddle two epochs, and any step can be read at once. Streamed data
+g % n in that epoch's permutation. (One of several texts has its own list; a `Portion` says how far it is in it.) A batch may thus straddle two epochs, and any step can be read at once. Streamed data
 sets, which only go forward, are in `streaming.py`.
 
 B = global_batch_size, T = seq_len, N = sequences in a share.
@@ -27,6 +27,31 @@ from loqt_scale.functional.seeding import epoch_keys
 
 class AnotherTextError(UserError):
     """The text is not the one that a position belongs to. Nothing is damaged."""
+
+
+class Portion(Protocol):
+    """Which sequences of the global batches come from one text."""
+
+    def before(self, step: int) -> int:
+        """How many of all steps before."""
+
+    def within(self, step: int, start: int, stop: int) -> int:
+        """How many of [start, stop) of a step's global batch."""
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """The `Portion` of the only text: all B of each step."""
+
+    size: int
+
+    def before(self, step: int) -> int:
+        """See `Portion`."""
+        return step * self.size
+
+    def within(self, step: int, start: int, stop: int) -> int:
+        """See `Portion`."""
+        return stop - start
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ class TrainStream(Protocol):
             stop: One past the last, start <= stop <= B.
 
         Returns:
-            `stop - start` sequences.
+            `stop - start` sequences; of one of several texts, those of them that are its own (see `Portion`).
 
         Raises:
             ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
@@ -89,13 +114,21 @@ class StoredSequences:
         seed: Seed of the order.
         global_batch_size: B.
         digest: Of the tokens' content, if it is known.
+        portion: Which sequences are this text's; default: all.
 
     Raises:
         ValueError: Fewer tokens than one sequence needs (T + 1).
     """
 
     def __init__(
-        self, tokens: Tokens, *, seq_len: int, seed: int, global_batch_size: int, digest: str | None = None
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        seed: int,
+        global_batch_size: int,
+        digest: str | None = None,
+        portion: Portion | None = None,
     ) -> None:
         self._count = complete_windows(len(tokens), seq_len)
         if self._count == 0:
@@ -104,18 +137,23 @@ class StoredSequences:
                 f"{seq_len + 1}; write a smaller data.seq_len or more text in data.files"
             )
         self._tokens, self._seq_len, self._seed, self._batch_size = tokens, seq_len, seed, global_batch_size
-        self._digest = digest
+        self._digest, self._portion = digest, portion or WholeBatch(global_batch_size)
         self._orders: dict[int, npt.NDArray[np.integer]] = {}
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         check_range(step, start, stop, self._batch_size)
-        places = step * self._batch_size + np.arange(start, stop, dtype=np.int64)
+        first = self._portion.before(step) + self._portion.within(step, 0, start)
+        places = first + np.arange(self._portion.within(step, start, stop), dtype=np.int64)
         epochs = places // self._count
         windows = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
+
+    def epochs(self, step: int) -> float:
+        """How many times the text has been read before a step."""
+        return self._portion.before(step) / self._count
 
     def position(self, step: int | None = None) -> dict[str, Any] | None:
         """See `TrainStream`: only which text it was."""
