@@ -15,7 +15,9 @@ from loqt_scale.config.paths import expand_path, same_files
 from loqt_scale.errors import shortened
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-_LAST_STEP = 99_999_999  # as of train.steps
+ALWAYS = 100_000_000
+"""Steps done, of a run that is longer than any."""
+
 _WEIGHTS = 1e-9, 1e9
 _EXAMPLE = "{name: web, files: [a.txt], weight: 1}"
 
@@ -111,6 +113,16 @@ def shares_of(sources: Sequence[SourceConfig]) -> tuple[Shares, ...]:
     return tuple(found)
 
 
+def run_shares(sources: Sequence[SourceConfig], steps: int) -> dict[str, float]:
+    """Each source's share of the tokens of a run of so many steps."""
+    found = [0.0] * len(sources)
+    parts = [part for part in shares_of(sources) if part.from_step < steps]
+    for part, stop in zip(parts, [*(part.from_step for part in parts[1:]), steps], strict=True):
+        for number, (low, high) in enumerate(pairwise(part.bounds)):
+            found[number] += (high - low) * (stop - part.from_step) / steps
+    return {source.name: share for source, share in zip(sources, found, strict=True)}
+
+
 def goes_on(before: Sequence[SourceConfig], after: Sequence[SourceConfig], done: int) -> bool:
     """Whether a run of `before` can go on with `after` when `done` steps are done.
 
@@ -190,8 +202,8 @@ def _part(part: Any, key: str) -> tuple[int, float]:
     require(good, f"{key} holds {shortened(repr(part))}; write a number, or [{{from_step: 0, weight: 1}}, ...]")
     step = part["from_step"]
     require(
-        isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _LAST_STEP,
-        f"{key}: from_step is {step!r}; write 0 to {_LAST_STEP} (steps that are done by then)",
+        isinstance(step, int) and not isinstance(step, bool) and 0 <= step < ALWAYS,
+        f"{key}: from_step is {step!r}; write 0 to {ALWAYS - 1} (steps that are done by then)",
     )
     return step, _number(part["weight"], key, least=0.0)
 

@@ -55,7 +55,6 @@ class Corpus:
         fingerprint: What must be the same on every rank: lines that change with the tokenizer's ids and with the text.
         occurring: Reads how many rows of an embedding its ids need: one more than the greatest. Of a stream, which
             cannot be read beforehand, the tokenizer's greatest.
-        epochs: How many times the training text has been read before a step.
         streams: Logical streams that ranks can share among them, of each text that is streamed.
         mixed: The training texts, of `data.sources`.
         held_out: Held-out sequences by source, of `data.sources`; together they are `eval`.
@@ -67,7 +66,6 @@ class Corpus:
     description: str
     fingerprint: tuple[str, ...]
     occurring: Callable[[], int]
-    epochs: Callable[[int], float]
     streams: tuple[int, ...] = ()
     mixed: MixedTexts | None = None
     held_out: dict[str, Batch] = field(default_factory=dict)
@@ -129,7 +127,6 @@ def _joined(found: dict[str, Corpus], mixing: Mixing, seq_len: int) -> Corpus:
         "\n".join([f"{len(parts)} sources, shares of tokens at step 0", *lines]),
         tuple(f"{name}: {line}" for name, part in found.items() for line in part.fingerprint),
         lambda: max(part.occurring() for part in parts),
-        lambda step: max(part.epochs(step) for part in parts),
         tuple(count for part in parts for count in part.streams),
         mixed,
         held_out,
@@ -187,7 +184,6 @@ def _stored(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Portio
         description,
         fingerprint,
         lambda: 1 + max(tokenizer.eos_token_id, *(int(side.max()) for side in sides if len(side))),
-        train.epochs,
     )
 
 
@@ -220,7 +216,6 @@ def _streamed(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Port
         description,
         fingerprint,
         lambda: tokenizer.token_count,
-        train.epochs,
         (pieces.streams,),
     )
 

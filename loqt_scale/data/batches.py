@@ -5,8 +5,9 @@ ranks, goes on with exactly the text it would have read. So nothing here knows a
 of B sequences, numbered 0 to B - 1, and whoever needs some of them asks for `sequences(step, start, stop)`.
 
 For a stored corpus of n sequences, sequence i of step s is number g = s B + i of an endless list: epoch g // n, place
-g % n in that epoch's permutation. (One of several texts has its own list; a `Portion` says how far it is in it.) A batch may thus straddle two epochs, and any step can be read at once. Streamed data
-sets, which only go forward, are in `streaming.py`.
+g % n in that epoch's permutation. (One of several texts has its own list; a `Portion` says how far it is in it.) A
+batch may thus straddle two epochs, and any step can be read at once. Streamed data sets, which only go forward, are in
+`streaming.py`.
 
 B = global_batch_size, T = seq_len, N = sequences in a share.
 """
@@ -85,6 +86,9 @@ class TrainStream(Protocol):
             ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
         """
 
+    def epochs(self, step: int) -> float:
+        """How many times the text has been read before a step; one that only goes forward: by now."""
+
     def position(self, step: int | None = None) -> dict[str, Any] | None:
         """What `seek` needs to go on with `step`, plain data; None if it needs nothing.
 
@@ -152,7 +156,7 @@ class StoredSequences:
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
 
     def epochs(self, step: int) -> float:
-        """How many times the text has been read before a step."""
+        """See `TrainStream`."""
         return self._portion.before(step) / self._count
 
     def position(self, step: int | None = None) -> dict[str, Any] | None:

@@ -138,7 +138,7 @@ class LogicalStreams:
         return _joined([part for part in parts if len(part.input_ids)], self._seq_len)
 
     def epochs(self, step: int) -> float:
-        """How many times the text has been read by now, in whole pieces: mean of the streams that are read here."""
+        """See `TrainStream`: in whole pieces, mean of the streams that are read here."""
         read = [stream.pieces for stream in self._streams.values()]
         return sum(read) * self.count / (self._pieces * max(1, len(read)))
 

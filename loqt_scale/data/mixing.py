@@ -19,21 +19,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loqt_scale.config.sources import Shares
-from loqt_scale.data.batches import Batch, TrainStream, check_range, epoch_order
+from loqt_scale.data.batches import Batch, StoredSequences, TrainStream, check_range, epoch_order
 from loqt_scale.data.packing import Int64Array
 from loqt_scale.errors import UserError
 from loqt_scale.functional.seeding import stable_seed
 
+MOST_EPOCHS = 4
+"""A text that is read more often is told of: new text is worth more then (Muennighoff et al., arXiv 2305.16264)."""
+
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 _STEPS_AT_ONCE = 2**16  # whose counts are added up in one pass
 _SUMS_KEPT = 4
+
+
+def repeated_often(name: str, how: str) -> str:
+    """A line on a source that is read more than `MOST_EPOCHS` times, and what to do."""
+    return (
+        f"data.sources, '{name}' {how}; beyond {MOST_EPOCHS} times new text helps more: add files, or write "
+        "a smaller weight"
+    )
 
 
 @contextmanager
@@ -43,13 +54,6 @@ def named_source(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(f"data.sources, '{name}': {error}") from error
-
-
-class MixedText(TrainStream, Protocol):
-    """One of the texts: its `sequences` are those that its `Portion` has."""
-
-    def epochs(self, step: int) -> float:
-        """How many times it has been read before a step."""
 
 
 class Mixing:
@@ -136,7 +140,7 @@ class MixedTexts:
         seq_len: T.
     """
 
-    def __init__(self, texts: Mapping[str, MixedText], mixing: Mixing, *, seq_len: int) -> None:
+    def __init__(self, texts: Mapping[str, TrainStream], mixing: Mixing, *, seq_len: int) -> None:
         self._texts, self._mixing, self._seq_len = dict(texts), mixing, seq_len
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
@@ -167,15 +171,24 @@ class MixedTexts:
                 elif name not in found and begun[name]:
                     raise UserError("it has been read, but there is no place where it goes on")
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How many times each text has been read before a step."""
+    def epochs(self, step: int) -> float:
+        """See `TrainStream`: of the text that has been read most often."""
+        return max(self.epochs_of_each(step).values())
+
+    def epochs_of_each(self, step: int) -> dict[str, float]:
+        """See `epochs`, by text."""
         return {name: text.epochs(step) for name, text in self._texts.items()}
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of texts whose length is not known beforehand."""
+        return [name for name, text in self._texts.items() if not isinstance(text, StoredSequences)]
 
     def numbers(self, step: int) -> dict[str, float]:
         """What the steps before one have read of each text, and its share in the last of them; over all ranks."""
         read, weights = self._mixing.before(step), self._mixing.weights(max(0, step - 1))
         found: dict[str, float] = {}
-        for number, (name, epochs) in enumerate(self.epochs(step).items()):
+        for number, (name, epochs) in enumerate(self.epochs_of_each(step).items()):
             found[f"data/{name}/tokens"] = int(read[number]) * self._seq_len
             found[f"data/{name}/share"] = int(read[number]) / max(1, step * self._mixing.batch_size)
             found[f"data/{name}/weight"] = weights[number]
