@@ -62,7 +62,7 @@ def test_losses_are_those_of_one_rank_and_go_on_at_another_number(
 def test_sources_by_weight_give_the_same_losses_on_any_number_of_ranks(
     ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    """Files and a streamed data set, whose weights change; a run goes on on another number, with other later weights."""
+    """Files and a streamed data set, whose weights change; a run goes on on another number of ranks."""
 
     def run(world_size: int, name: str, later: int = 100, **more: Any) -> list[dict[str, float]]:
         steps = [{"from_step": step, "weight": weight} for step, weight in ((0, 1), (4, 3), (later, 9))]
