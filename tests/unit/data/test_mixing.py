@@ -14,12 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loqt_scale.config import DataConfig
+from loqt_scale.config import DataConfig, RunConfig, TrainConfig
 from loqt_scale.config.sources import Shares, read_sources, shares_of
 from loqt_scale.data import Corpus, build_corpus, join_positions
 from loqt_scale.data.mixing import Mixing
 from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import share
+from loqt_scale.training.messages import mixing_notes
 
 T, B = 8, 12
 WEIGHTS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=6)
@@ -131,8 +132,12 @@ def _decoded(row: torch.Tensor) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(texts: Path) -> list[list[str]]:
-    corpus = build(texts)
+def corpus(texts: Path) -> Corpus:
+    return build(texts)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus) -> list[list[str]]:
     return [read(corpus, step) for step in range(14)]
 
 
@@ -155,11 +160,13 @@ def test_each_sequence_is_of_one_text_and_what_is_logged_is_what_was_read(texts:
     assert corpus.mixed.numbers(7)["data/c/weight"] == pytest.approx(4 / 7.5)
     assert corpus.mixed.numbers(14)["data/b/epochs"] > 4
     assert corpus.mixed.streamed == ["c"]
+    once = sum(5 + 2 * i + shard + 1 for shard in range(3) for i in range(8))  # tokens of data set c
+    assert corpus.mixed.numbers(14)["data/c/epochs"] == pytest.approx(numbers["data/c/tokens"] / once, abs=1)
     assert sorted(corpus.held_out) == ["a", "b", "c"] and corpus.streams == (6,)
     assert torch.equal(corpus.eval.labels, torch.cat([part.labels for part in corpus.held_out.values()]))
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 13), st.integers(1, 4), st.integers(1, 6))
 def test_a_run_goes_on_exactly_at_any_step_on_any_number_of_ranks(
     texts: Path, whole: list[list[str]], step: int, ranks: int, other: int
@@ -216,8 +223,19 @@ def test_errors_name_the_source(texts: Path) -> None:
         build(texts).train.seek(3, {"text": "of a run without sources"})
 
 
+def test_a_source_that_is_read_often_and_a_weight_that_never_comes_are_told(corpus: Corpus, texts: Path) -> None:
+    def notes(steps: int) -> str:
+        data = DataConfig(sources=sources(texts))
+        return "\n".join(mixing_notes(corpus, RunConfig(data=data, train=TrainConfig(steps=steps))))
+
+    assert "'b' is read 24" in notes(60) and "write a smaller weight" in notes(60)
+    assert "'c'" not in notes(60)
+    assert "'c': its weight changes when 6 steps are done, and this run has 5" in notes(5)
+    assert "'b'" not in notes(5)
+
+
 def test_bpe_is_trained_on_all_local_texts(texts: Path) -> None:
-    corpus = build(texts, streams=None, sources=sources(texts)[:2], tokenizer="bpe", bpe_vocab_size=300)
+    corpus = build(texts, streams=None, sources=sources(texts)[:2], tokenizer="bpe", bpe_vocab_size=300, seq_len=2)
     ids = corpus.tokenizer.encode_batch(["aaaaaaaa", "bbbb", "zzzz"])
     assert len(ids[0]) < 8 and len(ids[1]) < 4 and len(ids[2]) == 4
     assert corpus.streams == () and corpus.occurring() <= corpus.tokenizer.vocab_size
