@@ -191,6 +191,6 @@ class MixedTexts:
         for number, (name, epochs) in enumerate(self.epochs_of_each(step).items()):
             found[f"data/{name}/tokens"] = int(read[number]) * self._seq_len
             found[f"data/{name}/share"] = int(read[number]) / max(1, step * self._mixing.batch_size)
-            found[f"data/{name}/weight"] = weights[number]
+            found[f"data/{name}/weight"] = round(weights[number], 9)
             found[f"data/{name}/epochs"] = epochs
         return found
