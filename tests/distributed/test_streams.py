@@ -90,14 +90,13 @@ def test_sources_by_weight_give_the_same_losses_on_any_number_of_ranks(
             f"{row['step']} {key}": value
             for row in rows
             for key, value in row.items()
-            if key.startswith(kept) and row["step"] > after and not key.endswith("words/epochs")  # of rank 0's streams
+            if key.startswith(kept) and row["step"] > after and not key.endswith(("words/epochs", "perplexity"))
         }
 
     one = run(1, "1")
     assert numbers(run(2, "2")) == pytest.approx(numbers(one), abs=2e-4)
     checkpoint = str(tmp_path / "2" / "checkpoints" / "step-00000006")
-    assert numbers(run(1, "on", 7, **{"checkpoint.resume": checkpoint}), 6) != pytest.approx(numbers(one, 6), abs=2e-4)
-    rest = run(1, "on-1", 50, **{"checkpoint.resume": checkpoint})
+    rest = run(1, "on-1", 50, **{"checkpoint.resume": checkpoint})  # weights of steps to come may change
     assert numbers(rest, 6) == pytest.approx(numbers(one, 6), abs=2e-4)
     names = ("topics", "words", "few")
     for row in one:
