@@ -71,6 +71,9 @@ class Batch:
 class TrainStream(Protocol):
     """The training sequences of a run."""
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """Starts to read what `sequences` will be asked for, where that takes time; does not wait for it."""
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Return sequences [start, stop) of the global batch of `step`.
 
@@ -144,7 +147,11 @@ class StoredSequences:
         self._digest, self._portion = digest, portion or WholeBatch(global_batch_size)
         self._orders: dict[int, npt.NDArray[np.integer]] = {}
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """See `TrainStream`: nothing."""
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
+        """See `TrainStream`."""
         check_range(step, start, stop, self._batch_size)
         first = self._portion.before(step) + self._portion.within(step, 0, start)
         places = first + np.arange(self._portion.within(step, start, stop), dtype=np.int64)

@@ -118,16 +118,19 @@ class LogicalStreams:
         self._places: dict[str, dict[str, Any]] = {}  # where it begins
         self._next = 0
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """See `TrainStream`: all streams at the same time, from the first step on that takes something of this text."""
+        if self._portion.within(step, 0, self._batch_size):
+            for number in _touched(start, stop, self._batch_size // self.count):
+                self._stream(number).begin()
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """See `TrainStream`. Steps must not decrease; one step may be asked for several times, in any ranges."""
         check_range(step, start, stop, self._batch_size)
+        self.begin(step, start, stop)
         per_step = self._batch_size // self.count
-        touched = _touched(start, stop, per_step)
-        if self._portion.within(step, 0, self._batch_size):
-            for number in touched:
-                self._stream(number).begin()  # all of them at the same time
         parts = []
-        for number in touched:
+        for number in _touched(start, stop, per_step):
             first = number * per_step
             begin, end = max(start, first), min(stop, first + per_step)
             skipped = self._portion.within(step, first, begin)

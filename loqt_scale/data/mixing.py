@@ -143,9 +143,15 @@ class MixedTexts:
     def __init__(self, texts: Mapping[str, TrainStream], mixing: Mixing, *, seq_len: int) -> None:
         self._texts, self._mixing, self._seq_len = dict(texts), mixing, seq_len
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """See `TrainStream`: all texts at the same time."""
+        for text in self._texts.values():
+            text.begin(step, start, stop)
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """See `TrainStream`. Of texts that are streamed steps must not decrease."""
         check_range(step, start, stop, self._mixing.batch_size)
+        self.begin(step, start, stop)
         chosen = torch.from_numpy(self._mixing.texts(step)[start:stop])
         inputs = torch.empty((stop - start, self._seq_len), dtype=torch.int64)
         labels = torch.empty_like(inputs)
