@@ -12,6 +12,9 @@ from loqt_scale.errors import ConfigError, shortened
 PATH = {"path": True}
 """Metadata of a field that holds a path (or several): `~` and `$VARIABLES` in it are expanded."""
 
+MANY = 2**24
+"""Tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip."""
+
 # numbers end up in float32 and in 64-bit integers, whatever they are to Python
 _GREATEST, _SMALLEST, _INTEGERS = 3.4e38, 1.2e-38, 2**63
 

@@ -107,7 +107,7 @@ def describe_type(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
-        return "a list such as [a, b]"
+        return "a list such as [{name: value}]" if get_origin(args[0]) is dict else "a list such as [a, b]"
     if origin is tuple:
         return f"a list of {len(args)} numbers such as [{', '.join(['0.9'] * len(args))}]"
     if origin is dict:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from loqt_scale.config.choices import Method
 from loqt_scale.config.combinations import check_combinations
+from loqt_scale.config.data import DataConfig
 from loqt_scale.config.groups import (
     CheckpointConfig,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,

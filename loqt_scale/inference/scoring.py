@@ -27,7 +27,7 @@ from loqt_scale.model.hf_folder import load_folder
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.process.environment import launched_world_size
 from loqt_scale.strategies import create_strategy, find_strategy, resolve_device
-from loqt_scale.training.evaluation import evaluate
+from loqt_scale.training.evaluation import evaluate_corpus
 
 # what may be changed; the rest is the model's own
 _OPEN = ("data.", "parallel.", "train.device", "train.micro_batch_size", "model.dtype")
@@ -64,7 +64,8 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         else:
             model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)
-        loss = evaluate(model, corpus.eval, step=strategy.step, micro_batch_size=config.train.micro_batch_size)
+        size = config.train.micro_batch_size
+        loss, losses = evaluate_corpus(model, corpus, step=strategy.step, micro_batch_size=size)
         if not math.isfinite(loss):
             raise UserError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
         if strategy.comm.is_main:
@@ -73,6 +74,8 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
             print(
                 f"loss     {loss:.6f} nats per token, perplexity {perplexity(loss):.4f} ({tokens} tokens)", flush=True
             )
+            for name, value in losses.items():
+                print(f"         {name}: {value:.6f}, perplexity {perplexity(value):.4f}", flush=True)
         return loss
     finally:
         strategy.close()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.sizes import OUTSIDE, parse_size
-from loqt_scale.metrics import format_span
+from loqt_scale.config.sources import run_shares
+from loqt_scale.metrics import format_count, format_span
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.advice import first_that_fits
@@ -68,12 +69,24 @@ def _title(config: RunConfig, ranks: int) -> str:
         f"{batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
         + (", activations recomputed" if model.activation_checkpointing else "")
         + f"\nrates {describe_rates(optim, train.steps)}"
+        + _texts(config)
     )
 
 
 def _strategy(config: RunConfig, ranks: int) -> str:
     spread = planned_spread(config, ranks)
     return spread.strategy + (f" in {spread.replicas} replicas of {spread.shard_size}" if spread.replicas > 1 else "")
+
+
+def _texts(config: RunConfig) -> str:
+    """A line on what a run reads of each source."""
+    train, sources = config.train, config.data.mixture
+    tokens = train.steps * train.global_batch_size * config.data.seq_len
+    parts = (
+        f"{name} {share:.1%} ({format_count(round(share * tokens))} tokens)"
+        for name, share in run_shares(sources, train.steps).items()
+    )
+    return f"\ntext  {', '.join(parts)}" if sources else ""
 
 
 def _memory_table(memory: RankMemory) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from loqt_scale.data.logical import ranks_that_share, streams_read_twice
-from loqt_scale.metrics import format_count, format_perplexity, format_span
+from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
+from loqt_scale.metrics import format_count, format_perplexity, format_span, perplexity
 
 if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
@@ -43,7 +44,9 @@ def banner(
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
-    lines += sharing_note(corpus.streams, train.global_batch_size, strategy.step.data_size)
+    for streams in sorted(set(corpus.streams)):
+        lines += sharing_note(streams, train.global_batch_size, strategy.step.data_size)
+    lines += mixing_notes(corpus, config)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
     lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
@@ -66,6 +69,22 @@ def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> lis
         f"({streams + again} readings of a stream); {even} ranks share them evenly; for a new run, write a multiple of "
         f"{ranks} that divides the global batch in data.streams"
     ]
+
+
+def mixing_notes(corpus: Corpus, config: RunConfig) -> list[str]:
+    """Lines on sources that are read often, and on weights that no step of this run has."""
+    steps, lines = config.train.steps, []
+    planned = {} if corpus.mixed is None else corpus.mixed.epochs_of_each(steps)
+    for name, epochs in planned.items():
+        if corpus.mixed is not None and name not in corpus.mixed.streamed and epochs > MOST_EPOCHS:
+            lines.append(f"note     {repeated_often(name, f'is read {epochs:.1f} times in this run')}")
+    for source in config.data.mixture:
+        if (last := source.weight[-1][0]) >= steps:
+            lines.append(
+                f"note     data.sources, '{source.name}': its weight changes when {last} steps are done, and this run "
+                f"has {steps}"
+            )
+    return lines
 
 
 def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: str) -> list[str]:
@@ -108,6 +127,12 @@ def start_line(report: StartReport) -> str:
     if not means:
         return "start: loqt.init asks for nothing here, since the base is stored exactly"
     return f"start: {report.seconds:.2f}s, error {means['error_before']:.4f} -> {means['error_after']:.4f}"
+
+
+def eval_line(step: int, loss: float, losses: Mapping[str, float], tokens: int) -> str:
+    """One line of an evaluation: of all held-out tokens, and of each source's."""
+    each = "".join(f"; {name} {value:.4f}" for name, value in losses.items())
+    return f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens){each}"
 
 
 def summary(config: RunConfig, before: float, after: float) -> str:

@@ -42,9 +42,9 @@ from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
 from loqt_scale.training.diagnosis import Diagnosis, chance_overlaps
-from loqt_scale.training.evaluation import evaluate
+from loqt_scale.training.evaluation import evaluate_corpus
 from loqt_scale.training.health import Health
-from loqt_scale.training.messages import merge_line, start_line
+from loqt_scale.training.messages import eval_line, merge_line, start_line
 from loqt_scale.training.pending import HostCopy, PendingStep
 from loqt_scale.training.profiling import StepProfile
 from loqt_scale.training.reading import ShareReader
@@ -339,6 +339,9 @@ class Trainer:
             **self.throughput.metrics(rate),
             **memory_metrics(self.strategy.comm.device),
         }
+        if self.corpus.mixed is not None:
+            values |= self.corpus.mixed.numbers(done)
+            self.diagnosis.take_epochs({name: values[f"data/{name}/epochs"] for name in self.corpus.mixed.streamed})
         self.writer.log(done, values)
 
     # ---- evaluations and checkpoints --------------------------------------------------------------------------------
@@ -347,11 +350,11 @@ class Trainer:
         """Held-out loss in nats after `step` optimizer steps. Every rank."""
         self.finish_pending()
         with self.rates.paused():
-            held_out, micro_batch_size = self.corpus.eval, self.config.train.micro_batch_size
-            loss = evaluate(self.model, held_out, step=self.strategy.step, micro_batch_size=micro_batch_size)
-        self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
-        tokens = counted_tokens(held_out.labels)
-        self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
+            spread, size = self.strategy.step, self.config.train.micro_batch_size
+            loss, losses = evaluate_corpus(self.model, self.corpus, step=spread, micro_batch_size=size)
+        each = {f"eval/{name}/loss": value for name, value in losses.items()}
+        self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)} | each)
+        self.progress.line(eval_line(step, loss, losses, counted_tokens(self.corpus.eval.labels)))
         return loss
 
     def save(self, *, keep_all: bool = False) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from loqt_scale.config import LoQTConfig, ModelConfig, RunConfig
-from loqt_scale.config.groups import DataConfig
+from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.model.architectures import load_model_config
 from loqt_scale.model.build import design_model

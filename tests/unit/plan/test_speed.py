@@ -174,8 +174,10 @@ def test_more_gpus_than_sequences_say_what_to_write(capsys: pytest.CaptureFixtur
 
 def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.preset=llama_nano", "--loqt.rank=8", "--train.global_batch_size=16", "--gpus=16", "--gpu=rtx4090"]
+    words.append("--data.sources=[{name: a, files: [a.txt], weight: 3}, {name: b, dataset: x/y}]")
     assert main(["plan", *words, "--vocab-size=320", "--tokens=2e9"]) == 0
     said = capsys.readouterr().out
     for expected in ("planned, not measured", "LoQT", "full rank", "bound by", "MFU", "days to 2 G tokens"):
         assert expected in said
+    assert "text  a 75.0% (3.07M tokens), b 25.0% (1.02M tokens)" in said
     assert "16 x RTX4090" in said and "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
