@@ -19,9 +19,10 @@ Nothing here knows about ranks: each asks for its share of a step's global batch
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ import torch
 from loqt_scale.config import DataConfig
 from loqt_scale.config.sources import shares_of
 from loqt_scale.data.batches import AnotherTextError, Batch, Portion, StoredSequences, TrainStream, WholeBatch
+from loqt_scale.data.batching import counted_bytes, counted_tokens
 from loqt_scale.data.corpora import LocalText, embedded_text, files_text, joined_text
 from loqt_scale.data.hub import held_out_windows, open_splits, split_lines
 from loqt_scale.data.logical import LogicalStreams, join_positions, stream_count
@@ -69,6 +71,14 @@ class Corpus:
     streams: tuple[int, ...] = ()
     mixed: MixedTexts | None = None
     held_out: dict[str, Batch] = field(default_factory=dict)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A held-out loss in nats a token as bits for each byte of the held-out text: comparable between tokenizers."""
+        return loss * self._tokens_per_byte / math.log(2.0)
+
+    @cached_property
+    def _tokens_per_byte(self) -> float:
+        return counted_tokens(self.eval.labels) / max(1, counted_bytes(self.eval.labels, self.tokenizer))
 
 
 def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:

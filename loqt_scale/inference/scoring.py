@@ -71,9 +71,10 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         if strategy.comm.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
-            print(
-                f"loss     {loss:.6f} nats per token, perplexity {perplexity(loss):.4f} ({tokens} tokens)", flush=True
+            said = (
+                f"perplexity {perplexity(loss):.4f}, {corpus.bits_per_byte(loss):.4f} bits per byte ({tokens} tokens)"
             )
+            print(f"loss     {loss:.6f} nats per token, {said}", flush=True)
             for name, value in losses.items():
                 print(f"         {name}: {value:.6f}, perplexity {perplexity(value):.4f}", flush=True)
         return loss

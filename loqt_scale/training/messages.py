@@ -129,10 +129,11 @@ def start_line(report: StartReport) -> str:
     return f"start: {report.seconds:.2f}s, error {means['error_before']:.4f} -> {means['error_after']:.4f}"
 
 
-def eval_line(step: int, loss: float, losses: Mapping[str, float], tokens: int) -> str:
+def eval_line(step: int, loss: float, losses: Mapping[str, float], tokens: int, bits: float) -> str:
     """One line of an evaluation: of all held-out tokens, and of each source's."""
     each = "".join(f"; {name} {value:.4f}" for name, value in losses.items())
-    return f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens){each}"
+    said = f"loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits a byte"
+    return f"eval at step {step}: {said} ({tokens} tokens){each}"
 
 
 def summary(config: RunConfig, before: float, after: float) -> str:

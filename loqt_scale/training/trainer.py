@@ -352,9 +352,10 @@ class Trainer:
         with self.rates.paused():
             spread, size = self.strategy.step, self.config.train.micro_batch_size
             loss, losses = evaluate_corpus(self.model, self.corpus, step=spread, micro_batch_size=size)
-        each = {f"eval/{name}/loss": value for name, value in losses.items()}
-        self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)} | each)
-        self.progress.line(eval_line(step, loss, losses, counted_tokens(self.corpus.eval.labels)))
+        bits, each = self.corpus.bits_per_byte(loss), {f"eval/{name}/loss": value for name, value in losses.items()}
+        total = {"eval/loss": loss, "eval/perplexity": perplexity(loss), "eval/bits_per_byte": bits}
+        self.writer.log(step, total | each)
+        self.progress.line(eval_line(step, loss, losses, counted_tokens(self.corpus.eval.labels), bits))
         return loss
 
     def save(self, *, keep_all: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,18 @@ def test_fewer_documents_than_streams(tmp_path: Path) -> None:
     rows = torch.stack([corpus.train.sequences(step, 0, 8).input_ids for step in range(40)])
     for stream in range(8):
         assert set(documents_of(rows[:, stream])) == set(TRAIN[:3])
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path: Path, cache_dir: str) -> None:
+    """A text costs so many nats in all, in tokens of a byte and in longer ones; some characters have several bytes."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Straße number {number}, naïve señor, said so: {number}" for number in range(400)))
+    each = {"files": [str(text)], "cache_dir": cache_dir, "eval_fraction": 0.5, "max_eval_sequences": 10**6}
+    found = {}
+    for tokenizer in ("bytes", "bpe"):
+        corpus = build(tokenizer=tokenizer, bpe_vocab_size=300, seq_len=64, **each)
+        tokens = int((corpus.eval.labels >= 0).sum())
+        found[tokenizer] = corpus.bits_per_byte(1000.0 / tokens)
+    documents = text.read_text().encode().split(b"\n\n")
+    assert found["bytes"] == pytest.approx(found["bpe"], rel=0.02)
+    assert 1000.0 / math.log(2) / found["bytes"] == pytest.approx(sum(map(len, documents)) / 2, rel=0.15)
