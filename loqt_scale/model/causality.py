@@ -28,7 +28,8 @@ _SMALL = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
-    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "vocab_size": VOCABULARY},
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank"), 16),
+    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "rotary_dim": 8, "vocab_size": VOCABULARY},
 }
 
 

@@ -89,12 +89,19 @@ def check_documents(data: DataConfig, hf_config: PreTrainedConfig) -> None:
     Raises:
         UserError: With what to write.
     """
-    if data.mask_documents and not on_small_copies(hf_config, _keeps_apart):
+    if not data.mask_documents:
+        return
+    apart = on_small_copies(hf_config, _keeps_apart)
+    if not apart:
+        found = (
+            "no small copy of it computes, on which that could be tried"
+            if apart is None
+            else "on a small copy, a document's outputs are not those that it has alone: the model takes no "
+            "position_ids, does not mask by them, or carries a state along"
+        )
         raise UserError(
-            f"data.mask_documents is true, but a {hf_config.model_type} model cannot keep documents apart: tried on a "
-            "small copy of it, a document's outputs are not those that it has alone, since the model takes no "
-            "position_ids, numbers positions by itself, or carries a state along; write data.mask_documents: false, or "
-            "another model (llama, mistral, qwen, gemma, gpt_neox, gpt2 can)"
+            f"data.mask_documents is true, but a {hf_config.model_type} model cannot keep documents apart ({found}); "
+            "write data.mask_documents: false, or another model (llama, mistral, qwen, gemma, gpt_neox, gpt2 can)"
         )
 
 
