@@ -70,7 +70,7 @@ def _attend(model: nn.Module, seq_len: int, implementation: str) -> bool:
     window = getattr(config, "sliding_window", None)
     possible = (
         config.model_type in ARCHITECTURES
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in ("sdpa", CAUSAL, MASKED)
         and (window is None or window >= seq_len)
     )
     if possible:

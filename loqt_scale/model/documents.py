@@ -80,6 +80,7 @@ def attend(model: nn.Module, data: DataConfig, *, separator: int) -> None:
     if data.mask_documents:
         give_with_tokens(model, DocumentInputs(model, seq_len=data.seq_len, separator=separator))
     else:
+        give_with_tokens(model, None)
         attend_causally(model, data.seq_len)
 
 

@@ -70,12 +70,12 @@ def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:
     return transform is not None
 
 
-def give_with_tokens(model: nn.Module, made: Callable[[Tensor], dict[str, Tensor]]) -> None:
+def give_with_tokens(model: nn.Module, made: Callable[[Tensor], dict[str, Tensor]] | None) -> None:
     """Has a model that ends in the loss take more arguments beside `targets`, in place. Local.
 
     Args:
         model: As `end_in_loss` left it.
-        made: Makes them of its tokens, (B, T) int64.
+        made: Makes them of its tokens, (B, T) int64; None: no more.
     """
     assert isinstance(model.forward, _EndingInLoss)
     model.forward.made = made
