@@ -45,7 +45,7 @@ class DocumentInputs:
 
     def __init__(self, model: nn.Module, *, seq_len: int, separator: int) -> None:
         self._separator = separator
-        self._embeddings: nn.Module | None = None
+        self._embeddings: Any = None
         if attend_by_mask(model, seq_len):
             self._embeddings = model.get_input_embeddings()  # type: ignore[operator]
 
@@ -57,7 +57,6 @@ class DocumentInputs:
         return positions if self._embeddings is None else positions | {"attention_mask": self._mask(starts)}
 
     def _mask(self, starts: Tensor) -> Tensor:
-        assert self._embeddings is not None
         batch, length = starts.shape
         return eager_mask(  # numbers that are added
             batch,

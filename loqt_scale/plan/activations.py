@@ -138,8 +138,7 @@ def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool =
     if config.model.activation_checkpointing:
         recompute_blocks(model)
     dtype = DTYPES[config.model.dtype]
-    if config.data.mask_documents:
-        attend(model, config.data, separator=0)
+    attend(model, config.data, separator=0)
     with FakeTensorMode():
         known = _make_fake(model)
         with PeakMeter(known) as meter, OperationMeter() as operations:
