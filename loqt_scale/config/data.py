@@ -32,6 +32,8 @@ class DataConfig:
             Hugging Face id for `AutoTokenizer`.
         bpe_vocab_size: Vocabulary of `tokenizer: bpe`.
         seq_len: Tokens per sequence that are predicted.
+        mask_documents: A sequence holds several documents; true = they do not see one another: attention ends and
+            positions begin anew where a document begins, which is at its end-of-text token.
         eval_fraction: Share of the documents held out for evaluation (files and embedded corpus).
         max_eval_sequences: At most this many held-out sequences are scored.
         cache_dir: Where tokenized corpora are kept. Default: $XDG_CACHE_HOME/loqt_scale or ~/.cache/loqt_scale.
@@ -48,6 +50,7 @@ class DataConfig:
     tokenizer: str = field(default="bytes", metadata=PATH)
     bpe_vocab_size: int = 4096
     seq_len: int = 256
+    mask_documents: bool = False
     eval_fraction: float = 0.02
     max_eval_sequences: int = 256
     cache_dir: str | None = field(default=None, metadata=PATH)

@@ -23,6 +23,7 @@ from loqt_scale.data.batching import counted_tokens
 from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_saved, saved_settings, self_contained
 from loqt_scale.metrics import format_count, perplexity
+from loqt_scale.model.documents import attend, check_documents
 from loqt_scale.model.hf_folder import load_folder
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.process.environment import launched_world_size
@@ -60,10 +61,13 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         if saved is None:
             model: nn.Module = load_folder(Path(location), device, torch.float32)
+            check_documents(config.data, model.config)
             end_in_loss(model, chunk=0)
         else:
             model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)
+        if config.data.mask_documents:
+            attend(model, config.data, separator=corpus.tokenizer.eos_token_id)
         size = config.train.micro_batch_size
         loss, losses = evaluate_corpus(model, corpus, step=strategy.step, micro_batch_size=size)
         if not math.isfinite(loss):

@@ -21,6 +21,7 @@ from loqt_scale.config import RunConfig, TrainConfig
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
 from loqt_scale.model.build import design_model, recompute_blocks
+from loqt_scale.model.documents import attend
 from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.plan.operations import OperationMeter, Operations, extrapolated
 from loqt_scale.strategies import DTYPES
@@ -137,6 +138,7 @@ def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool =
     if config.model.activation_checkpointing:
         recompute_blocks(model)
     dtype = DTYPES[config.model.dtype]
+    attend(model, config.data, separator=0)
     with FakeTensorMode():
         known = _make_fake(model)
         with PeakMeter(known) as meter, OperationMeter() as operations:

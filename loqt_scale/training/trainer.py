@@ -34,8 +34,8 @@ from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.metrics.wire_counter import FirstCounted
-from loqt_scale.model.attention import attend_causally
 from loqt_scale.model.build import ModelDesign, build_model
+from loqt_scale.model.documents import attend
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
 from loqt_scale.process.environment import node_size
 from loqt_scale.strategies import Strategy
@@ -83,7 +83,7 @@ class Trainer:
         # what trains, and by what
         self.throughput = make_throughput(design.model, config, strategy)  # before it is sharded
         self.built = build_model(design, config.model, strategy)
-        attend_causally(self.built.model, config.data.seq_len)
+        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.built, config, strategy.placement)
         self.model = strategy.step.wrap(self.built.model, self.optimizer)
