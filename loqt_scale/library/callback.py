@@ -36,6 +36,7 @@ from loqt_scale.library.model_files import (
 )
 from loqt_scale.merge import MergeCoordinator, MergeReport
 from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas, unwrapped_optimizers
+from loqt_scale.strategies.whole import is_in_fsdp
 
 CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
@@ -130,7 +131,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
             self.merges.load_state_dict(self._stored(state))
         self._at_start = self.merges.state_dict()
         name_checkpoint(model, f"checkpoint-{state.global_step}")  # on a signal, before the first step
-        if engine_of(model) is None and not _is_sharded(model):  # their files are read by names of parameters
+        if engine_of(model) is None and not is_in_fsdp(model):  # their files are read by names of parameters
             for inner in unwrapped_optimizers(optimizer):
                 mark_optimizer_file(inner)
 
@@ -183,7 +184,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState
     ) -> MergeCoordinator:
         engine = engine_of(model)
-        replicated = args.world_size > 1 and engine is None and not _is_sharded(model)
+        replicated = args.world_size > 1 and engine is None and not is_in_fsdp(model)
         return attach(
             engine or model,
             optimizer,
@@ -237,12 +238,6 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "DeepSpeed has partitioned the model as it was loaded (ZeRO stage 3), so its weights cannot be converted; "
             "load the model before you make TrainingArguments(deepspeed=...)"
         )
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has the model in its hands; else each rank holds all of it, in DDP."""
-    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return wrapped or any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _is_converted(model: nn.Module) -> bool:
