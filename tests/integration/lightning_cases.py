@@ -1,0 +1,94 @@
+"""The Lightning module of docs/library.md, and runs of it: on one process, and as one rank of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from torch import Tensor
+
+from loqt_scale import attach, convert_to_loqt
+from tests.integration.trainer_cases import CONFIG, Progressions, has_trained, state_of, tiny_llama
+
+STEPS, SAVED, ROWS = 11, 5, 4  # step 5, with which a loaded run goes on, ends in a merge
+
+
+class Module(LightningModule):
+    """A model trained by LoQT."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.model = tiny_llama(seed)
+        self.before: dict[str, Tensor] | None = self.state_dict()
+        convert_to_loqt(self, CONFIG)
+        self.merges: Any = None
+        self.saved: dict[str, Any] | None = None
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        self.losses.append(loss.detach().clone())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def on_train_start(self) -> None:
+        self.merges = attach(self.trainer.model, self.trainer.optimizers, CONFIG, initial_weights=self.before)
+        self.before = None
+        if self.saved is not None:
+            self.merges.load_state_dict(self.saved)
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        self.merges.prepare()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.merges.finish()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["merges"] = self.merges.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.saved = checkpoint["merges"]
+
+
+def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = "auto", ranks: int = 1) -> Module:
+    """Eleven steps of two passes over the progressions; with several ranks this is one of them. Every rank."""
+    module, passes = Module(seed), 2
+    plugins: list[Any] = [TorchElasticEnvironment()] if ranks > 1 else []
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        plugins=plugins,
+        max_steps=STEPS,
+        accumulate_grad_batches=passes,
+        gradient_clip_val=1.0,
+        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = torch.utils.data.DataLoader(Progressions(), batch_size=ROWS // ranks)
+    trainer.fit(module, loader, ckpt_path=ckpt)
+    return module
+
+
+def ddp_rank(folder: str) -> dict[str, Any]:
+    """A run of two ranks, and another that goes on from its checkpoint: losses, found, whether they end alike."""
+    whole = fit(folder, strategy="ddp", ranks=2)
+    losses, state = torch.stack(whole.losses), state_of(whole)
+    torch.distributed.destroy_process_group()
+    again = fit(str(Path(folder) / "again"), seed=7, ckpt=f"{folder}/step={SAVED}.ckpt", strategy="ddp", ranks=2)
+    same = all(torch.equal(tensor, state[name]) for name, tensor in state_of(again).items())
+    return {
+        "losses": losses.tolist(),
+        "found": whole.merges.description,
+        "again": torch.equal(torch.stack(again.losses), losses[2 * SAVED :]) and same,
+        "trained": has_trained(whole),
+    }
