@@ -302,9 +302,9 @@ class MergeCoordinator:
         """`progress` and the settings: plain data, the same on all ranks. Local.
 
         Raises:
-            RuntimeError: Inside a merge step, whose gradients are not part of any state.
+            RuntimeError: Between the update of a merge step and its merge, or if it is not known whether it was made.
         """
-        if self._order.open is not None:
+        if self._order.is_half_done:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
         return {"version": STATE_VERSION, **self.progress(), "settings": copy.deepcopy(self._settings)}
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
 IDLE = (
     "finish() counts a step each time, but the optimizer has made no step in {idle} of {finished}: is it called after "
-    "each pass of an accumulated step? Call it once, after optimizer.step(), or merges come too often (give attach what "
-    "accelerator.prepare returned, and it sees Accelerate's accumulation by itself)"
+    "each pass of an accumulated step? Call it once, after optimizer.step(), or merges come too often. (If attach is "
+    "given what accelerator.prepare returned, it sees Accelerate's accumulation by itself)"
 )
 MANY_IDLE = 4  # steps, and at least a third of all: a gradient scaler skips fewer
 NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
@@ -119,6 +119,11 @@ class StepOrder:
     def abandon(self) -> None:
         """No step has begun: one that had is not finished any more."""
         self.open, self._prepared = None, None
+
+    @property
+    def is_half_done(self) -> bool:
+        """Whether a merge step's update has been made, and its merge not; or, without hooks, may have been."""
+        return self.open is not None and not self.was_skipped
 
     @property
     def was_skipped(self) -> bool:

@@ -1,8 +1,8 @@
 """Steps whose loss or gradient is not finite: they are skipped, and too many in a row end the run.
 
-One number decides, the gradient's norm: on the device, where whoever applies the update reads it, and on the host, which
-reads it a step later. A loss that is not finite may have a finite gradient (a target of probability 0), so it is made to
-have none (`spoil_gradient`).
+One number decides, the gradient's norm: on the device, where whoever applies the update reads it, and on the host,
+which reads it a step later. A loss that is not finite may have a finite gradient (a target of probability 0), so it is
+made to have none (`spoil_gradient`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Health:
         Args:
             done: Steps done, this one included.
             loss: Mean over tokens, nats.
-            norm: Global gradient norm before clipping; if it is not finite, `Step.update` has applied nothing. It is not
-                where the loss is not (`spoil_gradient`).
+            norm: Global gradient norm before clipping; if it is not finite, `Step.update` has applied nothing. Where
+                the loss is not finite, nor is the norm (`spoil_gradient`).
 
         Raises:
             NonFiniteLossError: This was one too many in a row.

@@ -61,10 +61,10 @@ class Small(nn.Module):
         return self.lm_head(self.blocks(self.embed(tokens)))
 
 
-def config(scheme: str, **merge: Any) -> LoQTConfig:
+def config(scheme: str, rank: int = 8, **merge: Any) -> LoQTConfig:
     """Merges at 0, 5, 10."""
     quantization = QuantizationConfig(weight=scheme, projection=scheme)  # type: ignore[arg-type]
-    return LoQTConfig(rank=8, merge=MergeConfig(gap=5, schedule="constant", **merge), quantization=quantization)
+    return LoQTConfig(rank=rank, merge=MergeConfig(gap=5, schedule="constant", **merge), quantization=quantization)
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -171,7 +171,8 @@ def make_loop(
         states: Of our Muon's moments; "": torch's AdamW.
         experts: Whether the blocks are mixtures.
     """
-    model, before, settings = converted(scheme, experts=experts)
+    rank = 32 if states == "int8" else 8  # fewer columns are too few for a block of codes
+    model, before, settings = converted(scheme, experts=experts, rank=rank)
     wrapped, optimizer = _spread(how, model, micro, states)
     merges = MergeCoordinator(wrapped, optimizer, settings, initial_weights=before)
     return Loop(how, model, wrapped, optimizer, merges, micro, counted)
@@ -190,7 +191,7 @@ def train_own(how: str, scheme: str, *, saved_in: str = "", **given: Any) -> dic
         _join(how)
     loop = make_loop(how, scheme, **given)
     loop.steps(0, SAVED if saved_in else STEPS)
-    result: dict[str, Any] = {"found": loop.merges.description}
+    result: dict[str, Any] = {"found": loop.merges.description, "kept in": _dtypes(loop.optimizer)}
     if saved_in:
         saved = loop.save(saved_in)
         loop.steps(SAVED, STEPS)
@@ -202,6 +203,11 @@ def train_own(how: str, scheme: str, *, saved_in: str = "", **given: Any) -> dic
         _close(loop.wrapped)
     means = [report.means() for report in loop.reports if report is not None]
     return result | {"losses": loop.losses, "merges": means, "steps": loop.merges.steps}
+
+
+def _dtypes(optimizer: torch.optim.Optimizer) -> set[str]:
+    moments = [value for own in optimizer.state.values() for value in own.values() if hasattr(value, "tensors")]
+    return {str(moment.tensors()[0].dtype) for moment in moments}
 
 
 def _join(how: str) -> None:

@@ -56,7 +56,7 @@ def test_muon_learns_from_attach_how_its_parameters_are_spread(ranks: RankPool, 
     """
     given: dict[str, Any] = {"scheme": "none", "states": states}
     single = ranks.run(1, f"{TASKS}:train_own", how="single", saved_in=str(tmp_path), **given)[0]
-    assert single["again"] == single["losses"][7:]
+    assert single["again"] == single["losses"][7:] and ("torch.uint8" in single["kept in"]) == (states == "int8")
     for how, count in MUON:
         for result in ranks.run(count, f"{TASKS}:train_own", how=how, saved_in=str(tmp_path / how), **given):
             allowed = TOLERANCE["none"] if states == "float32" else 2e-3

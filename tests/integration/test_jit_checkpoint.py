@@ -1,4 +1,4 @@
-"""TrainingArguments(enable_jit_checkpoint=True): a checkpoint on SIGTERM, wherever in a step it comes, goes on exactly."""
+"""TrainingArguments(enable_jit_checkpoint=True): a checkpoint on SIGTERM, wherever it comes, goes on to the bit."""
 
 from __future__ import annotations
 
