@@ -144,27 +144,23 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.merges.prepare(state.global_step, backward_passes=self._passes)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any,
+        **kwargs: Any,
     ) -> None:
         """After the update: merges, or puts the merge of a step that was skipped off to the next."""
         assert self.merges is not None
         self._before, step = None, state.global_step
-        if getattr(optimizer, "step_was_skipped", False):
-            if self.merges.is_merge_step(step):
-                self.merges.postpone(step)
-            return
-        report = self.merges.finish(step)
-        if report is not None:
-            self.reports.append(report)
-            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
-                self.initial_weights.release()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """If Trainer saves now, it is a checkpoint."""
-        self._in_step = False
-        name_checkpoint(model, f"checkpoint-{state.global_step}")
+        if not getattr(optimizer, "step_was_skipped", False):
+            self._merge(step)
+        elif self.merges.is_merge_step(step):
+            self.merges.postpone(step)
+        self._in_step = False  # from here on: whoever saves at the step's end may be asked before this callback
+        name_checkpoint(model, f"checkpoint-{step + 1}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -179,6 +175,14 @@ class LoQTCallback(TrainerCallback, ExportableState):
         if self.merges is not None:  # up to the update a step's checkpoint (on a signal) is that of its beginning
             merges = self._state_in_step() if self._in_step else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
+
+    def _merge(self, step: int) -> None:
+        assert self.merges is not None
+        report = self.merges.finish(step)
+        if report is not None:
+            self.reports.append(report)
+            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
+                self.initial_weights.release()
 
     def _attach(
         self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState
