@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from loqt_scale import attach, convert_to_loqt
 from tests.integration.trainer_cases import CONFIG, Progressions, has_trained, state_of, tiny_llama
 
-STEPS, SAVED, ROWS = 11, 5, 4  # step 5, with which a loaded run goes on, ends in a merge
+STEPS, SAVED, PASSES, ROWS = 11, 5, 2, 4  # step 5, with which a loaded run goes on, ends in a merge and begins an epoch
 
 
 class Module(LightningModule):
@@ -59,7 +58,7 @@ class Module(LightningModule):
 
 def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = "auto", ranks: int = 1) -> Module:
     """Eleven steps of two passes over the progressions; with several ranks this is one of them. Every rank."""
-    module, passes = Module(seed), 2
+    module = Module(seed)
     plugins: list[Any] = [TorchElasticEnvironment()] if ranks > 1 else []
     trainer = Trainer(
         accelerator="cpu",
@@ -67,28 +66,24 @@ def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = 
         strategy=strategy,
         plugins=plugins,
         max_steps=STEPS,
-        accumulate_grad_batches=passes,
+        accumulate_grad_batches=PASSES,
         gradient_clip_val=1.0,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = torch.utils.data.DataLoader(Progressions(), batch_size=ROWS // ranks)
+    loader = torch.utils.data.DataLoader(Progressions(SAVED * PASSES * ROWS), batch_size=ROWS // ranks)
     trainer.fit(module, loader, ckpt_path=ckpt)
     return module
 
 
-def ddp_rank(folder: str) -> dict[str, Any]:
-    """A run of two ranks, and another that goes on from its checkpoint: losses, found, whether they end alike."""
-    whole = fit(folder, strategy="ddp", ranks=2)
-    losses, state = torch.stack(whole.losses), state_of(whole)
-    torch.distributed.destroy_process_group()
-    again = fit(str(Path(folder) / "again"), seed=7, ckpt=f"{folder}/step={SAVED}.ckpt", strategy="ddp", ranks=2)
-    same = all(torch.equal(tensor, state[name]) for name, tensor in state_of(again).items())
+def ddp_rank(folder: str, *, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:
+    """A run of two ranks: losses of all passes, what was found, a checksum of the end, whether all layers trained."""
+    module = fit(folder, seed=seed, ckpt=ckpt, strategy="ddp", ranks=2)
     return {
-        "losses": losses.tolist(),
-        "found": whole.merges.description,
-        "again": torch.equal(torch.stack(again.losses), losses[2 * SAVED :]) and same,
-        "trained": has_trained(whole),
+        "losses": torch.stack(module.losses).tolist(),
+        "found": module.merges.description,
+        "end": [float(tensor.double().sum()) for tensor in state_of(module).values()],
+        "trained": has_trained(module),
     }
