@@ -74,10 +74,14 @@ class StreamedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(groups), {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._states, self._local, self._first_row, self._seed = states, local, first_row, seed
+        self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
+        self.number()
+
+    def number(self) -> None:
+        """Takes the parameters that the groups name now for its own; again where Accelerate's FSDP2 replaced them."""
         self._made_of = [p for group in self.param_groups for p in group["params"]]
         self._index_of = {id(p): index for index, p in enumerate(self._made_of)}
         self._group_index = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
 
     def place(self, local: Callable[[Tensor], Tensor], first_row: Callable[[Tensor], int], shards: RowShards) -> None:
         """Says how the parameters are spread, where that was not known when this was made.

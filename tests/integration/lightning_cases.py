@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from loqt_scale import attach, convert_to_loqt
 from tests.integration.trainer_cases import CONFIG, Progressions, has_trained, state_of, tiny_llama
@@ -69,11 +71,14 @@ def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = 
         accumulate_grad_batches=PASSES,
         gradient_clip_val=1.0,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)],
+        use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = torch.utils.data.DataLoader(Progressions(SAVED * PASSES * ROWS), batch_size=ROWS // ranks)
+    rows, rank = Progressions(SAVED * PASSES * ROWS), int(os.environ.get("RANK", "0"))
+    share = DistributedSampler(rows, num_replicas=ranks, rank=rank, shuffle=False)  # Lightning's own shuffles
+    loader = DataLoader(rows, batch_size=ROWS // ranks, sampler=share)
     trainer.fit(module, loader, ckpt_path=ckpt)
     return module
 
