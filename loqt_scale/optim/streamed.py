@@ -149,16 +149,27 @@ class StreamedAdamW(torch.optim.Optimizer):
         Raises:
             UserError: A moment is missing, or has another shape.
         """
-        held = self.state
+        held, saved = self.state, state_dict["state"]
         super().load_state_dict({**state_dict, "state": {}})
         self.state = held
-        for index, parameter in enumerate(self._made_of):
-            if index in state_dict["state"]:
-                self._take(parameter, state_dict["state"][index])
+        for key, parameter in zip(self._keys(state_dict), self._made_of, strict=True):
+            if key in saved:
+                self._take(parameter, saved[key])
             elif self._adopted:  # whose moments are there from the beginning
                 self._take(parameter, None)
             else:
                 self.state.pop(parameter, None)
+
+    def _keys(self, state_dict: dict[str, Any]) -> Sequence[Any]:
+        """By what a state dict calls this optimizer's parameters: numbers, or names if torch's checkpoints made it."""
+        named = [key for group in state_dict["param_groups"] for key in group["params"]]
+        keys = range(len(self._made_of)) if self._adopted else named  # an engine's groups hold flat tensors
+        unknown = sorted(str(key) for key in set(state_dict["state"]) - set(keys))
+        if unknown:
+            raise UserError(
+                f"{type(self).__name__}: the state to load has moments of {unknown[0]}, which no group holds"
+            )
+        return keys
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.param_groups[self._group_index[id(parameter)]]

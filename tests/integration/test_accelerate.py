@@ -37,6 +37,15 @@ def test_an_accumulated_loop_is_the_loop_by_hand_and_goes_on_from_what_it_saved(
     assert means == pytest.approx(losses, abs=2e-3)  # a code of nf4 may fall to the other side
 
 
+@pytest.mark.parametrize("by_muon", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_fsdp2_of_accelerates_goes_on_from_what_it_saved(ranks: RankPool, by_muon: bool, tmp_path: Path) -> None:
+    """Its parameters take the place of those of which the optimizer was made; torch's checkpoints name the moments."""
+    given = {"folder": str(tmp_path), "sharded": True, "by_muon": by_muon}
+    for result in ranks.run(2, "tests.integration.accelerate_cases:saved_and_loaded", **given):
+        assert result["found"] == "fully_shard over 2 rank(s)" and result["again"]
+        assert sum(result["losses"][-4:]) < sum(result["losses"][:4]) - 2.0
+
+
 def test_a_loop_that_ends_a_step_with_each_pass_is_told() -> None:
     """Where nothing says that gradients are accumulated, `finish` after each pass counts passes for steps."""
     from loqt_scale import attach, convert_to_loqt

@@ -123,6 +123,13 @@ def test_a_state_dict_is_plain_and_goes_on_to_the_last_bit(states: str) -> None:
             loaded.step()
         assert all(torch.equal(a, b) for a, b in zip(everything(loaded, parameters), expected, strict=True))
     saved = other.state_dict()
+    names = {index: f"weight.{index}" for index in range(3)}  # as torch.distributed.checkpoint calls parameters
+    renamed = [{**group, "params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
+    moments = {names[index]: own for index, own in saved["state"].items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": renamed})
+    assert all(torch.equal(a, b) for a, b in zip(everything(optimizer, ours), expected, strict=True))
+    with pytest.raises(UserError, match=r"moments of weight\.0, which no group holds"):
+        optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
     assert (
         saved["state"][0]["exp_avg_sq"].shape == (48, 64) and make(parameters_of(), states).state_dict()["state"] == {}
     )
