@@ -43,7 +43,7 @@ from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
 from loqt_scale.training.diagnosis import Diagnosis, chance_overlaps
 from loqt_scale.training.evaluation import evaluate_corpus
-from loqt_scale.training.health import Health
+from loqt_scale.training.health import Health, spoil_gradient
 from loqt_scale.training.messages import eval_line, merge_line, start_line
 from loqt_scale.training.pending import HostCopy, PendingStep
 from loqt_scale.training.profiling import StepProfile
@@ -253,7 +253,7 @@ class Trainer:
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
                 with self.profile.region("backward"):
-                    spread.backward(self.model, loss)
+                    spread.backward(self.model, spoil_gradient(loss))
             total += loss.detach()
         return total
 
