@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,13 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) ->
     if kind == "parquet":
         (tmp_path / "validation.jsonl").unlink()
         pq.write_table(pa.table({"text": HELD_OUT}), tmp_path / "validation.parquet")
-    seen = set(documents_of(read(build(dataset=str(tmp_path), streams=1), 2200 // (4 * T))))  # two epochs at least
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        corpus = build(dataset=str(tmp_path), streams=1)
+        seen = set(documents_of(read(corpus, 2200 // (4 * T))))  # two epochs at least
+        corpus.train.close()
+    said = [str(warning.message) for warning in told if "rows without a column 'text' are left out" in str(warning)]
+    assert bool(said) == (kind == "jsonl")
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
 
 

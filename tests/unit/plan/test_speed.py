@@ -178,4 +178,5 @@ def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.Capt
     said = capsys.readouterr().out
     for expected in ("planned, not measured", "LoQT", "full rank", "bound by", "MFU", "days to 2 G tokens"):
         assert expected in said
-    assert "16 x RTX4090" in said and "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
+    assert "16 x RTX4090: 82.6 TFLOP/s in float32" in said
+    assert "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
