@@ -22,7 +22,8 @@ class StepProfile:
 
     `steps-A-B.rank-N.json.gz`, named by the steps that it holds, is a trace for Perfetto (ui.perfetto.dev) or
     chrome://tracing, with the regions data, forward, backward, optimizer and merge; on CUDA,
-    `steps-A-B.rank-N.memory.pickle` is for pytorch.org/memory_viz. A file that cannot be written is told, and ends nothing.
+    `steps-A-B.rank-N.memory.pickle` is for pytorch.org/memory_viz. A file that cannot be written is told,
+    and ends nothing.
 
     Args:
         settings: Which steps.

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
 from loqt_scale.checkpoint.changes import changes_between
-from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.config import ModelConfig, ParallelConfig, RunConfig
 from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.commands import (
     ExportOptions,
@@ -156,6 +156,11 @@ def test_patterns_keep_their_order(tmp_path: Path) -> None:
     assert config.loqt.rank_of("model.layers.0.mlp.up_proj") == 8
     turned = replace(config, loqt=replace(config.loqt, rank_pattern=dict(reversed(patterns.items()))))
     assert list(changes_between(config, turned)) == ["loqt.rank_pattern"] and not changes_between(config, again)
+
+
+def test_what_only_memory_depends_on_may_change_in_a_run() -> None:
+    smaller = RunConfig(model=ModelConfig(loss_chunk_tokens=64, activation_checkpointing=True))
+    assert not changes_between(RunConfig(), smaller)
 
 
 def test_a_rank_is_a_whole_number(tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def test_peaks_are_those_that_a_run_on_the_device_takes() -> None:
     for name, gpu in yaml.safe_load(TABLE.read_text())["gpus"].items():
         words = name.replace("RTX", "RTX ").replace("-", " ")
         assert peak_tflops(words, "bfloat16") == gpu["bfloat16"] and peak_tflops(words, "float32") == gpu["float32"]
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312.0
+    for other in ("NVIDIA A10G", "NVIDIA RTX A4000", "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_tflops(other, "bfloat16") is None
 
 
 def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> None:
