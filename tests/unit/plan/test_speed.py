@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2MoeConfig
 
 from loqt_scale.cli import main
 from loqt_scale.config import RunConfig
@@ -23,7 +24,7 @@ from loqt_scale.metrics.throughput import peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run
 from loqt_scale.plan import devices as devices_module
-from loqt_scale.plan.activations import OnePass
+from loqt_scale.plan.activations import OnePass, take_pass
 from loqt_scale.strategies import single_process
 
 TABLE = Path(devices_module.__file__).with_name("devices.yaml")
@@ -53,6 +54,18 @@ def test_flops_are_those_of_a_real_pass(method: str, recompute: str) -> None:
         seen[op.kind] += count
     linears, passes = 5 * 7, 3 if recompute == "true" else 2
     assert seen["dequantize"] == (2 * linears * passes if method == "loqt" else 0)
+
+
+def test_a_model_of_unlike_blocks_is_not_planned_from_its_first_ones(tmp_path: Path) -> None:
+    """Three dense blocks before three of experts, as DeepSeek-V3 has them: as the whole pass."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320}
+    widths = {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0, 1, 2], "num_hidden_layers": 6}
+    Qwen2MoeConfig(**sizes, **widths, **experts).save_pretrained(tmp_path)
+    config = config_of(**SMALL | {"loqt__rank": 4}, model__path=tmp_path)
+    one = OnePass(config, vocab_size=320)
+    peak, operations = take_pass(config, design_model(config, vocab_size=320).model, free=True)
+    assert (one.gradients_freed, one.operations) == (peak, operations)
 
 
 def test_bytes_of_dequantizing_are_those_of_codes_scales_and_weights() -> None:
