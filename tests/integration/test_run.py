@@ -181,6 +181,7 @@ def test_a_pretrained_folder_goes_on_training(
     model.save_pretrained(tmp_path / "model")
     pretrained = {"model.path": str(tmp_path / "model"), "model.weights": "pretrained", "model.overrides": {}}
     assert main(["train", *words({**base, **pretrained, "loqt.quantization.weight": "none"})]) == 0
+    assert "(pretrained weights); LoQT" in capsys.readouterr().out
     rows = rows_of(Path(base["train.run_dir"]))
     from loqt_scale.data import build_corpus
 
