@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +15,16 @@ from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
 from loqt_scale.checkpoint.changes import changes_between
-from loqt_scale.config import ModelConfig, ParallelConfig, RunConfig
+from loqt_scale.config import (
+    DataConfig,
+    LoQTConfig,
+    MergeConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.commands import (
     ExportOptions,
@@ -156,6 +166,29 @@ def test_patterns_keep_their_order(tmp_path: Path) -> None:
     assert config.loqt.rank_of("model.layers.0.mlp.up_proj") == 8
     turned = replace(config, loqt=replace(config.loqt, rank_pattern=dict(reversed(patterns.items()))))
     assert list(changes_between(config, turned)) == ["loqt.rank_pattern"] and not changes_between(config, again)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoQTConfig(exclude_modules="head"), "loqt.exclude_modules is 'head'; write a list such as"),
+        (lambda: LoQTConfig(side="left"), "loqt.side is 'left'; write one of auto, input, output"),
+        (lambda: LoQTConfig(rank=True), "loqt.rank is True; write a whole number"),
+        (lambda: LoQTConfig(merge={"gap": 5}), "loqt.merge is .*; write MergeConfig"),
+        (lambda: MergeConfig(optimizer_state="rotate"), "write one of keep, reset, transport"),
+        (lambda: OptimConfig(betas=(0.9,)), "write a list of 2 numbers"),
+        (lambda: RunConfig(method="lora"), "method is 'lora'; write one of loqt, full"),
+    ],
+)
+def test_types_are_looked_at_where_a_program_makes_settings_too(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_a_program_may_write_paths_tuples_and_whole_numbers(tmp_path: Path) -> None:
+    assert TrainConfig(run_dir=tmp_path).run_dir == str(tmp_path)  # type: ignore[arg-type]
+    assert DataConfig(files=[tmp_path]).files == [str(tmp_path)]  # type: ignore[list-item]
+    assert LoQTConfig(target_modules=("*.q_proj",), scale=1).scale == 1  # type: ignore[arg-type]
 
 
 def test_what_only_memory_depends_on_may_change_in_a_run() -> None:
