@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import fields
-from functools import cache
 from typing import Any, get_type_hints
 
 from loqt_scale.config.kinds import describe_type, has_type
@@ -36,7 +35,7 @@ def check_values(settings: Any, group: str = "") -> None:
         ConfigError: A value of another type; a number that is not finite or has no room in 32-bit floats or 64-bit
             integers; text that cannot be written to a file; a path that cannot be one.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings))
     for item in fields(settings):
         key, value, hint = f"{group}.{item.name}".lstrip("."), getattr(settings, item.name), hints[item.name]
         is_path = item.metadata.get("path", False)
@@ -53,11 +52,6 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return [_as_text(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _check(key: str, value: object) -> None:
