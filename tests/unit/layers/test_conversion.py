@@ -163,6 +163,12 @@ def test_a_linear_layer_that_something_has_kept_does_not_go_on_in_silence() -> N
         assert kept[0][0](x).shape == (2, 32)  # to compare with
 
 
+def test_a_pattern_that_nothing_is_called_is_told() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(32, 32), "my_head": nn.Linear(32, 32)})
+    with pytest.warns(UserWarning, match=r"loqt.exclude_modules has 'head', which nothing .* write '\*head\*'"):
+        assert convert(model, LoQTConfig(rank=4, exclude_modules=["head"])) == ["body", "my_head"]
+
+
 def test_a_layer_under_two_names_is_one_layer_still() -> None:
     model = nn.ModuleDict({"a": nn.Linear(32, 32)})
     model["b"] = model["a"]
