@@ -18,8 +18,10 @@ def has_type(value: object, hint: Any) -> bool:
     if origin is Literal:
         return value in inner and not isinstance(value, bool)
     if origin in (list, tuple):
-        each = inner if origin is tuple else inner * (len(value) if isinstance(value, list | tuple) else 0)
-        return isinstance(value, list | tuple) and len(value) == len(each) and all(map(has_type, value, each))
+        if not isinstance(value, list | tuple):
+            return False
+        each = inner if origin is tuple and ... not in inner else inner[:1] * len(value)
+        return len(value) == len(each) and all(map(has_type, value, each))
     if origin is dict:
         return isinstance(value, dict) and all(has_type(item, inner[1]) for item in value.values())
     if hint in (int, float):
