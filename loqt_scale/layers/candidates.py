@@ -124,7 +124,7 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
     What refers to the old one in another way (a plain list, a closure) would go on with it: it cannot train any more.
     """
     names = []
-    for parent_name, parent in list(model.named_modules()):
+    for parent_name, parent in list(named_modules(model)):
         for child_name, child in parent._modules.items():
             if child is old:
                 parent._modules[child_name] = new
@@ -150,9 +150,9 @@ class _Replaced:
         """
         if torch.is_grad_enabled():
             raise UserError(
-                f"the linear layer that was {self._name} before convert_to_loqt is called: something has "
-                "kept it (a plain list, a closure, another model), and it trains no more; make that after the "
-                "conversion, or name the layer in exclude_modules"
+                f"the linear layer that was {self._name} before convert_to_loqt is called: something has kept it (a plain "
+                "list, a closure, another model), and it trains no more; make that after the conversion, or name the "
+                "layer in exclude_modules"
             )
 
 
