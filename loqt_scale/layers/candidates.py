@@ -150,9 +150,9 @@ class _Replaced:
         """
         if torch.is_grad_enabled():
             raise UserError(
-                f"the linear layer that was {self._name} before convert_to_loqt is called: something has kept it (a plain "
-                "list, a closure, another model), and it trains no more; make that after the conversion, or name the "
-                "layer in exclude_modules"
+                f"the linear layer that was {self._name} before convert_to_loqt is called: something has kept it (a "
+                "plain list, a closure, another model), and it trains no more; make that after the conversion, or name "
+                "the layer in exclude_modules"
             )
 
 
