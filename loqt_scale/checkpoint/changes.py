@@ -27,6 +27,7 @@ FREE = (
     "metrics.",
     "model.compile",
     "model.activation_checkpointing",
+    "model.loss_chunk_tokens",
     "data.cache_dir",
     "train.run_dir",
     "train.on_existing_run",

@@ -107,7 +107,13 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
-    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
+    if not end_in_loss(model, chunk=config.model.loss_chunk_tokens) and config.model.loss_chunk_tokens:
+        warnings.warn(
+            f"model.loss_chunk_tokens is {config.model.loss_chunk_tokens}, but it is not known what a "
+            f"{hf_config.model_type} model does after its head, or the head is low-rank: all logits are held; "
+            "write a smaller train.micro_batch_size to save memory",
+            stacklevel=2,
+        )
     return ModelDesign(model, source, dense_layers, hf_config)
 
 

@@ -118,10 +118,11 @@ _KNOWN: dict[tuple[object, ...], Taken] = {}
 
 
 def _measure(config: RunConfig, vocab_size: int, **how: bool) -> Taken:
-    """One pass; of a deep model two shallow ones, since each block adds the same."""
+    """One pass; of a deep model two shallow ones, if each block adds the same."""
     model = design_model(config, vocab_size=vocab_size).model
-    depth = len(decoder_blocks(model))
-    if depth <= DEPTHS[-1] or not hasattr(model.config, "num_hidden_layers"):
+    blocks = [block for _, block in decoder_blocks(model)]
+    depth, repeated = len(blocks), {_outline(block) for block in blocks[DEPTHS[0] :]}
+    if depth <= DEPTHS[-1] or len(repeated) > 1 or not hasattr(model.config, "num_hidden_layers"):
         return take_pass(config, model, **how)
     taken = []
     for shallow in DEPTHS:
@@ -131,6 +132,11 @@ def _measure(config: RunConfig, vocab_size: int, **how: bool) -> Taken:
     (low, few), (high, more) = taken
     peak = high + (depth - DEPTHS[1]) * (high - low) // (DEPTHS[1] - DEPTHS[0])
     return peak, extrapolated(few, more, blocks=DEPTHS, depth=depth)
+
+
+def _outline(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """What tells blocks of different kinds apart, dense ones and those of experts say."""
+    return tuple((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
 def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False) -> Taken:

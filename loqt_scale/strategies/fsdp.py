@@ -21,6 +21,7 @@ Under `trained` B is a unit of its own in each layer, because its block's packed
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -39,7 +40,7 @@ from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.editing import ShardEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep, share_vocabulary
-from loqt_scale.strategies.hybrid import HybridEditing, mesh_of
+from loqt_scale.strategies.hybrid import HybridEditing, mesh_of, words
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
 
@@ -148,7 +149,7 @@ def _create(request: StrategyRequest) -> Strategy:
     editing, description = ShardEditing(comm, placement), "fsdp"
     if replicas is not None:
         editing = HybridEditing(comm, placement, shards=shards, replicas=replicas)
-        description = f"fsdp, {replicas.world_size} x {shards.world_size}"
+        description = f"fsdp, {words(comm.gather_objects(socket.gethostname()), shards.world_size)}"
     return Strategy(description=description, comm=comm, placement=placement, step=step, editing=editing)
 
 

@@ -37,10 +37,12 @@ def banner(
         span = format_span(layer.rank for layer in layers)
         method = f"LoQT, rank {span}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
+    model = config.model
+    name = model.preset if model.path is None else f"{model.path} ({model.weights} weights)"
     lines = [
-        f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
+        f"model    {name}; {method}; {trained} parameters train",
         f"data     {corpus.description}",
-        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
+        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {model.dtype}",
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
@@ -48,7 +50,7 @@ def banner(
         lines += sharing_note(streams, train.global_batch_size, strategy.step.data_size)
     lines += mixing_notes(corpus, config)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
-    lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
+    lines += alignment_note(widths, model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 
 

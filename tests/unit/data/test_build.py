@@ -224,7 +224,7 @@ def test_stream_with_an_empty_split_is_refused(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) -> None:
+def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder) -> None:
     """Another one in one shard, another type in one; blank lines and rows without text are no documents."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -242,6 +242,7 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) ->
         (tmp_path / "validation.jsonl").unlink()
         pq.write_table(pa.table({"text": HELD_OUT}), tmp_path / "validation.parquet")
     seen = set(documents_of(read(build(dataset=str(tmp_path), streams=1), 2200 // (4 * T))))  # two epochs at least
+    assert any("rows without a column 'text' are left out" in str(told) for told in recwarn) == (kind == "jsonl")
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
 
 

@@ -156,6 +156,9 @@ def test_another_librarys_save_pretrained_is_told_what_to_write(tmp_path: Path) 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no LoQT layer"):
         to_dense(nn.Linear(4, 4))
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(UserError, match=r"dtype is .*int8|dtype is 'bfloat16'; write a floating-point one"):
+            save_merged(trained("llama"), tmp_path / "not there", dtype=dtype)  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists; write a folder that does not"):
         save_merged(trained("llama"), tmp_path / "there")

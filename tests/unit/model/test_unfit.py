@@ -70,6 +70,12 @@ def test_a_trainer_refuses_what_it_cannot_train_and_says_why(tmp_path: Path) -> 
         assert design(folder(tmp_path, model_type=kind, vocab_size=64, **fields))
 
 
+def test_chunks_of_the_loss_that_cannot_be_had_are_told(tmp_path: Path) -> None:
+    falcon = {"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with pytest.warns(UserWarning, match=r"loss_chunk_tokens is 8, but it is not known what a falcon model does"):
+        design(folder(tmp_path, vocab_size=64, **falcon), loss_chunk_tokens=8)
+
+
 def test_ids_that_occur_must_fit_and_nothing_else(tmp_path: Path) -> None:
     path = folder(tmp_path, **LLAMA)
     assert load(path, vocab_size=320, occurring=lambda: 290).vocab_size == 290
