@@ -46,7 +46,7 @@ MATH = {
         ([{**WEB, "name": "a/b"}], r"name is 'a/b'; write a letter and up to 63"),
         ([{**WEB, "files": "web.txt"}], r"files is 'web.txt'; write a list such as \[a.txt"),
         ([{**WEB, "text_field": 3}], "text_field is 3; write text"),
-        (["web.txt"], r"data\.sources\[0\] is 'web.txt'; write a mapping"),
+        (["web.txt"], r"data\.sources is \['web.txt'\]; write a list such as"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(sources: list[Any], message: str) -> None:
