@@ -98,9 +98,11 @@ class LoQTLayer(nn.Module):
         factor: B, trainable, (O, r) on side input, (I, r) on side output: always rows x rank, so that it shards like
             its layer and the optimizer's state rotates from the right on both sides.
         probe: None, or what collects the weight gradient before a merge.
+        loads: How often a state dict was loaded.
     """
 
     probe: GradientProbe | None
+    loads = 0
 
     def __init__(self, spec: LowRankSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -130,6 +132,8 @@ class LoQTLayer(nn.Module):
     def count_pass(self) -> None:
         """Says it once if P is still zero after many training passes, of which no coordinator collected anything."""
         if self._blank_passes < 0 or self.probe is not None or not self.training or not torch.is_grad_enabled():
+            return
+        if not self.factor.requires_grad:
             return
         self._blank_passes += 1
         if self._blank_passes < BLANK_PASSES:
@@ -172,6 +176,7 @@ class LoQTLayer(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         copies.excuse(self)
+        self.loads += 1
         saved = local_metadata.get("loqt", {})
         for key, value in self._meaning().items():
             if saved.get(key, value) != value:

@@ -47,6 +47,11 @@ CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), a
         convert_to_loqt(model, config)
         return model"""
 
+GIVEN_LATE = (
+    "trainer.add_callback(LoQTCallback(...)) is too late to convert the model: give it to the Trainer when it is made: "
+    "Trainer(..., callbacks=[LoQTCallback(config)])"
+)
+
 
 class LoQTCallback(TrainerCallback, ExportableState):
     """Trains a Trainer's model by LoQT: `Trainer(model, args, ..., callbacks=[LoQTCallback(config)])`.
@@ -76,6 +81,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self._passes: int | None = None
         self._at_start: dict[str, Any] = {}  # the merges' state before the first step of this `train`
         self._before: dict[str, Any] | None = None  # what of it is another before this step; None: it is being changed
+        self._has_begun = False  # whether Trainer had this callback when it was made
         self._in_step = False  # also after one that ran out of memory, which Trainer may try again
         self._bytes = ExitStack()
 
@@ -93,6 +99,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         Raises:
             UserError: There is an optimizer already, or Trainer would spread the model as merges do not know.
         """
+        self._has_begun = True
         _refuse(args, model)
         if args.fsdp:
             self._bytes.enter_context(packed_bytes_may_be_sharded())
@@ -120,7 +127,8 @@ class LoQTCallback(TrainerCallback, ExportableState):
             UserError: The model was not converted, or the checkpoint is of a run without this callback.
         """
         if not _is_converted(model):
-            raise UserError(CONVERT_IN_INIT)
+            raise UserError(CONVERT_IN_INIT if self._has_begun else GIVEN_LATE)
+        write_checkpoints(model)  # it may be another one than at the start (model_init)
         self._bytes.close()
         check_loaded(model)
         self.reports.clear()

@@ -9,7 +9,10 @@ from typing import Any
 from torch.optim import Optimizer
 
 CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
-NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
+NOTHING_SEEN = (
+    f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}. Gradients must come from "
+    "loss.backward(): torch.autograd.grad and backward(inputs=...) leave out what merges collect"
+)
 
 
 class StepWatch:
@@ -114,5 +117,8 @@ def reason_to_wait(broken: float, alive: float, without: float) -> str:
     if not alive:
         return "the gradients of all layers were zero"
     if without:
-        return "the optimizer made no step between prepare and finish (call finish after optimizer.step())"
+        return (
+            "the optimizer made no step between prepare and finish (call finish after optimizer.step(); if another "
+            "optimizer has taken its place, attach merges to that one and load this one's merges.state_dict())"
+        )
     return ""
