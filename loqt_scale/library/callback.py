@@ -134,6 +134,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.reports.clear()
         self._passes = _backward_passes(args, train_dataloader)
         self.merges = self._attach(args, model, optimizer, state)
+        self.merges.expect_state(merged=False)  # at step 0 there is none: train() may come again
         if state.global_step > 0:
             self.merges.load_state_dict(self._stored(state))
         self._at_start = self.merges.state_dict()

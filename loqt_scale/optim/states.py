@@ -126,7 +126,7 @@ def _starting_sum(optimizer: Optimizer, parameter: Tensor) -> float:
 
 
 def _is_like(state: Tensor, parameter: Tensor) -> bool:
-    """Whether a state is a plain tensor, or a distributed one, of its parameter's shape (torchao's packed ones are not)."""
+    """Whether a state is a tensor, plain or distributed, of its parameter's shape; torchao's packed ones are not."""
     is_plain = type(state) in (Tensor, torch.nn.Parameter) or hasattr(state, "to_local")
     return is_plain and state.shape == parameter.shape
 
