@@ -36,10 +36,12 @@ class GradientProbe:
         leaf: Leaf tensor whose *gradient* is wanted; its values are never read. (O, I) dense, or (F, l) sketched; of
             experts one of each, (E, O, I) or (E, F, l).
         omega: The sketch's test matrix, (O, l) on side input, (I, l) on side output; None collects the dense gradient.
+        outlives: Whether it holds gradients of passes whose others somebody has thrown away (`zero_grad`).
     """
 
     leaf: Tensor
     omega: Tensor | None
+    outlives: bool = False
 
     @classmethod
     def collecting(cls, shape: tuple[int, ...], omega: Tensor | None, device: torch.device) -> GradientProbe:
@@ -131,6 +133,8 @@ class LoQTLayer(nn.Module):
 
     def count_pass(self) -> None:
         """Says it once if P is still zero after many training passes, of which no coordinator collected anything."""
+        if self.probe is not None:
+            self.probe.outlives |= self.probe.leaf.grad is not None and self.factor.grad is None
         if self._blank_passes < 0 or self.probe is not None or not self.training or not torch.is_grad_enabled():
             return
         if not self.factor.requires_grad:

@@ -41,7 +41,7 @@ from loqt_scale.merge.beginning import FirstBases, make_up
 from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.merge.first_weights import agreed_source, check_first_weights
 from loqt_scale.merge.one_layer import LayerMerge, own_names
-from loqt_scale.merge.order import NOTHING_SEEN, StepOrder, StepWatch, reason_to_wait
+from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, StepOrder, StepWatch, reason_to_wait
 from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
@@ -257,6 +257,8 @@ class MergeCoordinator:
         self._editing.settle()
         if self._begun is None:
             self._check_states()
+            if self._editing.keeps_gradients and self._search.outlives:
+                self._warn(OUTLIVED)
             sketch_bytes = self._search.sent_bytes - self._sent_before
             if reason := self._collected(step):
                 self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")

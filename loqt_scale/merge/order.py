@@ -13,6 +13,11 @@ NOTHING_SEEN = (
     f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}. Gradients must come from "
     "loss.backward(): torch.autograd.grad and backward(inputs=...) leave out what merges collect"
 )
+OUTLIVED = (
+    "P is found from all passes since prepare(), also from those before a zero_grad(). That is right for SAM, and for "
+    "gradients that you sum yourself; if they were those of another model (a GAN's generator, through its "
+    "discriminator), call the discriminator's prepare() after them"
+)
 
 
 class StepWatch:

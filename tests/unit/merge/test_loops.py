@@ -334,3 +334,29 @@ def test_data_parallel_and_arguments_of_another_type_are_refused() -> None:
         to_dense("m")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the config is"):
         loqt_scale.LoQTCallback(3)
+
+
+def test_a_discriminator_that_was_prepared_too_early_is_told() -> None:
+    """Its probes would hold the generator's gradients, which zero_grad takes out of everything else."""
+
+    def found(late: bool) -> list[torch.Tensor]:
+        model, optimizer, merges = made()
+        if not late:
+            merges.prepare()
+        (-loss_of(model, 7)).backward()  # the generator's pass
+        optimizer.zero_grad()
+        if late:
+            merges.prepare()
+        loss_of(model, 0).backward()
+        optimizer.step()
+        merges.finish()
+        return [layer.projection.dense() for _, layer in loqt_layers(model)]
+
+    model, optimizer, merges = made()
+    step(model, optimizer, merges, 0)
+    right = [layer.projection.dense() for _, layer in loqt_layers(model)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*zero_grad")
+        assert all(torch.equal(a, b) for a, b in zip(found(late=True), right, strict=True))
+    with pytest.warns(UserWarning, match=r"before a zero_grad\(\).*discriminator's prepare\(\) after them"):
+        assert not any(torch.equal(a, b) for a, b in zip(found(late=False), right, strict=True))
