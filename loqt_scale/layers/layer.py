@@ -131,6 +131,17 @@ class LoQTLayer(nn.Module):
         """What a merge replaces: codes and scales of W_q and P, and B."""
         return [*self.base.parameters(), *self.projection.parameters(), self.factor]
 
+    def as_computed(self, x: Tensor) -> Tensor:
+        """An input in the dtype in which the layer computes: its own, or autocast's.
+
+        Raises:
+            UserError: It holds no floating-point numbers; W would be rounded to whole ones.
+        """
+        if not x.is_floating_point():
+            raise UserError(f"the input of a LoQT layer is {x.dtype}, not floating-point; give it x.float()")
+        device_type = x.device.type
+        return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
     def count_pass(self) -> None:
         """Says it once if P is still zero after many training passes, of which no coordinator collected anything."""
         if self.probe is not None:
