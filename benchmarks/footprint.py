@@ -64,7 +64,7 @@ def measure_rank(words: list[str]) -> dict[str, Any]:
         build_model(design_model(config, vocab_size=trainer.corpus.tokenizer.vocab_size), config.model, strategy)
     result["build_passing"] = start.passing
     trainer.step(0)
-    with WireCounter(strategy.comm.world_size) as counter:
+    with WireCounter() as counter:
         trainer.step(1)
     result["step_wire"] = (counter.payload_bytes(), counter.sent_bytes())
     trainer.accumulate(2)
@@ -72,7 +72,7 @@ def measure_rank(words: list[str]) -> dict[str, Any]:
     trainer.optimizer.zero_grad(set_to_none=True)
     if merges is not None:
         update_without_merge(trainer, merges.steps[1])
-        with WireCounter(strategy.comm.world_size) as counter, allocations() as merge:
+        with WireCounter() as counter, allocations() as merge:
             merges.finish(merges.steps[1])
         result["merge_wire"] = (counter.payload_bytes(), counter.sent_bytes())
         result["merge_passing"] = merge.passing

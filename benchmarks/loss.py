@@ -22,10 +22,12 @@ from common import ROOT, publish, table
 sys.path.insert(0, str(ROOT))
 
 from loqt_scale.config import ModelConfig
+from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.model.architectures import load_model_config
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model
+from loqt_scale.plan import plan_run
 
 WAYS = {"all logits at once": 0, "by chunks": None}
 FEW = 512
@@ -81,6 +83,17 @@ def largest_difference(vocab: int) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
 
 
+def planned_rows() -> list[list[str]]:
+    """What `loqt-scale plan` says of 8 x 2048 tokens a pass at 7b on 8 ranks."""
+    rows = []
+    for way, chunk in WAYS.items():
+        words = [f"--config={ROOT / 'configs' / 'llama_7b.yaml'}", "--data.seq_len=2048", "--train.micro_batch_size=8"]
+        config = parse_run_config([*words, *([] if chunk is None else [f"--model.loss_chunk_tokens={chunk}"])])
+        memory = plan_run(config, ranks=8, vocab_size=128_256).memory
+        rows.append([way, f"{memory.passing / 2**30:.2f}", f"{memory.step_peak / 2**30:.2f}"])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["llama_nano", "llama_60m"])
@@ -106,6 +119,8 @@ def main() -> None:
         f"{table(HEADER, rows)}\n\nOne pass forward and backward, float32, one process a case, weights of "
         f"{options.vocab:,} tokens of vocabulary; a chunk's logits are 256 MiB. Gradients of both ways differ by "
         f"{largest_difference(8192):.1e} of a parameter's largest at most (llama_nano, 8,192 tokens of vocabulary)."
+        "\n\nPlanned, not measured: llama_7b on 8 ranks, 8 x 2,048 tokens a pass, 128,256 tokens of vocabulary.\n\n"
+        f"{table(['loss', 'a pass, GiB', 'peak of a step, GiB'], planned_rows())}"
     )
     publish("The loss: logits of a large vocabulary", "python benchmarks/loss.py", text, keep=not options.no_publish)
 

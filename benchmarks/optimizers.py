@@ -44,7 +44,7 @@ def measure_wire(words: list[str]) -> int:
     """Bytes that this rank sends in a normal step in a ring. Every rank."""
     trainer = make_trainer(parse_run_config(words))
     trainer.step(0)
-    with WireCounter(trainer.strategy.comm.world_size) as step:
+    with WireCounter() as step:
         trainer.step(1)
     return step.sent_bytes()
 

@@ -22,19 +22,23 @@ from loqt_scale.plan import Machine, Plan, find_machine, plan_run
 from loqt_scale.plan.advice import first_that_fits
 from loqt_scale.plan.speed_table import full_rank
 
-MACHINES = (("RTX4090", 1), ("RTX4090", 8), ("H100", 8), ("H100", 64))
+# (GPU, how many, parallel.shard_size)
+MACHINES = (("RTX4090", 1, None), ("RTX4090", 8, None), ("H100", 8, None), ("H100", 64, None), ("H100", 64, 8))
 VOCABULARY = 32128
 HEADER = ["model", "machine", "method", "settings beyond the config", "peak, GiB", "a step, s", "bound by"]
 HEADER += ["merges", "tokens/s", "MFU", "days to 20 G tokens"]
 
 
-def rows_of(preset: str, gpu: str, gpus: int) -> Iterator[list[str]]:
+def rows_of(preset: str, gpu: str, gpus: int, shard_size: int | None) -> Iterator[list[str]]:
     """LoQT, with the least that makes it fit, and full-rank training of the same batch in the passes that fit."""
     config = parse_run_config([f"--config={ROOT / 'configs' / f'{preset}.yaml'}", "--model.compile=true"])
+    config = replace(config, parallel=replace(config.parallel, shard_size=shard_size))
     on = find_machine(gpu, gpus=gpus)
     for name, wanted in (("LoQT", config), ("full rank", full_rank(config, gpus))):
         settled, words = fitting(wanted, on, gpus, whole=name == "LoQT")
         place = f"{gpus} x {gpu} ({on.gpu.memory:g} GB)"
+        if shard_size is not None:
+            place += f", shard_size {shard_size}"
         if settled is None:
             yield [preset, place, name, "does not fit", *["-"] * (len(HEADER) - 4)]
         else:

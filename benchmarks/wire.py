@@ -41,10 +41,9 @@ def measure(words: list[str]) -> dict[str, int]:
 
     fixed = ["--data.tokenizer=bytes", "--data.max_eval_sequences=2", "--train.progress=off", "--train.steps=20"]
     trainer = make_trainer(parse_run_config([*fixed, "--loqt.merge.gap=2", *words]))
-    world_size = trainer.strategy.comm.world_size
-    with WireCounter(world_size) as merge_step:
+    with WireCounter() as merge_step:
         trainer.step(0)
-    with WireCounter(world_size) as step:
+    with WireCounter() as step:
         trainer.step(1)
     return {"step": step.sent_bytes(), "merge": merge_step.sent_bytes() - step.sent_bytes()}
 

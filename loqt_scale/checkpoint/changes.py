@@ -1,8 +1,9 @@
 """Which settings may change between a checkpoint and the run that goes on from it, and what works for the others.
 
-Free are those that do not change the numbers (a warm-up in steps that is as long as one in a fraction, say). Two that
-do may change as well, and it is said: `train.steps` may grow, and `optim.states` may be another. Every other change is
-refused, with the ways that lead on.
+Free are those that do not change the numbers (a warm-up in steps that is as long as one in a fraction, say). Three that
+do may change as well, and it is said: `train.steps` may grow, `optim.states` may be another, and `data.sources` may be
+others from the checkpoint's step on (`config.sources.goes_on`). Every other change is refused, with the ways that lead
+on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config.keys import flat_settings, path_settings
 from loqt_scale.config.paths import same_files
+from loqt_scale.config.sources import ALWAYS, goes_on
 from loqt_scale.strategies.zero.config import names_scheduler
 
 FREE = (
@@ -25,6 +27,7 @@ FREE = (
     "metrics.",
     "model.compile",
     "model.activation_checkpointing",
+    "model.loss_chunk_tokens",
     "data.cache_dir",
     "train.run_dir",
     "train.on_existing_run",
@@ -38,7 +41,8 @@ FREE = (
     "train.profile",
 )
 _WARMUP = ("optim.warmup_steps", "optim.warmup_fraction")
-_MAY_CHANGE = ("train.steps", "optim.states")
+_SOURCES, _LATER_SOURCES = "data.sources", "data.sources of later steps"
+_MAY_CHANGE = ("train.steps", "optim.states", _LATER_SOURCES)
 _OF_THE_MODEL = ("model.preset", "model.path", "model.weights", "model.overrides", "data.tokenizer", "data.bpe_vocab")
 Changes = dict[str, tuple[Any, Any]]
 
@@ -49,18 +53,39 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> Changes:
     Raises:
         CheckpointError: Its manifest or its settings cannot be read.
     """
-    return changes_between(Checkpoint(checkpoint).settings(), config)
+    opened = Checkpoint(checkpoint)
+    return changes_between(opened.settings(), config, done=opened.manifest.step)
 
 
-def changes_between(before: RunConfig, after: RunConfig) -> Changes:
-    """Settings that are not free and mean something else in another run: both values by dotted key."""
+def changes_between(before: RunConfig, after: RunConfig, *, done: int | None = None) -> Changes:
+    """Settings that are not free and mean something else in another run: both values by dotted key.
+
+    Args:
+        before: A run.
+        after: Another one.
+        done: Steps that have been taken of the first; None: all.
+    """
     steps = before.train.steps
     same_warmup = before.optim.warmup_of(steps) == after.optim.warmup_of(steps)
     free = FREE + (_WARMUP if same_warmup else ())
     old, new = flat_settings(before), flat_settings(after)
     changed = (key for key in new if not _same(old[key], new[key]) and not key.startswith(free))
     paths = path_settings()
-    return {key: (old[key], new[key]) for key in changed if key not in paths or not same_files(old[key], new[key])}
+    changes = {key: (old[key], new[key]) for key in changed if key not in paths or not same_files(old[key], new[key])}
+    return _with_sources(changes, before, after, done)
+
+
+def _with_sources(changes: Changes, before: RunConfig, after: RunConfig, done: int | None) -> Changes:
+    """Changes without those of sources that mean the same; one that is of later steps only is called so."""
+    sources, others = before.data.mixture, after.data.mixture
+    if _SOURCES not in changes or not sources or not others:
+        return changes
+    rest = {key: pair for key, pair in changes.items() if key != _SOURCES}
+    if len(sources) == len(others) and goes_on(sources, others, ALWAYS):
+        return rest
+    if done is not None and goes_on(sources, others, done):
+        return rest | {_LATER_SOURCES: changes[_SOURCES]}
+    return changes
 
 
 def of_another_run(changes: Changes) -> Changes:
@@ -104,7 +129,11 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
 
 
 def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]:
-    what = {"train.steps": "learning rates and merges", "optim.states": "the optimizer's moments"}
+    what = {
+        "train.steps": "learning rates and merges",
+        "optim.states": "the optimizer's moments",
+        _LATER_SOURCES: "text and weights",
+    }
     notes = {
         key: f"{key} was {changes[key][0]}, is {changes[key][1]}: from step {manifest.step + 1} on, {whose} are those "
         "of such a run"

@@ -34,9 +34,9 @@ from loqt_scale.config.choices import (
     ZeroOffload,
     ZeroStage,
 )
+from loqt_scale.config.data import DataConfig
 from loqt_scale.config.groups import (
     CheckpointConfig,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -45,6 +45,7 @@ from loqt_scale.config.groups import (
 from loqt_scale.config.method import LoQTConfig, MergeConfig, QuantizationConfig, SubspaceConfig
 from loqt_scale.config.metrics import MetricsConfig, ProfileConfig
 from loqt_scale.config.run import RunConfig
+from loqt_scale.config.sources import SourceConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -76,6 +77,7 @@ __all__ = [
     "RunConfig",
     "Side",
     "SideChoice",
+    "SourceConfig",
     "StatePolicy",
     "StrategyName",
     "SubspaceConfig",

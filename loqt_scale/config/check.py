@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from loqt_scale.config.kinds import describe_type, has_type
 from loqt_scale.config.paths import expand_path
 from loqt_scale.errors import ConfigError, shortened
 
 PATH = {"path": True}
 """Metadata of a field that holds a path (or several): `~` and `$VARIABLES` in it are expanded."""
+
+MANY = 2**24
+"""Tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip."""
 
 # numbers end up in float32 and in 64-bit integers, whatever they are to Python
 _GREATEST, _SMALLEST, _INTEGERS = 3.4e38, 1.2e-38, 2**63
@@ -23,22 +28,33 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_values(settings: Any, group: str = "") -> None:
-    """Checks every value of a settings dataclass for what its type demands, and expands its paths in place.
+    """Checks every value of a settings dataclass for its type and what that demands, and expands its paths in place.
 
     Args:
         settings: A frozen dataclass that is being made.
         group: Its dotted name; empty at the top.
 
     Raises:
-        ConfigError: A number that is not finite or has no room in 32-bit floats or 64-bit integers; text that cannot
-            be written to a file; a path that cannot be one.
+        ConfigError: A value of another type; a number that is not finite or has no room in 32-bit floats or 64-bit
+            integers; text that cannot be written to a file; a path that cannot be one.
     """
+    hints = get_type_hints(type(settings))
     for item in fields(settings):
-        key, value = f"{group}.{item.name}".lstrip("."), getattr(settings, item.name)
+        key, value, hint = f"{group}.{item.name}".lstrip("."), getattr(settings, item.name), hints[item.name]
+        is_path = item.metadata.get("path", False)
+        value = _as_text(value) if is_path else value
+        require(has_type(value, hint), f"{key} is {shortened(repr(value))}; write {describe_type(hint)}")
         _check(key, value)
-        if item.metadata.get("path") and value is not None:
+        if is_path and value is not None:
             several = [expand_path(text, key) for text in value] if isinstance(value, list) else None
             object.__setattr__(settings, item.name, expand_path(value, key) if several is None else several)
+
+
+def _as_text(value: Any) -> Any:
+    """Paths as programs have them, `pathlib`'s, as text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [_as_text(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _check(key: str, value: object) -> None:

@@ -67,7 +67,7 @@ def check_ranks(config: RunConfig, *, ranks: int, passes: int) -> None:
         ranks: N.
         passes: Micro-batches of a step on each of them.
     """
-    _check_shard_size(config.parallel.shard_size, ranks)
+    check_shard_size(config.parallel.shard_size, ranks)
     share = -(-config.train.global_batch_size // ranks)
     require(
         not (config.optim.per_layer and passes > 1),
@@ -76,7 +76,8 @@ def check_ranks(config: RunConfig, *, ranks: int, passes: int) -> None:
     )
 
 
-def _check_shard_size(size: int | None, ranks: int) -> None:
+def check_shard_size(size: int | None, ranks: int) -> None:
+    """Raises ConfigError if so many ranks are no groups of `parallel.shard_size`."""
     sizes = ", ".join(str(other) for other in range(2, ranks + 1) if ranks % other == 0)
     require(
         size is None or ranks % size == 0,

@@ -1,11 +1,11 @@
-"""The groups of settings around the method: model, data, optimizer, ranks, loop, checkpoints."""
+"""The groups of settings around the method: model, optimizer, ranks, loop, checkpoints. The text: `data`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loqt_scale.config.check import PATH, check_values, require
+from loqt_scale.config.check import MANY, PATH, check_values, require
 from loqt_scale.config.choices import (
     Device,
     Dtype,
@@ -22,7 +22,6 @@ from loqt_scale.config.choices import (
 from loqt_scale.config.metrics import ProfileConfig
 
 _STEPS = 99_999_999  # a checkpoint's name holds eight digits
-_MANY = 2**24  # tokens of a sequence, sequences of a batch, tokens of a vocabulary: beyond this it is a slip
 _YEAR = 365 * 24 * 3600
 
 
@@ -58,8 +57,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self, "model")
         require(
-            self.loss_chunk_tokens is None or 0 <= self.loss_chunk_tokens <= _MANY,
-            f"model.loss_chunk_tokens is {self.loss_chunk_tokens}; write 0 to {_MANY} tokens, or null",
+            self.loss_chunk_tokens is None or 0 <= self.loss_chunk_tokens <= MANY,
+            f"model.loss_chunk_tokens is {self.loss_chunk_tokens}; write 0 to {MANY} tokens, or null",
         )
         require(
             not (self.weights == "pretrained" and self.path is None),
@@ -69,71 +68,6 @@ class ModelConfig:
             self.dtype == "bfloat16" or self.trained_dtype == "float32",
             f"model.trained_dtype is {self.trained_dtype}, but model.dtype is not; write model.dtype: bfloat16",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which text is read, and how it is cut into sequences.
-
-    Args:
-        files: Text (.txt), JSON lines (.jsonl, .json) or parquet files, the first two perhaps compressed (.gz, .bz2,
-            .xz, .zst); folders and globs allowed. Empty = `dataset`, or the embedded corpus.
-        dataset: Hugging Face data set id (e.g. allenai/c4) or a folder of one; streamed.
-        dataset_config: Its configuration name (e.g. en).
-        split: Split of `dataset` that is trained on.
-        eval_split: Split of `dataset` that is held out.
-        streams: Logical streams of `dataset`, which divide `train.global_batch_size`: each is a part of the text that
-            one rank reads and tokenizes, so their number is to be a multiple of the number of ranks. Default: the
-            greatest divisor up to 64 (up to 8, or the number of files, if those are fewer than 64).
-        text_field: Column of JSON, parquet or data-set rows that holds the text.
-        tokenizer: bytes = one token a byte; bpe = a byte-level BPE trained on the corpus in seconds; else a folder or
-            Hugging Face id for `AutoTokenizer`.
-        bpe_vocab_size: Vocabulary of `tokenizer: bpe`.
-        seq_len: Tokens per sequence that are predicted.
-        eval_fraction: Share of the documents held out for evaluation (files and embedded corpus).
-        max_eval_sequences: At most this many held-out sequences are scored.
-        cache_dir: Where tokenized corpora are kept. Default: $XDG_CACHE_HOME/loqt_scale or ~/.cache/loqt_scale.
-    """
-
-    files: list[str] = field(default_factory=list, metadata=PATH)
-    dataset: str | None = field(default=None, metadata=PATH)
-    dataset_config: str | None = None
-    split: str = "train"
-    eval_split: str = "validation"
-    streams: int | None = None
-    text_field: str = "text"
-    tokenizer: str = field(default="bytes", metadata=PATH)
-    bpe_vocab_size: int = 4096
-    seq_len: int = 256
-    eval_fraction: float = 0.02
-    max_eval_sequences: int = 256
-    cache_dir: str | None = field(default=None, metadata=PATH)
-
-    def __post_init__(self) -> None:
-        check_values(self, "data")
-        require(
-            not (self.files and self.dataset),
-            "data.files and data.dataset are both set; write one of them (the other as [] or null)",
-        )
-        require(2 <= self.seq_len <= _MANY, f"data.seq_len is {self.seq_len}; write 2 to {_MANY} tokens")
-        require(0.0 < self.eval_fraction < 1.0, f"data.eval_fraction is {self.eval_fraction}; write a number in (0, 1)")
-        require(self.max_eval_sequences >= 1, f"data.max_eval_sequences is {self.max_eval_sequences}; write 1 or more")
-        require(
-            not (self.tokenizer == "bpe" and self.dataset is not None),
-            "data.tokenizer is 'bpe', which is trained on local text, but data.dataset is streamed; "
-            "write data.tokenizer: FOLDER or a Hugging Face id, or 'bytes'",
-        )
-        require(
-            self.streams is None or 1 <= self.streams <= _MANY,
-            f"data.streams is {self.streams}; write 1 to {_MANY}, or null",
-        )
-        require(
-            self.streams is None or self.dataset is not None,
-            f"data.streams is {self.streams}, but only a streamed data set (data.dataset) is read by logical streams: "
-            "files are tokenized once, and each rank reads what it needs; write data.streams: null",
-        )
-        size = self.bpe_vocab_size
-        require(300 <= size <= _MANY, f"data.bpe_vocab_size is {size}; write 300 to {_MANY}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +274,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "train")
-        most = {"steps": _STEPS, "global_batch_size": _MANY, "micro_batch_size": _MANY, "log_every": _STEPS}
+        most = {"steps": _STEPS, "global_batch_size": MANY, "micro_batch_size": MANY, "log_every": _STEPS}
         for key, limit in most.items():
             value = getattr(self, key)
             require(value >= 1, f"train.{key} is {value}; write 1 or more")

@@ -5,7 +5,6 @@ error can say what to write instead without a second table that goes stale:
 
 * `path_settings()` are those that hold paths;
 * `setting_types()` maps every dotted key (`loqt.merge.gap`) to its type;
-* `describe_type()` turns a type into the words of an error message ("a whole number", "one of nf4, none");
 * `plain_message()` words the error of a value of the wrong type;
 * `unknown_key_message()` names the nearest key for a misspelt one;
 * `check_yaml_keys()` walks a parsed YAML tree and refuses what is not in the list.
@@ -15,14 +14,14 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_origin
 
 from loqt_scale.config import RunConfig
+from loqt_scale.config.kinds import chooses_numbers, describe_type
 from loqt_scale.errors import ConfigError, shortened
 
 
@@ -77,45 +76,6 @@ def owner_of(key: str) -> str | None:
         if get_origin(hint) is dict and key.startswith(name + "."):
             return name
     return None
-
-
-def accepts_none(hint: Any) -> bool:
-    """Whether null may be written for a setting of this type."""
-    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-
-
-def takes_bool(hint: Any) -> bool:
-    """Whether true and false are what is written for a setting of this type."""
-    return hint is bool or (accepts_none(hint) and bool in get_args(hint))
-
-
-def chooses_numbers(hint: Any) -> bool:
-    """Whether one of a few numbers may be written for a setting of this type, and no text."""
-    if get_origin(hint) is Literal:
-        return all(isinstance(choice, int) for choice in get_args(hint))
-    return accepts_none(hint) and all(chooses_numbers(arg) for arg in get_args(hint) if arg is not type(None))
-
-
-DICT_EXAMPLE = "a mapping such as {name: value}"
-
-
-def describe_type(hint: Any) -> str:
-    """Say in words what may be written for a setting of this type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if accepts_none(hint):
-        return " or ".join([*(describe_type(arg) for arg in args if arg is not type(None)), "null"])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is list:
-        return "a list such as [a, b]"
-    if origin is tuple:
-        return f"a list of {len(args)} numbers such as [{', '.join(['0.9'] * len(args))}]"
-    if origin is dict:
-        return (
-            f"a mapping such as {{name: value}}, each value {describe_type(args[1])}" if int in args else DICT_EXAMPLE
-        )
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it if it is a number)"}
-    return words.get(hint, str(hint))
 
 
 def plain_message(message: str, hints: Mapping[str, Any]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loqt_scale.config.check import check_values
 from loqt_scale.config.choices import Method
 from loqt_scale.config.combinations import check_combinations
+from loqt_scale.config.data import DataConfig
 from loqt_scale.config.groups import (
     CheckpointConfig,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -45,6 +46,7 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        check_values(self)
         check_combinations(self)
 
     @property

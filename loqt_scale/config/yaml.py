@@ -25,16 +25,14 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.keys import (
-    accepts_none,
     check_yaml_keys,
-    describe_type,
     owner_of,
     plain_message,
     setting_groups,
     setting_types,
-    takes_bool,
     unknown_key_message,
 )
+from loqt_scale.config.kinds import accepts_none, describe_type, takes_bool
 from loqt_scale.config.names import check_strategy_name
 from loqt_scale.config.paths import expand_path
 from loqt_scale.errors import ConfigError, explained, named, reason_of

@@ -11,6 +11,7 @@
     logical.py      the same for data sets that only go forward, as streams that ranks share among them
     pieces.py       which documents each of these streams reads
     streaming.py    one of them, read ahead in a thread
+    mixing.py       several of all these, by weight
 
 Nothing here knows about ranks: each asks for its share of a step's global batch.
 """
@@ -18,23 +19,28 @@ Nothing here knows about ranks: each asks for its share of a step's global batch
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from loqt_scale.config import DataConfig
-from loqt_scale.data.batches import AnotherTextError, Batch, StoredSequences, TrainStream
-from loqt_scale.data.corpora import embedded_text, files_text
+from loqt_scale.config.sources import shares_of
+from loqt_scale.data.batches import AnotherTextError, Batch, Portion, StoredSequences, TrainStream, WholeBatch
+from loqt_scale.data.batching import counted_bytes, counted_tokens
+from loqt_scale.data.corpora import LocalText, embedded_text, files_text, joined_text
 from loqt_scale.data.hub import held_out_windows, open_splits, split_lines
 from loqt_scale.data.logical import LogicalStreams, join_positions, stream_count
+from loqt_scale.data.mixing import MixedPortion, MixedTexts, Mixing, named_source
 from loqt_scale.data.packing import Int64Array, evaluation_windows
 from loqt_scale.data.pieces import Pieces, cut_into_pieces, training_windows
 from loqt_scale.data.streaming import LogicalStream
 from loqt_scale.data.token_store import default_cache_dir, tokenized, trained_bpe
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
+from loqt_scale.functional.seeding import stable_seed
 
 __all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus", "join_positions"]
 
@@ -51,7 +57,9 @@ class Corpus:
         fingerprint: What must be the same on every rank: lines that change with the tokenizer's ids and with the text.
         occurring: Reads how many rows of an embedding its ids need: one more than the greatest. Of a stream, which
             cannot be read beforehand, the tokenizer's greatest.
-        streams: Logical streams that ranks can share among them; None: text that each rank reads as it needs it.
+        streams: Logical streams that ranks can share among them, of each text that is streamed.
+        mixed: The training texts, of `data.sources`.
+        held_out: Held-out sequences by source, of `data.sources`; together they are `eval`.
     """
 
     tokenizer: Tokenizer
@@ -60,7 +68,17 @@ class Corpus:
     description: str
     fingerprint: tuple[str, ...]
     occurring: Callable[[], int]
-    streams: int | None = None
+    streams: tuple[int, ...] = ()
+    mixed: MixedTexts | None = None
+    held_out: dict[str, Batch] = field(default_factory=dict)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A held-out loss in nats a token as bits for each byte of the held-out text: comparable between tokenizers."""
+        return loss * self._tokens_per_byte / math.log(2.0)
+
+    @cached_property
+    def _tokens_per_byte(self) -> float:
+        return counted_tokens(self.eval.labels) / max(1, counted_bytes(self.eval.labels, self.tokenizer))
 
 
 def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Corpus:
@@ -80,27 +98,77 @@ def build_corpus(config: DataConfig, *, seed: int, global_batch_size: int) -> Co
     """
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size is {global_batch_size}; write 1 or more")
-    if config.dataset is not None:
-        return _streamed(config, seed, global_batch_size)
-    return _stored(config, seed, global_batch_size)
+    if config.sources:
+        return _mixed(config, seed, global_batch_size)
+    return _opened(config, _tokenizer(config), seed, WholeBatch(global_batch_size), global_batch_size)
 
 
-def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
-    text = files_text(config.files, config.text_field) if config.files else embedded_text()
-    cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    if config.tokenizer == "bpe":
-        tokenizer = trained_bpe(
-            text, vocab_size=config.bpe_vocab_size, eval_fraction=config.eval_fraction, cache_dir=cache_dir
-        )
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
-    store = tokenized(text, tokenizer, eval_fraction=config.eval_fraction, cache_dir=cache_dir)
+def _opened(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Portion, global_batch_size: int) -> Corpus:
+    """One text."""
+    opened = _stored if config.dataset is None else _streamed
+    return opened(config, tokenizer, seed, portion, global_batch_size)
+
+
+def _mixed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
+    """Several of them; each is opened as if it were the only one, but for its tokenizer, its seed and its portion."""
+    sources, tokenizer = config.mixture, _tokenizer(config)
+    mixing = Mixing(shares_of(sources), seed=seed, global_batch_size=global_batch_size)
+    found: dict[str, Corpus] = {}
+    for number, source in enumerate(sources):
+        portion, own_seed = MixedPortion(mixing, number), stable_seed("source", source.name, seed)
+        with named_source(source.name):
+            found[source.name] = _opened(config.of_source(source), tokenizer, own_seed, portion, global_batch_size)
+    return _joined(found, mixing, config.seq_len)
+
+
+def _joined(found: dict[str, Corpus], mixing: Mixing, seq_len: int) -> Corpus:
+    parts = [*found.values()]
+    mixed = MixedTexts({name: part.train for name, part in found.items()}, mixing, seq_len=seq_len)
+    shares = zip(found.items(), mixing.weights(0), strict=True)
+    lines = [f"         {name} ({share:.2%}): {part.description}" for (name, part), share in shares]
+    held_out = {name: part.eval for name, part in found.items()}
+    return Corpus(
+        parts[0].tokenizer,
+        mixed,
+        Batch(
+            torch.cat([batch.input_ids for batch in held_out.values()]),
+            torch.cat([batch.labels for batch in held_out.values()]),
+        ),
+        "\n".join([f"{len(parts)} sources, shares of tokens at step 0", *lines]),
+        tuple(f"{name}: {line}" for name, part in found.items() for line in part.fingerprint),
+        lambda: max(part.occurring() for part in parts),
+        tuple(count for part in parts for count in part.streams),
+        mixed,
+        held_out,
+    )
+
+
+def _tokenizer(config: DataConfig) -> Tokenizer:
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config.tokenizer)
+    texts = [_local_text(config.of_source(source)) for source in config.mixture] or [_local_text(config)]
+    size, held_out = config.bpe_vocab_size, config.eval_fraction
+    return trained_bpe(joined_text(texts), vocab_size=size, eval_fraction=held_out, cache_dir=_cache_dir(config))
+
+
+def _local_text(config: DataConfig) -> LocalText:
+    return files_text(config.files, config.text_field) if config.files else embedded_text()
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+
+
+def _stored(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Portion, global_batch_size: int) -> Corpus:
+    text = _local_text(config)
+    store = tokenized(text, tokenizer, eval_fraction=config.eval_fraction, cache_dir=_cache_dir(config))
     train = StoredSequences(
         store.train,
         seq_len=config.seq_len,
         seed=seed,
         global_batch_size=global_batch_size,
         digest=store.train_digest,
+        portion=portion,
     )
     held_out = _evaluation_batch(
         *evaluation_windows(store.eval, config.seq_len, config.max_eval_sequences, tokenizer.eos_token_id)
@@ -129,18 +197,20 @@ def _stored(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
     )
 
 
-def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
-    tokenizer = load_tokenizer(config.tokenizer)
+def _streamed(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Portion, global_batch_size: int) -> Corpus:
     train_split, eval_split = open_splits(config)
     held_out = _evaluation_batch(*held_out_windows(eval_split, tokenizer, config))
     wanted = partial(stream_count, config.streams, global_batch_size)
     pieces = cut_into_pieces(train_split, streams=wanted, seed=seed)
+    per_step = global_batch_size // pieces.streams
     train = LogicalStreams(
-        partial(_open_stream, pieces, tokenizer, config.seq_len, global_batch_size // pieces.streams),
+        partial(_open_stream, pieces, tokenizer, config.seq_len, portion, per_step),
         streams=pieces.streams,
         text=pieces.origin,
         seq_len=config.seq_len,
         global_batch_size=global_batch_size,
+        portion=portion,
+        pieces=pieces.count,
     )
     name = config.dataset if config.dataset_config is None else f"{config.dataset}/{config.dataset_config}"
     description = (
@@ -149,11 +219,25 @@ def _streamed(config: DataConfig, seed: int, global_batch_size: int) -> Corpus:
         f"{int((held_out.labels >= 0).sum()):,} tokens scored"
     )
     fingerprint = (_tokenizer_line(tokenizer), *split_lines(config, train_split, eval_split), _batch_line(held_out))
-    return Corpus(tokenizer, train, held_out, description, fingerprint, lambda: tokenizer.token_count, pieces.streams)
+    return Corpus(
+        tokenizer,
+        train,
+        held_out,
+        description,
+        fingerprint,
+        lambda: tokenizer.token_count,
+        (pieces.streams,),
+    )
 
 
-def _open_stream(pieces: Pieces, tokenizer: Tokenizer, seq_len: int, per_step: int, number: int) -> LogicalStream:
-    return LogicalStream(partial(training_windows, pieces, number, tokenizer, seq_len), per_step=per_step)
+def _open_stream(
+    pieces: Pieces, tokenizer: Tokenizer, seq_len: int, portion: Portion, per_step: int, number: int
+) -> LogicalStream:
+    def taken(step: int) -> int:
+        return portion.within(step, number * per_step, (number + 1) * per_step)
+
+    windows = partial(training_windows, pieces, number, tokenizer, seq_len)
+    return LogicalStream(windows, per_step=per_step, taken=taken)
 
 
 def _tokenizer_line(tokenizer: Tokenizer) -> str:

@@ -5,8 +5,9 @@ ranks, goes on with exactly the text it would have read. So nothing here knows a
 of B sequences, numbered 0 to B - 1, and whoever needs some of them asks for `sequences(step, start, stop)`.
 
 For a stored corpus of n sequences, sequence i of step s is number g = s B + i of an endless list: epoch g // n, place
-g % n in that epoch's permutation. A batch may thus straddle two epochs, and any step can be read at once. Streamed data
-sets, which only go forward, are in `streaming.py`.
+g % n in that epoch's permutation. (One of several texts has its own list; a `Portion` says how far it is in it.) A
+batch may thus straddle two epochs, and any step can be read at once. Streamed data sets, which only go forward, are in
+`streaming.py`.
 
 B = global_batch_size, T = seq_len, N = sequences in a share.
 """
@@ -29,6 +30,31 @@ class AnotherTextError(UserError):
     """The text is not the one that a position belongs to. Nothing is damaged."""
 
 
+class Portion(Protocol):
+    """Which sequences of the global batches come from one text."""
+
+    def before(self, step: int) -> int:
+        """How many of all steps before."""
+
+    def within(self, step: int, start: int, stop: int) -> int:
+        """How many of [start, stop) of a step's global batch."""
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """The `Portion` of the only text: all B of each step."""
+
+    size: int
+
+    def before(self, step: int) -> int:
+        """See `Portion`."""
+        return step * self.size
+
+    def within(self, step: int, start: int, stop: int) -> int:
+        """See `Portion`."""
+        return stop - start
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences to train on or to score.
@@ -45,6 +71,9 @@ class Batch:
 class TrainStream(Protocol):
     """The training sequences of a run."""
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """Starts to read what `sequences` will be asked for, where that takes time; does not wait for it."""
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Return sequences [start, stop) of the global batch of `step`.
 
@@ -54,11 +83,14 @@ class TrainStream(Protocol):
             stop: One past the last, start <= stop <= B.
 
         Returns:
-            `stop - start` sequences.
+            `stop - start` sequences; of one of several texts, those of them that are its own (see `Portion`).
 
         Raises:
             ValueError: The range is not within the global batch; or the stream only goes forward and is past `step`.
         """
+
+    def epochs(self, step: int) -> float:
+        """How many times the text has been read before a step; one that only goes forward: by now."""
 
     def position(self, step: int | None = None) -> dict[str, Any] | None:
         """What `seek` needs to go on with `step`, plain data; None if it needs nothing.
@@ -89,13 +121,21 @@ class StoredSequences:
         seed: Seed of the order.
         global_batch_size: B.
         digest: Of the tokens' content, if it is known.
+        portion: Which sequences are this text's; default: all.
 
     Raises:
         ValueError: Fewer tokens than one sequence needs (T + 1).
     """
 
     def __init__(
-        self, tokens: Tokens, *, seq_len: int, seed: int, global_batch_size: int, digest: str | None = None
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        seed: int,
+        global_batch_size: int,
+        digest: str | None = None,
+        portion: Portion | None = None,
     ) -> None:
         self._count = complete_windows(len(tokens), seq_len)
         if self._count == 0:
@@ -104,18 +144,27 @@ class StoredSequences:
                 f"{seq_len + 1}; write a smaller data.seq_len or more text in data.files"
             )
         self._tokens, self._seq_len, self._seed, self._batch_size = tokens, seq_len, seed, global_batch_size
-        self._digest = digest
+        self._digest, self._portion = digest, portion or WholeBatch(global_batch_size)
         self._orders: dict[int, npt.NDArray[np.integer]] = {}
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """See `TrainStream`: nothing."""
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
+        """See `TrainStream`."""
         check_range(step, start, stop, self._batch_size)
-        places = step * self._batch_size + np.arange(start, stop, dtype=np.int64)
+        first = self._portion.before(step) + self._portion.within(step, 0, start)
+        places = first + np.arange(self._portion.within(step, start, stop), dtype=np.int64)
         epochs = places // self._count
         windows = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             windows[chosen] = self._order(int(epoch))[places[chosen] % self._count]
         return batch_of(windows_at(self._tokens, windows, self._seq_len))
+
+    def epochs(self, step: int) -> float:
+        """See `TrainStream`."""
+        return self._portion.before(step) / self._count
 
     def position(self, step: int | None = None) -> dict[str, Any] | None:
         """See `TrainStream`: only which text it was."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loqt_scale.data.batches import Batch
 from loqt_scale.data.packing import IGNORED_LABEL
+from loqt_scale.data.tokenizers import Tokenizer
 
 
 def micro_batches(batch: Batch, *, steps: int, micro_batch_size: int, device: torch.device) -> Iterator[Batch]:
@@ -43,3 +44,12 @@ def summed_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 def counted_tokens(labels_BT: Tensor) -> int:
     """Positions that count."""
     return int((labels_BT != IGNORED_LABEL).sum())
+
+
+def counted_bytes(labels_BT: Tensor, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that the counted positions stand for; of ends of documents none.
+
+    A sequence may begin or end inside of a character, which then counts as if it were whole.
+    """
+    ids = labels_BT[labels_BT != IGNORED_LABEL].tolist()
+    return len(tokenizer.decode(ids).encode("utf-8", "replace"))

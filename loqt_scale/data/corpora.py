@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -110,6 +110,17 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files (first: {paths[0]})"
     return LocalText(name=name, key=f"files-{digest}", documents=lambda: _read_files(paths, text_field))
+
+
+def joined_text(texts: Sequence[LocalText]) -> LocalText:
+    """Several texts, one after the other, as one."""
+    if len(texts) == 1:
+        return texts[0]
+    return LocalText(
+        name=f"{len(texts)} texts (first: {texts[0].name})",
+        key=json.dumps([text.key for text in texts]),
+        documents=lambda: (document for text in texts for document in text.documents()),
+    )
 
 
 def _embedded_documents() -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ class Split:
 
     def explained(self) -> AbstractContextManager[None]:
         """Where rows are read: they come over a network, through several libraries with errors of their own."""
-        advice = "start the run again: it goes on from its last checkpoint"
+        advice = "mend its files; or, if a network failed, start again: a run goes on from its last checkpoint"
         return explained(f"{self.source} cannot be read to its end", advice)
 
 
@@ -197,13 +198,17 @@ def _parsed(row: dict[str, str]) -> Any:
 
 
 def _objects(rows: Iterable[dict[str, str]], text_field: str, source: str) -> Iterator[dict[str, Any]]:
-    """The objects of lines that are not blank; one without the text column has None there."""
+    """The objects of lines that are not blank; one without the text column has None there, which is said once."""
     for row in rows:
         if row["text"].strip():
             found = _parsed(row)
             if not isinstance(found, dict):
                 raise UserError(
                     f"a line of {source} is no JSON object: {row['text'][:40]!r}; mend its file (data.dataset)"
+                )
+            if text_field not in found:  # of one row perhaps, perhaps of a whole file that names it otherwise
+                warnings.warn(
+                    f"{source}: rows without a column {text_field!r} are left out (data.text_field)", stacklevel=2
                 )
             yield {text_field: None, **found}
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from loqt_scale.data.batches import AnotherTextError, Batch, check_range
+from loqt_scale.data.batches import AnotherTextError, Batch, Portion, WholeBatch, check_range
 from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import share
 
@@ -29,6 +29,10 @@ _FEWEST_MOST = 8  # that of a data set of fewer files, each of which several str
 
 class Stream(Protocol):
     """One logical stream, forward only; see `streaming.LogicalStream`."""
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of the data set that it has read."""
 
     def begin(self) -> None:
         """Starts to read ahead."""
@@ -79,15 +83,26 @@ class LogicalStreams:
     """See the module's docstring.
 
     Args:
-        open_stream: Makes the logical stream of a number, at its beginning.
+        open_stream: Makes the logical stream of a number, at its beginning; of each step it gives as many sequences as
+            `portion` has within that stream's B / K.
         streams: K, which divides B.
         text: Tells this text from another, e.g. in how many pieces it lies; kept in checkpoints.
         seq_len: T.
         global_batch_size: B.
+        portion: Which sequences are this text's; default: all.
+        pieces: In how many pieces it lies, of which each stream reads every K-th.
     """
 
     def __init__(
-        self, open_stream: Callable[[int], Stream], *, streams: int, text: str, seq_len: int, global_batch_size: int
+        self,
+        open_stream: Callable[[int], Stream],
+        *,
+        streams: int,
+        text: str,
+        seq_len: int,
+        global_batch_size: int,
+        portion: Portion | None = None,
+        pieces: int = 1,
     ) -> None:
         if global_batch_size % streams:
             raise UserError(
@@ -96,25 +111,39 @@ class LogicalStreams:
             )
         self.count = streams
         self._open_stream, self._text = open_stream, text
-        self._seq_len, self._batch_size = seq_len, global_batch_size
+        self._seq_len, self._batch_size, self._pieces = seq_len, global_batch_size, pieces
+        self._portion = portion or WholeBatch(global_batch_size)
         self._streams: dict[int, Stream] = {}
         self._begin = 0  # the first step
         self._places: dict[str, dict[str, Any]] = {}  # where it begins
         self._next = 0
 
+    def begin(self, step: int, start: int, stop: int) -> None:
+        """See `TrainStream`: all streams at the same time, from the first step on that takes something of this text."""
+        if self._portion.within(step, 0, self._batch_size):
+            for number in _touched(start, stop, self._batch_size // self.count):
+                self._stream(number).begin()
+
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """See `TrainStream`. Steps must not decrease; one step may be asked for several times, in any ranges."""
         check_range(step, start, stop, self._batch_size)
+        self.begin(step, start, stop)
         per_step = self._batch_size // self.count
-        touched = _touched(start, stop, per_step)
-        for number in touched:
-            self._stream(number).begin()  # all of them at the same time
         parts = []
-        for number in touched:
+        for number in _touched(start, stop, per_step):
             first = number * per_step
-            parts.append(self._stream(number).sequences(step, max(start - first, 0), min(stop - first, per_step)))
+            begin, end = max(start, first), min(stop, first + per_step)
+            skipped = self._portion.within(step, first, begin)
+            wanted = self._portion.within(step, begin, end)
+            # of none, too: each knows where a step begins
+            parts.append(self._stream(number).sequences(step, skipped, skipped + wanted))
         self._next = max(self._next, step + 1)
-        return _joined(parts, self._seq_len)
+        return _joined([part for part in parts if len(part.input_ids)], self._seq_len)
+
+    def epochs(self, step: int) -> float:
+        """See `TrainStream`: in whole pieces, mean of the streams that are read here."""
+        read = [stream.pieces for stream in self._streams.values()]
+        return sum(read) * self.count / (self._pieces * max(1, len(read)))
 
     def position(self, step: int | None = None) -> dict[str, Any]:
         """See `TrainStream`: the places of the streams that were read here; `join_positions` puts ranks' together."""
@@ -172,6 +201,9 @@ class LogicalStreams:
 def join_positions(positions: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """The position of a run from those of its ranks, each of which knows the streams that it has read."""
     first = positions[0]
+    if first is not None and "sources" in first:
+        parts = {name: join_positions([(one or {})["sources"][name] for one in positions]) for name in first["sources"]}
+        return {"sources": parts}
     if first is None or "places" not in first:
         return first
     places: dict[str, Any] = {}

@@ -13,6 +13,8 @@ Stride T and length T + 1 together mean that every token but the very first is p
 the incomplete window at the end; evaluation keeps it, padded with labels that are not counted, so that a held-out loss
 is the mean over every held-out token.
 
+Where documents are not to see one another (`data.mask_documents`), the model finds their borders by E.
+
 Everything here is pure: no files, no state. T = seq_len, N = windows.
 """
 

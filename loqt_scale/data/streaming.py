@@ -60,11 +60,18 @@ class LogicalStream:
     Args:
         open_windows: Starts the iterator at a place: (m, T + 1) int64 windows, m >= 1, each time with the place that
             they begin at; without end. Called in the thread.
-        per_step: Sequences of a step that are this stream's.
+        per_step: Sequences of a step that are this stream's, at most.
+        taken: How many of a step are; default: always as many.
     """
 
-    def __init__(self, open_windows: Callable[[Place], Iterator[Chunk]], *, per_step: int) -> None:
-        self._open_windows, self._per_step = open_windows, per_step
+    def __init__(
+        self,
+        open_windows: Callable[[Place], Iterator[Chunk]],
+        *,
+        per_step: int,
+        taken: Callable[[int], int] | None = None,
+    ) -> None:
+        self._open_windows, self._per_step, self._taken = open_windows, per_step, taken
         self._chunks = _Chunks(_STEPS_AHEAD * per_step)
         self._reader: _Reader | None = None
         self._skipped = 0  # windows of the first chunks, read before
@@ -75,6 +82,11 @@ class LogicalStream:
         self._error: Exception | None = None
         self._step = -1
         self._batch: Int64Array | None = None
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of the data set that it has read, up to the last sequence that was asked for."""
+        return self._place.piece
 
     def begin(self) -> None:
         """Starts to read ahead, if it has not begun."""
@@ -89,7 +101,7 @@ class LogicalStream:
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this stream's in a step, which must not decrease; in any ranges, repeatedly."""
-        check_range(step, start, stop, self._per_step)
+        check_range(step, start, stop, self._size(step))
         if step < self._step:
             raise ValueError(
                 f"step {step} was asked for after step {self._step}, and a streamed data set only goes forward; build "
@@ -98,7 +110,7 @@ class LogicalStream:
         while self._step < step:
             self._begins[self._step + 1] = self._place
             self._begins.pop(self._step + 1 - _STEPS_KNOWN, None)
-            self._batch = self._next_batch()
+            self._batch = self._next_batch(self._size(self._step + 1))
             self._step += 1
         assert self._batch is not None
         return batch_of(self._batch[start:stop])
@@ -132,9 +144,11 @@ class LogicalStream:
         if self._reader is not None:
             self._reader.end()
 
-    def _next_batch(self) -> Int64Array:
-        parts: list[Int64Array] = []
-        missing = self._per_step
+    def _size(self, step: int) -> int:
+        return self._per_step if self._taken is None else self._taken(step)
+
+    def _next_batch(self, missing: int) -> Int64Array:
+        parts: list[Int64Array] = [] if missing else [np.empty((0, 1), dtype=np.int64)]
         while missing:
             windows = self._pending if self._pending is not None else self._next_windows()
             parts.append(windows[:missing])

@@ -27,6 +27,8 @@ VOCAB_MULTIPLE = 64
 END_OF_TEXT = "<|endoftext|>"
 
 _BYTE_EOS = 256
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_PROBE = "The first 10 words: naïve Bayes,\n\tdef f(x): return x**2  # 漢字"
 _BPE_TRAINING_CHARS = 64_000_000  # merges hardly change after that, and training time grows with it
 
 
@@ -167,6 +169,34 @@ def load_tokenizer(name: str, *, label: str | None = None) -> Tokenizer:
             str(folder) if folder.is_dir() else name, trust_remote_code=False, local_files_only=folder.is_dir()
         )
         return HuggingFaceTokenizer(loaded, label or name)
+
+
+def check_ids(tokenizer: Tokenizer, model: str) -> None:
+    """Refuses a tokenizer whose ids mean other tokens than a pretrained model's embeddings.
+
+    Args:
+        tokenizer: What the text is encoded with.
+        model: The model's folder or Hugging Face id. One without a tokenizer that can be read is let through.
+
+    Raises:
+        ValueError: The model's own tokenizer gives other ids.
+    """
+    own = _tokenizer_of(model)
+    if own is not None and own.encode_batch([_PROBE]) != tokenizer.encode_batch([_PROBE]):
+        raise UserError(
+            f"data.tokenizer is {tokenizer.name}, whose ids stand for other tokens than the pretrained embeddings of "
+            f"model.path; write data.tokenizer: {model}"
+        )
+
+
+def _tokenizer_of(model: str) -> Tokenizer | None:
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+        return None
+    try:
+        return load_tokenizer(model)
+    except UserError:
+        return None
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, folder: Path) -> None:

@@ -23,11 +23,12 @@ from loqt_scale.data.batching import counted_tokens
 from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.inference.saved_model import RUN_SETTINGS, find_saved, open_saved, saved_settings, self_contained
 from loqt_scale.metrics import format_count, perplexity
+from loqt_scale.model.documents import attend, check_documents
 from loqt_scale.model.hf_folder import load_folder
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.process.environment import launched_world_size
 from loqt_scale.strategies import create_strategy, find_strategy, resolve_device
-from loqt_scale.training.evaluation import evaluate
+from loqt_scale.training.evaluation import evaluate_corpus
 
 # what may be changed; the rest is the model's own
 _OPEN = ("data.", "parallel.", "train.device", "train.micro_batch_size", "model.dtype")
@@ -60,19 +61,26 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
         corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
         if saved is None:
             model: nn.Module = load_folder(Path(location), device, torch.float32)
+            check_documents(config.data, model.config)
             end_in_loss(model, chunk=0)
         else:
             model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)
-        loss = evaluate(model, corpus.eval, step=strategy.step, micro_batch_size=config.train.micro_batch_size)
+        if config.data.mask_documents:
+            attend(model, config.data, separator=corpus.tokenizer.eos_token_id)
+        size = config.train.micro_batch_size
+        loss, losses = evaluate_corpus(model, corpus, step=strategy.step, micro_batch_size=size)
         if not math.isfinite(loss):
             raise UserError(f"{location}: the loss is {loss}, though every weight is a number: the model overflows")
         if strategy.comm.is_main:
             tokens = format_count(counted_tokens(corpus.eval.labels))
             print(f"{path or location}\ndata     {corpus.description}")
-            print(
-                f"loss     {loss:.6f} nats per token, perplexity {perplexity(loss):.4f} ({tokens} tokens)", flush=True
+            said = (
+                f"perplexity {perplexity(loss):.4f}, {corpus.bits_per_byte(loss):.4f} bits per byte ({tokens} tokens)"
             )
+            print(f"loss     {loss:.6f} nats per token, {said}", flush=True)
+            for name, value in losses.items():
+                print(f"         {name}: {value:.6f}, perplexity {perplexity(value):.4f}", flush=True)
         return loss
     finally:
         strategy.close()

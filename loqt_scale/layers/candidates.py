@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loqt_scale.config import LoQTConfig
+from loqt_scale.errors import UserError
 from loqt_scale.layers.experts import matrix_names, put_experts
 from loqt_scale.layers.layer import layer_spec
 from loqt_scale.layers.linear import LoQTLinear, is_conv1d
@@ -57,6 +58,8 @@ def linear_candidates(name: str, module: nn.Module) -> list[Candidate]:
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return []  # parametrized: the parameter has another name, and is reported under it
+    if nn.parameter.is_lazy(weight):
+        raise UserError(f"{name} has no shape yet ({type(module).__name__}); call the model once, then convert_to_loqt")
     rows, cols = weight.shape if weight.dim() == 2 else (0, 0)
 
     def convert(model: nn.Module, config: LoQTConfig, rank: int) -> None:
@@ -116,11 +119,41 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in the place of another, under all names that the model has for it."""
-    for parent in list(model.modules()):
+    """Puts a module in the place of another, under all names that the model has for it.
+
+    What refers to the old one in another way (a plain list, a closure) would go on with it: it cannot train any more.
+    """
+    names = []
+    for parent_name, parent in list(named_modules(model)):
         for child_name, child in parent._modules.items():
             if child is old:
                 parent._modules[child_name] = new
+                names.append(f"{parent_name}.{child_name}".lstrip("."))
+    old.register_forward_pre_hook(_Replaced(names[0]))
+
+
+class _Replaced:
+    """A forward pre-hook of a linear layer that a conversion has taken out of its model.
+
+    Args:
+        name: Of its place there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        """Refuses to record a graph that ends in weights which train no more.
+
+        Raises:
+            UserError: Gradients are recorded.
+        """
+        if torch.is_grad_enabled():
+            raise UserError(
+                f"the linear layer that was {self._name} before convert_to_loqt is called: something has kept it (a "
+                "plain list, a closure, another model), and it trains no more; make that after the conversion, or name "
+                "the layer in exclude_modules"
+            )
 
 
 def _obstacle(linear: nn.Module) -> str | None:
@@ -138,7 +171,7 @@ def _obstacle(linear: nn.Module) -> str | None:
         return "hooks or a replaced forward, which would be lost"
     if set(linear._parameters) - {"weight", "bias"} or linear._buffers or linear._modules:
         return f"a {kind} that holds more than a weight and a bias"
-    if not is_conv1d(linear) and type(linear).forward is not nn.Linear.forward and not _computes_linear(linear):
+    if not is_conv1d(linear) and not _computes_linear(linear):
         return f"a subclass of nn.Linear ({kind}) that computes something else"
     return None
 
@@ -149,8 +182,22 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
+_ATTRIBUTES = {*vars(nn.Linear(1, 1, device="meta")), "_is_hf_initialized"}
+
+
 def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass does what nn.Linear does, and always will.
+
+    One with a forward of its own is tried; what it keeps in attributes beyond nn.Linear's may change its result later.
+    """
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__:
+        return False
+    return kind.forward is nn.Linear.forward or (vars(module).keys() <= _ATTRIBUTES and _is_product(module))
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
     """Whether a subclass's own forward is that of nn.Linear: tried on a small stand-in with its settings."""
     stand_in = object.__new__(type(module))
     stand_in.__dict__.update(module.__dict__)

@@ -13,7 +13,7 @@ from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.names import is_replicated, named_modules
 from loqt_scale.layers.report import ConversionReport
 from loqt_scale.layers.saving import save_merged_weights
-from loqt_scale.layers.select import select
+from loqt_scale.layers.select import select, unmatched_patterns
 
 LEAST_SHARE = 0.5
 
@@ -45,18 +45,28 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 
 
 def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
-    """`convert_to_loqt` without its warning."""
+    """`convert_to_loqt` without its warning of a small share."""
     check_kinds(model, config)
     _refuse_second(model)
     _refuse_spread(model)
     if isinstance(model, nn.Linear):
         raise UserError("the model is itself a linear layer, which has no place in itself; give nn.Sequential(model)")
     selection = select(model, config)
+    _tell_unmatched(model, config)
     report = selection.report(model)
     for candidate, rank in selection.chosen:
         candidate.convert(model, config, rank)
     save_merged_weights(model)
     return report
+
+
+def _tell_unmatched(model: nn.Module, config: LoQTConfig) -> None:
+    for key, pattern in unmatched_patterns(model, config):
+        warnings.warn(
+            f"loqt.{key} has {pattern!r}, which nothing in the model is called; a pattern is of a whole name, so write "
+            f"'*{pattern}*' for what has it inside",
+            stacklevel=4,
+        )
 
 
 def check_kinds(model: object, config: object) -> None:

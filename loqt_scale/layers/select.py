@@ -71,6 +71,16 @@ def select(model: nn.Module, config: LoQTConfig) -> Selection:
     return Selection(chosen, left)
 
 
+def unmatched_patterns(model: nn.Module, config: LoQTConfig) -> Iterator[tuple[str, str]]:
+    """(setting, pattern) of each pattern that is no default and that nothing in the unconverted model is called."""
+    names = {name for name, _ in named_modules(model)} | {candidate.name for candidate in candidates(model)}
+    usual = {_EVERYTHING, *LoQTConfig().exclude_modules}
+    for key in ("target_modules", "exclude_modules"):
+        for pattern in getattr(config, key):
+            if pattern not in usual and not any(fnmatchcase(name, pattern) for name in names):
+                yield key, pattern
+
+
 def _why_left(candidate: Candidate, config: LoQTConfig, shared: set[int], heads: set[str]) -> str | None:
     name = candidate.name
     if not any(fnmatchcase(name, pattern) for pattern in config.target_modules):

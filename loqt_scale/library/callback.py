@@ -36,6 +36,7 @@ from loqt_scale.library.model_files import (
 )
 from loqt_scale.merge import MergeCoordinator, MergeReport
 from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas, unwrapped_optimizers
+from loqt_scale.strategies.whole import is_in_fsdp
 
 CONVERT_FIRST = """convert the model before you make the optimizer:
     convert_to_loqt(model, config)
@@ -139,7 +140,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
             self.merges.load_state_dict(self._stored(state))
         self._at_start = self.merges.state_dict()
         name_checkpoint(model, f"checkpoint-{state.global_step}")  # on a signal, before the first step
-        if engine_of(model) is None and not _is_sharded(model):  # their files are read by names of parameters
+        if engine_of(model) is None and not is_in_fsdp(model):  # their files are read by names of parameters
             for inner in unwrapped_optimizers(optimizer):
                 mark_optimizer_file(inner)
 
@@ -152,27 +153,23 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self.merges.prepare(state.global_step, backward_passes=self._passes)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any,
+        **kwargs: Any,
     ) -> None:
         """After the update: merges, or puts the merge of a step that was skipped off to the next."""
         assert self.merges is not None
         self._before, step = None, state.global_step
-        if getattr(optimizer, "step_was_skipped", False):
-            if self.merges.is_merge_step(step):
-                self.merges.postpone(step)
-            return
-        report = self.merges.finish(step)
-        if report is not None:
-            self.reports.append(report)
-            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
-                self.initial_weights.release()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """If Trainer saves now, it is a checkpoint."""
-        self._in_step = False
-        name_checkpoint(model, f"checkpoint-{state.global_step}")
+        if not getattr(optimizer, "step_was_skipped", False):
+            self._merge(step)
+        elif self.merges.is_merge_step(step):
+            self.merges.postpone(step)
+        self._in_step = False  # from here on: whoever saves at the step's end may be asked before this callback
+        name_checkpoint(model, f"checkpoint-{step + 1}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -188,11 +185,19 @@ class LoQTCallback(TrainerCallback, ExportableState):
             merges = self._state_in_step() if self._in_step else self.merges.state_dict()
         return {"args": {"config": asdict(self.config), "seed": self.seed}, "attributes": {"_merges_state": merges}}
 
+    def _merge(self, step: int) -> None:
+        assert self.merges is not None
+        report = self.merges.finish(step)
+        if report is not None:
+            self.reports.append(report)
+            if isinstance(self.initial_weights, FirstWeights) and not report.kept:
+                self.initial_weights.release()
+
     def _attach(
         self, args: TrainingArguments, model: nn.Module, optimizer: Any, state: TrainerState
     ) -> MergeCoordinator:
         engine = engine_of(model)
-        replicated = args.world_size > 1 and engine is None and not _is_sharded(model)
+        replicated = args.world_size > 1 and engine is None and not is_in_fsdp(model)
         return attach(
             engine or model,
             optimizer,
@@ -246,12 +251,6 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "DeepSpeed has partitioned the model as it was loaded (ZeRO stage 3), so its weights cannot be converted; "
             "load the model before you make TrainingArguments(deepspeed=...)"
         )
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has the model in its hands; else each rank holds all of it, in DDP."""
-    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return wrapped or any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _is_converted(model: nn.Module) -> bool:

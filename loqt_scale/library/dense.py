@@ -55,9 +55,9 @@ def to_dense(
         dtype: Of the copy's floating-point tensors; default: as in the model, of merged weights that of the factors.
 
     Raises:
-        UserError: The model has no LoQT layer.
+        UserError: The model has no LoQT layer, or the dtype is none of floating-point numbers.
     """
-    inner = _opened(model)
+    inner = _opened(model, dtype)
     return _Copy(inner, device, dtype).make()
 
 
@@ -82,9 +82,9 @@ def save_merged(
         max_shard_size: Greatest size of a file.
 
     Raises:
-        UserError: The folder exists, the model has no LoQT layer, or another rank could not write.
+        UserError: As `to_dense`; the folder exists, or another rank could not write.
     """
-    inner, folder = _opened(model), Path(folder)
+    inner, folder = _opened(model, dtype), Path(folder)
     first, error = is_first_rank(), None
     together = any(map(is_sharded, inner.parameters()))
     device = next(inner.parameters()).device if together else None
@@ -105,8 +105,10 @@ def save_merged(
         raise error or UserError(f"rank 0 could not write {folder}; its own error says why")
 
 
-def _opened(model: nn.Module) -> nn.Module:
+def _opened(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     require_kind(model, nn.Module, "the model", "give the converted model, or what wraps it")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype is {dtype!r}; write a floating-point one, torch.bfloat16 say")
     inner = unwrapped(model)
     if not any(isinstance(module, LoQTLayer) for module in inner.modules()):
         raise UserError("the model has no LoQT layer, so there is nothing to merge; save it as it is")

@@ -10,6 +10,7 @@ from loqt_scale.config import OptimConfig, OptimizerStates
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import StreamedMuon, create_optimizer
+from loqt_scale.strategies.whole import is_sharded
 
 
 def muon(
@@ -59,6 +60,6 @@ def muon(
 
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, before `attach` has told the optimizer more."""
-    if hasattr(tensor, "to_local"):
+    if is_sharded(tensor):
         raise UserError("muon(): the model is sharded; attach(model, optimizer, config) comes before the first step")
     return tensor

@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,13 @@ from loqt_scale.functional.defaults import plain_defaults
 from loqt_scale.layers import LoQTLayer, check_kinds, copies, loqt_layers
 from loqt_scale.merge.beginning import FirstBases, make_up
 from loqt_scale.merge.begun import BegunMerge
-from loqt_scale.merge.first_weights import agreed_source, check_first_weights
+from loqt_scale.merge.first_weights import agreed_source, check_first_weights, still_due
 from loqt_scale.merge.one_layer import LayerMerge, own_names
-from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, StepOrder, StepWatch, reason_to_wait
+from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, Passes, StepOrder, StepWatch, reason_to_wait
 from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
-from loqt_scale.merge.sources import WeightsInMemory
 from loqt_scale.merge.spread import RoundingWatch, check_optimizers, found_or_given
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
@@ -75,6 +74,7 @@ class MergeCoordinator:
 
     Attributes:
         description: How the model is spread over ranks, in a few words.
+        on_merge: Functions that `finish` calls with the report after each merge; every rank's own.
     """
 
     def __init__(
@@ -104,11 +104,12 @@ class MergeCoordinator:
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._bases = FirstBases(self._layers, self._editing)
         self._rounding = RoundingWatch(self._layers, self._editing, self._optimizers)
-        self._order = StepOrder(StepWatch(self._optimizers))
+        self._order = StepOrder(StepWatch(self._optimizers), Passes(optimizer))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
         self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
         self._first_due: set[str] = set()  # layers; of others P of zeros tells it
+        self.on_merge: list[Callable[[MergeReport], None]] = []
         copies.release(self._layers.values())
 
     @property
@@ -240,6 +241,10 @@ class MergeCoordinator:
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
+        if step is None:  # Accelerate accumulates
+            return None
+        if words := self._order.words_when_idle():
+            self._warn(words)
         if not self._merges_after(step):
             self._drop()
             self._order.leave(step)
@@ -272,11 +277,11 @@ class MergeCoordinator:
         self._begun = None
         self._bases.have_merged(self._search.live.keys())
         self._first_due &= set(kept)
-        self._let_go(set(kept))
+        self._initial_weights = still_due(self._initial_weights, self._layers, set(kept))
         self._order.leave(step)
         values = begun.read(self._editing)
         layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
-        return MergeReport(
+        report = MergeReport(
             step=step,
             index=self._schedule.index(step),
             seconds=time.perf_counter() - started,
@@ -284,6 +289,9 @@ class MergeCoordinator:
             layers=layers,
             kept=tuple(kept),
         )
+        for told in self.on_merge:
+            told(report)
+        return report
 
     def _collected(self, step: int) -> str:
         """Afterwards every owner has found its P; why the merge must wait, if so. Every rank.
@@ -298,14 +306,6 @@ class MergeCoordinator:
                 self.postpone(step)
             raise
 
-    def _let_go(self, kept: Set[str]) -> None:
-        """Of weights in memory whose layers' first merge has been: the memory is somebody else's. Local."""
-        if isinstance(self._initial_weights, WeightsInMemory):
-            layers = self._layers.items()
-            names = [layer.weight_name(name) for name, layer in layers if kept & set(own_names(name, layer))]
-            self._initial_weights.keep(names)
-            self._initial_weights = self._initial_weights if names else None
-
     def _drop(self) -> None:
         """Forgets what this step has collected, and what it has not merged yet. Every rank."""
         self._search.drop()
@@ -317,9 +317,9 @@ class MergeCoordinator:
         """`progress` and the settings: plain data, the same on all ranks. Local.
 
         Raises:
-            RuntimeError: Inside a merge step, whose gradients are not part of any state.
+            RuntimeError: Between the update of a merge step and its merge, or if it is not known whether it was made.
         """
-        if self._order.open is not None:
+        if self._order.is_half_done:
             raise RuntimeError(f"step {self._order.open} ends in a merge; call finish before state_dict")
         return {"version": STATE_VERSION, **self.progress(), "settings": copy.deepcopy(self._settings)}
 

@@ -1,8 +1,8 @@
-"""Whether the weights before quantization are those that a model's layers were quantized from."""
+"""Whether the weights before quantization are those that a model's layers were quantized from; when they are let go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from loqt_scale.errors import UserError
 from loqt_scale.functional.quantization import pack, unpack
 from loqt_scale.layers import LoQTLayer
+from loqt_scale.merge.one_layer import own_names
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.settings import differences
-from loqt_scale.merge.sources import TAKE_BEFORE, as_initial_weights, of_layer
+from loqt_scale.merge.sources import TAKE_BEFORE, WeightsInMemory, as_initial_weights, of_layer
 from loqt_scale.strategies import Comm, Editing
 
 SAMPLE_ROWS = 32  # of a layer, on each rank
@@ -73,6 +74,21 @@ def check_first_weights(layers: Mapping[str, LoQTLayer], source: InitialWeights,
         f"{relative[list(layers).index(name)]:.2f} of its norm), so the first merge would put another model's weights "
         f"into it; take them before the conversion: {TAKE_BEFORE}"
     )
+
+
+def still_due(source: InitialWeights | None, layers: Mapping[str, LoQTLayer], due: Set[str]) -> InitialWeights | None:
+    """A source without the weights of layers that were merged, which in memory are somebody else's. Local.
+
+    Args:
+        source: The weights before quantization.
+        layers: By name.
+        due: Names of layers, and of single experts, whose first merge is still to come.
+    """
+    if not isinstance(source, WeightsInMemory):
+        return source
+    names = [layer.weight_name(name) for name, layer in layers.items() if due & set(own_names(name, layer))]
+    source.keep(names)
+    return source if names else None
 
 
 def _squares(name: str, layer: LoQTLayer, source: InitialWeights, editing: Editing) -> Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 CALL_PREPARE = "call prepare(step) before the forward passes of every step, and finish(step) after its optimizer step"
+IDLE = (
+    "finish() counts a step each time, but the optimizer has made no step in {idle} of {finished}: is it called after "
+    "each pass of an accumulated step? Call it once, after optimizer.step(), or merges come too often. (If attach is "
+    "given what accelerator.prepare returned, it sees Accelerate's accumulation by itself)"
+)
+MANY_IDLE = 4  # steps, and at least a third of all: a gradient scaler skips fewer
 NOTHING_SEEN = (
     f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}. Gradients must come from "
     "loss.backward(): torch.autograd.grad and backward(inputs=...) leave out what merges collect"
@@ -37,11 +43,29 @@ class StepWatch:
         self.updates, self.works = self.updates + 1, True
 
 
+class Passes:
+    """Whether the passes of a step are not over yet, where Accelerate accumulates gradients.
+
+    Args:
+        given: An optimizer, or several; Accelerate's know of it, others do not.
+    """
+
+    def __init__(self, given: Any) -> None:
+        each = given if isinstance(given, Sequence) else (given,)
+        self._states = [optimizer.gradient_state for optimizer in each if hasattr(optimizer, "gradient_state")]
+
+    @property
+    def go_on(self) -> bool:
+        """Whether optimizer.step() does nothing now."""
+        return any(not state.sync_gradients for state in self._states)
+
+
 class StepOrder:
     """Where the loop is, and whether it called what it should have.
 
     Args:
         watch: Of the optimizers.
+        passes: Of a step.
 
     Attributes:
         watch: That one.
@@ -50,9 +74,10 @@ class StepOrder:
         known: Whether it is known what was before `position`; not before the first call.
     """
 
-    def __init__(self, watch: StepWatch) -> None:
+    def __init__(self, watch: StepWatch, passes: Passes) -> None:
         self.watch, self.position, self.known = watch, 0, False
         self.open: int | None = None
+        self._passes, self._finished, self._idle = passes, 0, 0
         self._prepared: int | None = None
         self._updates_before = 0
 
@@ -74,18 +99,26 @@ class StepOrder:
         self._prepared = step
         return step
 
-    def finish(self, step: int | None) -> int:
-        """The step that ends.
+    def finish(self, step: int | None) -> int | None:
+        """The step that ends; None: it goes on, with more passes.
 
         Raises:
             RuntimeError: It was not prepared.
         """
+        if self._passes.go_on:
+            return None
         if step is None and self._prepared is None:
             raise RuntimeError(f"finish() came without prepare(); {CALL_PREPARE}")
         if step is None:
             assert self._prepared is not None
             step = self._prepared
         return operator.index(step)
+
+    def words_when_idle(self) -> str:
+        """What to say of a loop that ends steps in which its optimizer does nothing, once; as a rule nothing."""
+        self._finished, self._idle = self._finished + self.watch.works, self._idle + self.was_skipped
+        said = self._idle == MANY_IDLE and 3 * self._idle >= self._finished
+        return IDLE.format(idle=self._idle, finished=self._finished) if said else ""
 
     def leave(self, step: int) -> None:
         """A step is over."""
@@ -94,6 +127,11 @@ class StepOrder:
     def abandon(self) -> None:
         """No step has begun: one that had is not finished any more."""
         self.open, self._prepared = None, None
+
+    @property
+    def is_half_done(self) -> bool:
+        """Whether a merge step's update has been made, and its merge not; or, without hooks, may have been."""
+        return self.open is not None and not self.was_skipped
 
     @property
     def was_skipped(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off), as makers
-# give them. The first name that a device's name contains counts.
+# give them. The first name that a device's name contains, as words, counts; an A10G is no A10.
 PEAK_TFLOPS = {
     "H100 PCIe": (756.0, 51.0),
     "H100 NVL": (835.0, 60.0),
@@ -29,15 +30,14 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
-    """TFLOP/s that a device is sold with, for products in a dtype; None if it is not in `PEAK_TFLOPS`.
+    """TFLOP/s that a device is sold with, for products in a dtype; None if it is not in `PEAK_TFLOPS`, or a laptop's.
 
     Args:
         device_name: As `torch.cuda.get_device_name` says it.
         dtype: bfloat16 or float32.
     """
-    found = (peaks for name, peaks in PEAK_TFLOPS.items() if name in device_name)
-    peaks = next(found, None)
-    return None if peaks is None else peaks[dtype == "float32"]
+    names = [] if "Laptop" in device_name else [n for n in PEAK_TFLOPS if re.search(rf"\b{n}\b", device_name)]
+    return PEAK_TFLOPS[names[0]][dtype == "float32"] if names else None
 
 
 @dataclass(frozen=True)

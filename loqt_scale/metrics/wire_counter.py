@@ -5,8 +5,9 @@ of the `c10d` or `_c10d_functional` namespace. `WireCounter` is a dispatch mode 
 payloads. It slows Python down, so it wraps single steps: in tests, in benchmarks, and once in a run (`FirstCounted`).
 
 A payload is the full tensor of the operation: the gathered output, the scattered input, the reduced or broadcast
-tensor. `sent_bytes` turns payloads into what one rank sends in a ring of N: (N-1)/N of the payload, twice that for an
-all-reduce.
+tensor. `sent_bytes` turns payloads into what one rank sends in a ring of the n ranks that take part: (n-1)/n of the
+payload, twice that for an all-reduce. Whether a ring leaves a node is seen from the ranks that take part (HSDP gathers
+weights inside of a node, and sums gradients across).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,23 +42,25 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Message:
-    """One collective call: its kind, its payload in bytes, and the payload's dtype."""
+    """One collective call: its kind, its payload in bytes, the payload's dtype, and the ranks that take part."""
 
     kind: str
     payload_bytes: int
     dtype: torch.dtype
+    ranks: tuple[int, ...]
+
+    @property
+    def sent_bytes(self) -> float:
+        """What one rank sends in a ring."""
+        share = (len(self.ranks) - 1) / len(self.ranks)
+        return self.payload_bytes * share * (2 if self.kind == "all_reduce" else 1)
 
 
 class WireCounter(TorchDispatchMode):
-    """Records every collective inside its `with` block. See the module's docstring.
+    """Records every collective inside its `with` block. See the module's docstring."""
 
-    Args:
-        world_size: N, for `sent_bytes`.
-    """
-
-    def __init__(self, world_size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.world_size = world_size
         self.messages: list[Message] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,19 +80,23 @@ class WireCounter(TorchDispatchMode):
         sides = [tensors for tensors in (list(_tensors(arg)) for arg in args) if tensors]
         if kind is None or not sides:
             return
-        payload = max(sum(tensor.nbytes for tensor in side) for side in sides)
+        payload, ranks = max(sum(tensor.nbytes for tensor in side) for side in sides), _ranks(args)
         if kind == "all_gather" and namespace == "_c10d_functional":
-            payload *= self.world_size  # functional gathers take only the input shard
-        self.messages.append(Message(kind, payload, sides[0][0].dtype))
+            payload *= len(ranks)  # functional gathers take only the input shard
+        self.messages.append(Message(kind, payload, sides[0][0].dtype, ranks))
 
     def payload_bytes(self, kind: str | None = None) -> int:
         """Sum of payloads, of one kind or of all."""
         return sum(m.payload_bytes for m in self.messages if kind in (None, m.kind))
 
-    def sent_bytes(self) -> int:
-        """Bytes that one rank sends if each collective runs as a ring."""
-        share = (self.world_size - 1) / self.world_size
-        return round(sum(m.payload_bytes * share * (2 if m.kind == "all_reduce" else 1) for m in self.messages))
+    def sent_bytes(self, *, node_size: int | None = None) -> int:
+        """Bytes that one rank sends if each collective runs as a ring.
+
+        Args:
+            node_size: Count only rings of ranks of more than one node, of so many ranks each.
+        """
+        leave = (m for m in self.messages if node_size is None or len({rank // node_size for rank in m.ranks}) > 1)
+        return round(sum(m.sent_bytes for m in leave))
 
 
 class FirstCounted:
@@ -95,11 +104,12 @@ class FirstCounted:
 
     Args:
         world_size: N.
+        node_size: Ranks of a node; with several nodes, what leaves one is counted too (but for a merge's sketches).
         on: Whether to count at all.
     """
 
-    def __init__(self, world_size: int, *, on: bool) -> None:
-        self._world_size, self._on = world_size, on
+    def __init__(self, world_size: int, *, node_size: int, on: bool) -> None:
+        self._world_size, self._node_size, self._on = world_size, node_size, on
         self._counted: set[str] = set()
 
     @contextmanager
@@ -114,15 +124,26 @@ class FirstCounted:
             yield metrics
             return
         self._counted.add(name)
-        with WireCounter(self._world_size) as counter:
+        with WireCounter() as counter:
             yield metrics
         metrics[f"{name}_payload_bytes"], metrics[f"{name}_sent_bytes"] = counter.payload_bytes(), counter.sent_bytes()
+        if self._node_size < self._world_size:
+            metrics[f"{name}_between_nodes_bytes"] = counter.sent_bytes(node_size=self._node_size)
 
     def add_reduced(self, metrics: dict[str, float], name: str, payload: int) -> None:
         """Adds what was reduced to one rank outside the context, in a ring too, if NAME's bytes were counted."""
         if metrics:
             metrics[f"{name}_payload_bytes"] += payload
             metrics[f"{name}_sent_bytes"] += payload * (self._world_size - 1) // self._world_size
+
+
+def _ranks(args: Any) -> tuple[int, ...]:
+    """The ranks of a collective's group: a boxed group, or its name as the last argument."""
+    boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject)), None)
+    name = next((arg for arg in reversed(args) if isinstance(arg, str)), "")
+    named: Any = distributed_c10d
+    group = named._resolve_process_group(name) if boxed is None else dist.ProcessGroup.unbox(boxed)
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ from loqt_scale.merge.placed import initial_rows
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
+from loqt_scale.model.documents import check_documents
 from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
@@ -91,6 +92,7 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     rows = vocab_size if config.model.path is None else min(vocab_size, hf_config.get_text_config().vocab_size)
     check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
     check_causal(config.model, hf_config)
+    check_documents(config.data, hf_config)
     if config.method == "loqt":
         _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]
@@ -105,7 +107,13 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
-    end_in_loss(model, chunk=config.model.loss_chunk_tokens)
+    if not end_in_loss(model, chunk=config.model.loss_chunk_tokens) and config.model.loss_chunk_tokens:
+        warnings.warn(
+            f"model.loss_chunk_tokens is {config.model.loss_chunk_tokens}, but it is not known what a "
+            f"{hf_config.model_type} model does after its head, or the head is low-rank: all logits are held; "
+            "write a smaller train.micro_batch_size to save memory",
+            stacklevel=2,
+        )
     return ModelDesign(model, source, dense_layers, hf_config)
 
 

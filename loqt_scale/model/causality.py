@@ -6,6 +6,8 @@ otherwise. Trained on next tokens, such a model reads its own labels: its loss f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from loqt_scale.config import ModelConfig
 from loqt_scale.errors import UserError
 from loqt_scale.functional.seeding import isolated_rng
 
-_POSITIONS, _LAYERS, _VOCABULARY = 8, 2, 64
+_POSITIONS, _LAYERS = 8, 2
+VOCABULARY = 64
 _MOST_VALUES = 2**25  # of a copy whose widths could not be reduced: 256 MB in float64
 # A token that is read moves the output by more than this, relatively: tiny models with random weights do so by 1e-3.
 _LEAK = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -25,11 +28,13 @@ _SMALL = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "moe_intermediate_size"), 48),
-    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "vocab_size": _VOCABULARY},
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank"), 16),
+    **{"head_dim": 16, "d_head": 16, "d_inner": 48, "rotary_dim": 8, "vocab_size": VOCABULARY},
 }
 
 
-_KNOWN: dict[str, bool] = {}
+Trial = Callable[[Any, torch.dtype], bool | None]
+_KNOWN: dict[tuple[Trial, str], bool | None] = {}
 
 
 def check_causal(config: ModelConfig, hf_config: PreTrainedConfig) -> None:
@@ -50,23 +55,42 @@ def check_causal(config: ModelConfig, hf_config: PreTrainedConfig) -> None:
 
 def sees_ahead(hf_config: PreTrainedConfig) -> bool:
     """Whether the causal language model of this config reads later tokens; False if that cannot be tried."""
-    key = str(hf_config.to_json_string(use_diff=False))
+    return on_small_copies(hf_config, _leaks) or False
+
+
+def on_small_copies(hf_config: PreTrainedConfig, trial: Trial) -> bool | None:
+    """What a trial finds of small copies of a config's model: the first answer; None if there is none.
+
+    Args:
+        hf_config: The config.
+        trial: Takes a copy of a few layers, with random weights, in evaluation mode, and its dtype. It returns None, or
+            raises, where the copy tells nothing. Its vocabulary is `VOCABULARY`.
+    """
+    key = trial, str(hf_config.to_json_string(use_diff=False))
     if key not in _KNOWN:
-        _KNOWN[key] = _try(hf_config)
+        _KNOWN[key] = _first_answer(hf_config, trial)
     return _KNOWN[key]
 
 
-def _try(hf_config: PreTrainedConfig) -> bool:
+def agree(values: Tensor, reference: Tensor, dtype: torch.dtype) -> bool | None:
+    """Whether a copy's outputs are the same but for rounding; None if they are no numbers."""
+    if not bool(reference.isfinite().all()):
+        return None
+    return bool((values - reference).abs().max() <= _LEAK[dtype] * reference.abs().max())
+
+
+def _first_answer(hf_config: PreTrainedConfig, trial: Trial) -> bool | None:
     with isolated_rng(0), torch.no_grad():
         for small in (True, False):
             model = _copy_of(hf_config, small=small)
             if model is None:
                 continue
             for dtype in _LEAK:  # grouped products of experts do not know float64
-                answer = _leaks(model.to(dtype), dtype)
-                if answer is not None:
-                    return answer
-    return False
+                with suppress(Exception):  # whatever a model's code stumbles over
+                    answer = trial(model.to(dtype), dtype)
+                    if answer is not None:
+                        return answer
+    return None
 
 
 def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
@@ -74,7 +98,7 @@ def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
     fields = hf_config.to_dict()
     changes: dict[str, Any] = {key: value for key, value in _SMALL.items() if fields.get(key) is not None}
     if not small:
-        changes = {key: value for key, value in changes.items() if value in (_LAYERS, _VOCABULARY)}
+        changes = {key: value for key, value in changes.items() if value in (_LAYERS, VOCABULARY)}
     kinds = fields.get("layer_types")
     if isinstance(kinds, list):
         changes["layer_types"] = (sorted(set(kinds), key=kinds.index) * _LAYERS)[:_LAYERS]
@@ -92,18 +116,15 @@ def _copy_of(hf_config: PreTrainedConfig, *, small: bool) -> nn.Module | None:
 
 
 def _leaks(model: nn.Module, dtype: torch.dtype) -> bool | None:
-    """Whether earlier outputs follow the last token; None if the copy does not compute, or ignores that token."""
+    """Whether earlier outputs follow the last token; None if the copy ignores that token."""
     tokens = torch.arange(10, 10 + _POSITIONS).unsqueeze(0)  # none of the first ids, which may stand for padding
     other = tokens.clone()
     other[0, -1] += _POSITIONS
-    try:
-        first, second = _logits(model, tokens), _logits(model, other)
-    except Exception:  # likewise
-        return None
-    if torch.equal(first, second) or not bool(first.isfinite().all()):
+    first, second = _logits(model, tokens), _logits(model, other)
+    if torch.equal(first, second):
         return None  # the last token changes nothing: the copy says nothing
-    earlier = (first - second)[:, :-1].abs().max()
-    return bool(earlier > _LEAK[dtype] * first.abs().max())
+    same = agree(second[:, :-1], first[:, :-1], dtype)
+    return None if same is None else not same
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -70,6 +70,17 @@ def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:
     return transform is not None
 
 
+def give_with_tokens(model: nn.Module, made: Callable[[Tensor], dict[str, Tensor]] | None) -> None:
+    """Has a model that ends in the loss take more arguments beside `targets`, in place. Local.
+
+    Args:
+        model: As `end_in_loss` left it.
+        made: Makes them of its tokens, (B, T) int64; None: no more.
+    """
+    assert isinstance(model.forward, _EndingInLoss)
+    model.forward.made = made
+
+
 def logit_transform(model: nn.Module) -> LogitTransform | None:
     """What a model does to its head's logits; None: not known, or its head is no plain linear."""
     config: Any = model.config
@@ -89,11 +100,14 @@ class _EndingInLoss:
 
     def __init__(self, model: nn.Module, chunk: int | None) -> None:
         self._model, self._whole, self._chunk = model, model.forward, chunk
+        self.made: Callable[[Tensor], dict[str, Tensor]] | None = None
         self.__signature__ = inspect.signature(model.forward)  # `generate` reads from it what a model takes
 
     def __call__(self, *args: Any, targets: Tensor | None = None, **given: Any) -> Any:
         if targets is None:
             return self._whole(*args, **given)
+        if self.made is not None:
+            given |= self.made(given["input_ids"])
         head: Any = None if self._chunk == 0 else self._model.get_output_embeddings()  # type: ignore[operator]
         chunk = (self._chunk or chunk_tokens(head.out_features)) if isinstance(head, LossHead) else targets.numel()
         if targets.numel() <= chunk:

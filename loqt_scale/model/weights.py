@@ -287,7 +287,7 @@ class SafetensorsWeights:
 def _finite(name: str, rows: torch.Tensor) -> torch.Tensor:
     """The rows themselves, unless one holds NaN or infinity."""
     if not bool(torch.isfinite(rows).all()):
-        raise UserError(f"model.path: {name} holds NaN or infinity; write another folder, or model.weights: random")
+        raise UserError(f"{name} holds NaN or infinity; write another folder, or model.weights: random")
     return rows
 
 
@@ -297,8 +297,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise MissingFileError(
-            f"model.path is {str(folder)!r}, which has neither {single.name} nor {index.name}; write a folder that "
-            "save_pretrained wrote, or model.weights: random"
+            f"{folder} has neither {single.name} nor {index.name}; write a folder that save_pretrained wrote, or with "
+            "model.path also model.weights: random"
         )
     return indexed_files(index)
 

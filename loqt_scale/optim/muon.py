@@ -61,7 +61,7 @@ class StreamedMuon(StreamedAdamW):
 
     def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
         """Muon's one moment, or Adam's two."""
-        return ("exp_avg",) if self._group_of[id(parameter)]["muon"] else super().moment_names(parameter)
+        return ("exp_avg",) if self._group_of(parameter)["muon"] else super().moment_names(parameter)
 
     def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates tensors that a group names. Every rank of the shards, in the same order."""

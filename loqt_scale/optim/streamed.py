@@ -19,6 +19,7 @@ With float32 states and parameters it is AdamW (Loshchilov and Hutter 2019) as i
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
+from loqt_scale.errors import UserError
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
@@ -72,10 +74,14 @@ class StreamedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(groups), {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._states, self._local, self._first_row, self._seed = states, local, first_row, seed
-        every = [(p, group) for group in self.param_groups for p in group["params"]]
-        self._group_of = {id(p): group for p, group in every}
-        self._index_of = {id(p): index for index, (p, _) in enumerate(every)}
         self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
+        self.number()
+
+    def number(self) -> None:
+        """Takes the parameters that the groups name now for its own; again where Accelerate's FSDP2 replaced them."""
+        self._made_of = [p for group in self.param_groups for p in group["params"]]
+        self._index_of = {id(p): index for index, p in enumerate(self._made_of)}
+        self._group_index = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
 
     def place(self, local: Callable[[Tensor], Tensor], first_row: Callable[[Tensor], int], shards: RowShards) -> None:
         """Says how the parameters are spread, where that was not known when this was made.
@@ -120,7 +126,96 @@ class StreamedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter from its `.grad`, if it has one. Local."""
-        self._update([parameter], self._group_of[id(parameter)])
+        self._update([parameter], self._group_of(parameter))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: of each parameter `step` and its moments, float32, also of moments that are kept in 8 bits.
+
+        A moment is shaped and sharded as its parameter; where an engine of DeepSpeed's has flattened it, (V,): the
+        values that this rank holds. Parameters are numbered as they were when this was made.
+        """
+        held, self.state = self.state, defaultdict(dict)
+        try:
+            packed = super().state_dict()
+        finally:
+            self.state = held
+        packed["state"] = {self._index_of[id(p)]: self._opened(p, own) for p, own in held.items() if own}
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned, on ranks that store the same values.
+
+        Raises:
+            UserError: A moment is missing, or has another shape.
+        """
+        held, saved = self.state, state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state = held
+        for key, parameter in zip(self._keys(state_dict), self._made_of, strict=True):
+            if key in saved:
+                self._take(parameter, saved[key])
+            elif self._adopted:  # whose moments are there from the beginning
+                self._take(parameter, None)
+            else:
+                self.state.pop(parameter, None)
+
+    def _keys(self, state_dict: dict[str, Any]) -> Sequence[Any]:
+        """By what a state dict calls this optimizer's parameters: numbers, or names if torch's checkpoints made it."""
+        named = [key for group in state_dict["param_groups"] for key in group["params"]]
+        keys = range(len(self._made_of)) if self._adopted else named  # an engine's groups hold flat tensors
+        unknown = sorted(str(key) for key in set(state_dict["state"]) - set(keys))
+        if unknown:
+            raise UserError(
+                f"{type(self).__name__}: the state to load has moments of {unknown[0]}, which no group holds"
+            )
+        return keys
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._group_index[id(parameter)]]
+
+    def _room(self, parameter: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
+        """Zeros for a moment's values as they are saved, and this rank's part of them."""
+        if self._adopted:
+            values = moment.tensors()[0]
+            room = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
+            return room, room
+        room = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        return room, self._local(room)
+
+    def _opened(self, parameter: Tensor, own: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state as it is saved."""
+        opened = {"step": own["step"].clone()}
+        for name in self.moment_names(parameter):
+            opened[name], mine = self._room(parameter, own[name])
+            own[name].read(mine)
+        return opened
+
+    def _take(self, parameter: Tensor, saved: dict[str, Any] | None) -> None:
+        """Gives a parameter the state that was saved, or zeros."""
+        own = self.state.get(parameter) or {}
+        if not own and self._adopted:
+            return  # other ranks hold its values
+        own = own or self.ensure_state(parameter)
+        own["step"].fill_(float(saved["step"]) if saved else 0.0)
+        for name in self.moment_names(parameter):
+            room, mine = self._room(parameter, own[name])
+            if saved:
+                mine = self._local(self._checked(parameter, name, saved.get(name), room, mine))
+            own[name].write(mine.contiguous())
+
+    def _checked(self, parameter: Tensor, name: str, value: Any, room: Tensor, mine: Tensor) -> Tensor:
+        """A moment that was saved, if it has the shape that it should have, as a whole and on this rank."""
+        good = isinstance(value, Tensor) and value.shape == room.shape and self._local(value).shape == mine.shape
+        if not good:
+            found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+            raise UserError(
+                f"{type(self).__name__}: of parameter {self._index_of[id(parameter)]} the state has {found} for "
+                f"{name!r}, but this rank holds {tuple(mine.shape)} of {tuple(room.shape)}; load what the same ranks "
+                "have saved of the same model and optimizer"
+            )
+        checked: Tensor = value
+        return checked
 
     def _begin(self, fragment: Fragment, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = self.state[fragment.parameter]

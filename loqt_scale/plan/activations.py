@@ -21,6 +21,7 @@ from loqt_scale.config import RunConfig, TrainConfig
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import attach_probes
 from loqt_scale.model.build import design_model, recompute_blocks
+from loqt_scale.model.documents import attend
 from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.plan.operations import OperationMeter, Operations, extrapolated
 from loqt_scale.strategies import DTYPES
@@ -117,10 +118,11 @@ _KNOWN: dict[tuple[object, ...], Taken] = {}
 
 
 def _measure(config: RunConfig, vocab_size: int, **how: bool) -> Taken:
-    """One pass; of a deep model two shallow ones, since each block adds the same."""
+    """One pass; of a deep model two shallow ones, if each block adds the same."""
     model = design_model(config, vocab_size=vocab_size).model
-    depth = len(decoder_blocks(model))
-    if depth <= DEPTHS[-1] or not hasattr(model.config, "num_hidden_layers"):
+    blocks = [block for _, block in decoder_blocks(model)]
+    depth, repeated = len(blocks), {_outline(block) for block in blocks[DEPTHS[0] :]}
+    if depth <= DEPTHS[-1] or len(repeated) > 1 or not hasattr(model.config, "num_hidden_layers"):
         return take_pass(config, model, **how)
     taken = []
     for shallow in DEPTHS:
@@ -132,11 +134,17 @@ def _measure(config: RunConfig, vocab_size: int, **how: bool) -> Taken:
     return peak, extrapolated(few, more, blocks=DEPTHS, depth=depth)
 
 
+def _outline(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """What tells blocks of different kinds apart, dense ones and those of experts say."""
+    return tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
 def take_pass(config: RunConfig, model: nn.Module, *, free: bool, probes: bool = False) -> Taken:
     """Takes one forward and backward pass of a meta model on fake tensors: its highest moment, its operations."""
     if config.model.activation_checkpointing:
         recompute_blocks(model)
     dtype = DTYPES[config.model.dtype]
+    attend(model, config.data, separator=0)
     with FakeTensorMode():
         known = _make_fake(model)
         with PeakMeter(known) as meter, OperationMeter() as operations:

@@ -59,6 +59,7 @@ class Machine:
         gpu: Its figures.
         link: Name of the interconnect that bounds a ring through all ranks.
         link_rate: GB/s of it, one direction, a GPU.
+        inside_rate: GB/s of what connects the GPUs of one node.
         assumed: The rest.
     """
 
@@ -66,6 +67,7 @@ class Machine:
     gpu: Gpu
     link: str
     link_rate: float
+    inside_rate: float
     assumed: Assumptions
 
 
@@ -75,7 +77,7 @@ def find_machine(name: str, *, gpus: int, interconnect: str | None = None, path:
     Args:
         name: A GPU's name in the table, in any case.
         gpus: How many; more than a node has are connected by the GPU's network.
-        interconnect: Another one's name in the table, which then bounds the ring. Default: the GPU's own.
+        interconnect: Another one's name in the table, which then connects all. Default: the GPU's own.
         path: A table of the user's. Default: `devices.yaml`.
 
     Raises:
@@ -89,8 +91,12 @@ def find_machine(name: str, *, gpus: int, interconnect: str | None = None, path:
     assumed = _made(Assumptions, table["assumptions"], f"assumptions{where}")
     own = gpu.inside if gpus <= assumed.node_gpus else gpu.across
     links = table["interconnects"]
-    link = _known(interconnect or own, links, f"interconnect is '{interconnect or own}'", where)
-    return Machine(known[key], gpu, link, _number(links[link], f"interconnects.{link}{where}"), assumed)
+
+    def rate(link: str) -> float:
+        return _number(links[_known(link, links, f"interconnect is '{link}'", where)], f"interconnects.{link}{where}")
+
+    link, inside = interconnect or own, interconnect or gpu.inside
+    return Machine(known[key], gpu, link, rate(link), rate(inside), assumed)
 
 
 def _known(name: str, names: dict[str, Any], said: str, where: str) -> str:

@@ -16,7 +16,7 @@ from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import AIR_BYTES, probe_shape, wave_size
 from loqt_scale.plan.activations import OnePass
-from loqt_scale.plan.shapes import STATE_KINDS, ModelShapes, ParameterShape, by_unit
+from loqt_scale.plan.shapes import EMBEDDING, HEAD, ROOT, STATE_KINDS, ModelShapes, ParameterShape, by_unit
 from loqt_scale.plan.spread import Spread
 from loqt_scale.plan.updates import FLOAT, device_type, moment_bytes, update_scratch
 from loqt_scale.plan.zero import zero_gathered, zero_gradients, zero_state
@@ -116,7 +116,7 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
     elif config.optim.name == "muon":  # whole matrices, when activations are gone
         passing, merge_passing = (max(p, gradients + updating) if p else 0 for p in (passing, merge_passing))
     merge_passing += collected_bytes(config, shapes, spread.ranks, passes_of_step) if merges else 0
-    scratch = merge_scratch(shapes, spread.ranks) if shapes.layers else 0
+    scratch = merge_scratch(shapes, spread.work_size) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
 
@@ -148,7 +148,8 @@ def joined_bytes(shapes: ModelShapes) -> int:
 
 
 def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], ranks: int) -> int:
-    """What FSDP2 fetches: the root's, the block's in use, the one's after it; and gradients on their way."""
+    """What FSDP2 fetches: the root's; the block in use and the next one, the embedding, or the head and the last block;
+    and gradients on their way."""
     compute = DTYPES[config.model.dtype] if ranks > 1 else None
 
     def gathered(unit: Iterable[ParameterShape]) -> int:
@@ -158,9 +159,10 @@ def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], rank
     kept = [p for p in parameters if apart and p.of_layer]
     units = by_unit(p for p in parameters if not (apart and p.of_layer))
     blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
-    root = gathered(units.get(-1, []))
+    root, embedding, head = (gathered(units.get(index, [])) for index in (ROOT, EMBEDDING, HEAD))
     largest = max(blocks, default=0)
-    resident = largest + (largest if config.parallel.reshard_after_forward or ranks == 1 else sum(blocks))
+    stays = largest if config.parallel.reshard_after_forward or ranks == 1 else sum(blocks)
+    resident = embedding + head + stays + largest if apart else max(embedding, stays + max(largest, head))
     reduced = [sum(p.values(ranks) * ranks * FLOAT for p in unit if p.trains) for unit in units.values()]
     return root + resident + gathered(kept) + max(reduced, default=0)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.shares import shard_range
@@ -14,6 +15,7 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.model.build import ModelDesign
 from loqt_scale.model.structure import decoder_blocks
 from loqt_scale.optim import low_rank_parameters
+from loqt_scale.strategies import vocabulary_layers
 
 # kind of memory, by how a parameter's name ends
 _KINDS = {
@@ -24,6 +26,7 @@ _KINDS = {
     "factor": "B",
 }
 REST = "other parameters"
+ROOT, EMBEDDING, HEAD = -1, -2, -3  # units that are no block
 STATE_KINDS = ("codes of W", "scales of W", "P", "B", REST)
 
 
@@ -36,7 +39,7 @@ class ParameterShape:
         shape: Whole, not a rank's share.
         dtype: Of the stored values.
         trains: Whether it has a gradient and moments.
-        unit: The block that FSDP2 gathers it with, from 0; -1 is the root (embedding, last norm, head).
+        unit: The block that FSDP2 gathers it with, from 0; or `ROOT` (last norm), `EMBEDDING`, `HEAD`.
         of_layer: Whether it is B (or the bias) of a LoQT layer, which may be gathered apart from its block.
         low_rank: Whether it is of the optimizer's group of that name: B, or a linear under `--method full`.
     """
@@ -93,9 +96,15 @@ def by_unit(parameters: Iterable[ParameterShape]) -> dict[int, list[ParameterSha
 def model_shapes(design: ModelDesign) -> ModelShapes:
     """Reads the shapes off a design."""
     prefixes = [f"{name}." for name, _ in decoder_blocks(design.model)]
+    ends = {
+        id(parameter): unit
+        for layer, unit in zip(vocabulary_layers(design.model), (EMBEDDING, HEAD), strict=True)
+        for parameter in (() if layer is None else layer.parameters())
+    }
 
-    def unit(name: str) -> int:
-        return next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), -1)
+    def unit(name: str, parameter: Tensor) -> int:
+        block = next((index for index, prefix in enumerate(prefixes) if name.startswith(prefix)), ROOT)
+        return ends.get(id(parameter), block)
 
     layers = dict(loqt_layers(design.model))
     low_rank = {id(parameter) for parameter in low_rank_parameters(design.model, design.dense_layers)}
@@ -105,7 +114,7 @@ def model_shapes(design: ModelDesign) -> ModelShapes:
             shape=tuple(p.shape),
             dtype=p.dtype,
             trains=p.requires_grad,
-            unit=unit(name),
+            unit=unit(name, p),
             of_layer=name.rpartition(".")[0] in layers,
             low_rank=id(p) in low_rank,
         )

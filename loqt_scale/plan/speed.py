@@ -116,7 +116,7 @@ def planned_speed(
     compute, memory = (passes * part for part in _device_seconds(one.operations, on, config.model))
     update, launches = _update(config, shapes, spread, on)
     kernels, launch = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()), _launch(on)
-    network, busy = _wire_seconds(traffic[0], on), max(compute + memory, kernels * launch)
+    network, busy = _wire_seconds(traffic[0], spread, on), max(compute + memory, kernels * launch)
     step = max(busy, network) + on.assumed.unhidden * min(busy, network) + max(update, launches * launch)
     tokens = train.global_batch_size * config.data.seq_len
     return Speed(
@@ -127,7 +127,7 @@ def planned_speed(
         (kernels + launches) * launch,
         network,
         step,
-        _merge_seconds(config, shapes, one, spread, passes, on) + _wire_seconds(traffic[1], on),
+        _merge_seconds(config, shapes, one, spread, passes, on) + _wire_seconds(traffic[1], spread, on),
         _merges_a_step(config),
         passes * sum(op.flops * n for op, n in one.operations.items()),
         flops.model * tokens / flops.tokens,
@@ -165,8 +165,11 @@ def _launch(on: Machine) -> float:
     return on.assumed.launch_us * MICRO
 
 
-def _wire_seconds(traffic: Traffic, on: Machine) -> float:
-    return traffic.sent / (on.link_rate * GIGA * on.assumed.network)
+def _wire_seconds(traffic: Traffic, spread: Spread, on: Machine) -> float:
+    """A replica's ring may stay in a node; all others are as fast as what connects all GPUs."""
+    inside_rate = on.inside_rate if spread.shard_size <= on.assumed.node_gpus else on.link_rate
+    seconds = traffic.inside / inside_rate + (traffic.sent - traffic.inside) / on.link_rate
+    return seconds / (GIGA * on.assumed.network)
 
 
 def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine) -> tuple[float, int]:
@@ -195,14 +198,14 @@ def _merge_seconds(
     sketched, plain = (
         sum(_device_seconds(operations, on, config.model)) for operations in (one.merge_operations, one.operations)
     )
-    shared, drawn = 0.0, 0.0
+    shared, drawn, factorised = 0.0, 0.0, 0.0
     for spec in shapes.layers:
         *_, features, width = probe_shape(spec.each, config.loqt.subspace)
         work = spec.expert_count * 4 * features * width**2
-        shared += work / (assumed.factorise * TERA)
+        factorised += work / (assumed.factorise * TERA)
         drawn += work / (assumed.test_matrix * TERA) if config.loqt.subspace.method == "sketch" else 0.0
         rounds, values = config.loqt.merge.compensation_rounds, spec.base.rows * spec.base.cols
         products = 2 * (1 + rounds) * 2 * values * spec.projection.cols
         shared += products / (on.gpu.float32 * TERA * assumed.merge_products)
         shared += (1 + rounds) * values * assumed.merge_bytes / (on.gpu.bandwidth * GIGA * assumed.memory)
-    return passes * max(0.0, sketched - plain) + drawn + shared / spread.ranks
+    return passes * max(0.0, sketched - plain) + drawn + factorised / spread.ranks + shared / spread.work_size

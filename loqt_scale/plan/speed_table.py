@@ -33,7 +33,7 @@ def describe_speed(
     lines = [f"  {'planned, not measured':<26}" + "".join(f"{name:>18}" for name in plans)]
     for label in columns[0]:
         lines.append(f"  {label:<26}" + "".join(f"{column[label]:>18}" for column in columns))
-    return "\n".join([*lines, "", _assumed(on, ranks)])
+    return "\n".join([*lines, "", _assumed(on, ranks, config.model.dtype)])
 
 
 def full_rank(config: RunConfig, ranks: int) -> RunConfig:
@@ -74,9 +74,9 @@ def _column(plan: Plan, on: Machine, total: int) -> dict[str, str]:
     }
 
 
-def _assumed(on: Machine, ranks: int) -> str:
-    gpu = on.gpu
-    machine = f"{ranks} x {on.name}: {gpu.bfloat16:g} TFLOP/s in bfloat16, {gpu.bandwidth:g} GB/s, {gpu.memory:g} GB"
+def _assumed(on: Machine, ranks: int, dtype: str) -> str:
+    gpu, peak = on.gpu, on.gpu.peak(dtype) / 1e12
+    machine = f"{ranks} x {on.name}: {peak:g} TFLOP/s in {dtype}, {gpu.bandwidth:g} GB/s, {gpu.memory:g} GB"
     if ranks > 1:
         machine += f", {on.link} of {on.link_rate:g} GB/s a GPU"
     fractions = ", ".join(f"{name} {value:g}" for name, value in asdict(on.assumed).items())

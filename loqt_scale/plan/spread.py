@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loqt_scale.config import RunConfig
-from loqt_scale.config.combinations import strategy_of
+from loqt_scale.config.combinations import check_shard_size, strategy_of
 from loqt_scale.config.names import check_strategy_name
 from loqt_scale.errors import ConfigError
 from loqt_scale.plan.zero import zero_stage
@@ -17,10 +17,11 @@ class Spread:
 
     Args:
         strategy: single, ddp, fsdp or zero.
-        ranks: GPUs, over which a merge's rows are shared out.
+        ranks: GPUs.
         data_size: Ranks that share out a batch's sequences.
         shard_size: Ranks that together store each parameter once.
         update_size: Ranks that share out the update of a parameter.
+        work_size: Ranks that share out a merge's rows.
     """
 
     strategy: str
@@ -28,6 +29,12 @@ class Spread:
     data_size: int
     shard_size: int
     update_size: int
+    work_size: int
+
+    @property
+    def replicas(self) -> int:
+        """Copies of a sharded model (HSDP); 1: there is one, or it is not sharded."""
+        return self.ranks // self.shard_size if self.shard_size > 1 else 1
 
 
 def planned_spread(config: RunConfig, ranks: int) -> Spread:
@@ -45,11 +52,8 @@ def planned_spread(config: RunConfig, ranks: int) -> Spread:
     config.parallel.check_offload(name)
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
-    if config.parallel.shard_size not in (None, ranks):
-        raise ConfigError(
-            f"parallel.shard_size is {config.parallel.shard_size}, but plan does not know copies of a sharded model; "
-            f"leave it out, or write --gpus {config.parallel.shard_size} to see what a rank holds"
-        )
-    cut = ranks if name == "fsdp" or (name == "zero" and zero_stage(config) == 3) else 1
-    update = 1 if name in ("single", "ddp") else ranks
-    return Spread(name, ranks, data_size=ranks, shard_size=cut, update_size=update)
+    check_shard_size(config.parallel.shard_size, ranks)
+    rows = config.parallel.shard_size or ranks
+    cut = rows if name == "fsdp" or (name == "zero" and zero_stage(config) == 3) else 1
+    update = 1 if name in ("single", "ddp") else rows
+    return Spread(name, ranks, data_size=ranks, shard_size=cut, update_size=update, work_size=rows)

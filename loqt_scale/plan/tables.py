@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from loqt_scale.config import RunConfig
 from loqt_scale.config.sizes import OUTSIDE, parse_size
-from loqt_scale.metrics import format_span
+from loqt_scale.config.sources import run_shares
+from loqt_scale.metrics import format_count, format_span
 from loqt_scale.model.build import design_model
 from loqt_scale.optim import describe_rates
 from loqt_scale.plan.advice import first_that_fits
@@ -64,11 +65,28 @@ def _title(config: RunConfig, ranks: int) -> str:
     batch = min(train.micro_batch_size, -(-train.global_batch_size // ranks))
     return (
         f"{model.path or model.preset}: {method}; {kept}\n"
-        f"{ranks} rank(s), {planned_spread(config, ranks).strategy}, "
+        f"{ranks} rank(s), {_strategy(config, ranks)}, "
         f"{batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
         + (", activations recomputed" if model.activation_checkpointing else "")
         + f"\nrates {describe_rates(optim, train.steps)}"
+        + _texts(config)
     )
+
+
+def _strategy(config: RunConfig, ranks: int) -> str:
+    spread = planned_spread(config, ranks)
+    return spread.strategy + (f" in {spread.replicas} replicas of {spread.shard_size}" if spread.replicas > 1 else "")
+
+
+def _texts(config: RunConfig) -> str:
+    """A line on what a run reads of each source."""
+    train, sources = config.train, config.data.mixture
+    tokens = train.steps * train.global_batch_size * config.data.seq_len
+    parts = (
+        f"{name} {share:.1%} ({format_count(round(share * tokens))} tokens)"
+        for name, share in run_shares(sources, train.steps).items()
+    )
+    return f"\ntext  {', '.join(parts)}" if sources else ""
 
 
 def _memory_table(memory: RankMemory) -> str:
@@ -103,10 +121,18 @@ def _checker(limit: int, *, ranks: int, vocab_size: int) -> Callable[[RunConfig]
 
 def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
     lines = [f"  {'sent by a rank (ring)':<26}", f"  {'a step':<26}{_size(plan.step.sent):>12}"]
+    lines += _between_replicas(plan.step)
     lines.append(f"  {'a step, full-rank FSDP2':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
+    lines += _between_replicas(dense)
     if config.method == "loqt":
         lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
+        lines += _between_replicas(plan.merge)
     return "\n".join(lines)
+
+
+def _between_replicas(traffic: Traffic) -> list[str]:
+    """HSDP: what leaves the ranks that store a model once."""
+    return [f"  {'  between replicas':<26}{_size(traffic.sent - traffic.inside):>12}"] if traffic.inside else []
 
 
 def _size(count: int) -> str:

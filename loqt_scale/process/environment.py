@@ -1,7 +1,7 @@
 """What the launcher has told this process: torchrun's variables, which `launcher` completes under every other launcher.
 
     RANK, WORLD_SIZE               this process and how many there are; neither is set without a launcher
-    LOCAL_RANK                     which of its node's processes it is
+    LOCAL_RANK, LOCAL_WORLD_SIZE   which of its node's processes it is, and how many these are
     MASTER_ADDR, MASTER_PORT       where the ranks meet
     TORCHELASTIC_USE_AGENT_STORE   the key-value store there is torchrun's, not rank 0's
     TORCHELASTIC_RESTART_COUNT, SLURM_RESTART_COUNT, SLURM_JOB_ID
@@ -35,6 +35,11 @@ def launched_rank(environment: Environment = os.environ) -> int:
 def local_rank(environment: Environment = os.environ) -> int:
     """Which of its node's ranks this process is; 0 without a launcher."""
     return int(environment.get("LOCAL_RANK", "0"))
+
+
+def node_size(environment: Environment = os.environ) -> int:
+    """Ranks of this process's node; all of them if the launcher does not say."""
+    return int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
 
 
 def meeting_place(environment: Environment = os.environ) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from loqt_scale.strategies.ddp import DDP
 from loqt_scale.strategies.editing import Editing, EditStates, ReplicaEditing, ShardEditing
 from loqt_scale.strategies.fsdp import FSDP, FSDPPlacement, FSDPStep
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
+from loqt_scale.strategies.fsdp_model import vocabulary_layers
 from loqt_scale.strategies.hybrid import HybridEditing
 from loqt_scale.strategies.offload import is_offloaded
 from loqt_scale.strategies.placement import Placement, Replicated
@@ -80,4 +81,5 @@ __all__ = [
     "single_process",
     "unwrapped",
     "unwrapped_optimizers",
+    "vocabulary_layers",
 ]

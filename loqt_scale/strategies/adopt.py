@@ -134,6 +134,7 @@ def _tell_placement(optimizers: Iterable[Optimizer], editing: Editing) -> None:
     placement = editing.placement
     for optimizer in optimizers:
         if isinstance(optimizer, StreamedAdamW):
+            optimizer.number()
             optimizer.place(placement.local, lambda whole: placement.stored_rows(whole)[0], placement.row_shards)
 
 

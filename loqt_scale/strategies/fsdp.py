@@ -1,9 +1,10 @@
 """FSDP2: every parameter is sharded on dim 0, and gathered unit by unit around forward and backward.
 
-A *unit* is a module whose parameters FSDP2 gathers in one collective and frees together: each transformer block, and
-the root for the rest (embeddings, last norm, head). Packed bytes are ordinary frozen parameters of their unit: they are
-gathered with it and never cast (mixed precision touches floating tensors only). Dim 0 of packed tensors counts row
-groups, so each shard can be merged by itself. In a merge a rank works on the rows that it stores.
+A *unit* is a module whose parameters FSDP2 gathers in one collective and frees together: each transformer block, the
+embedding, the head, and the root for the rest (the last norm; an embedding and a head that share their weight, which
+then stay as long as the root does). Packed bytes are ordinary frozen parameters of their unit: they are gathered with
+it and never cast (mixed precision touches floating tensors only). Dim 0 of packed tensors counts row groups, so each
+shard can be merged by itself. In a merge a rank works on the rows that it stores.
 
 The ranks are a row, or with `parallel.shard_size` a 2-D mesh whose rows store the model once each (`hybrid`).
 
@@ -11,15 +12,16 @@ Nothing that trains changes between the micro-batches of one step. What then sta
 and bytes on the wire (`parallel.kept_between_passes`):
 
     kept         between the passes of a step                     units
-    nothing      gradients are reduced after each pass            block, root
-    gradients    whole gradients stay until the last pass         block, root
-    trained      so do the gathered B, embeddings and head        block without B, B of each layer, root
+    nothing      gradients are reduced after each pass            block, embedding, head, root
+    gradients    whole gradients stay until the last pass         block, embedding, head, root
+    trained      so do the gathered B, embeddings and head        block without B, B of each layer, root with the rest
 
 Under `trained` B is a unit of its own in each layer, because its block's packed bytes come and go in every pass.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -37,8 +39,8 @@ from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.editing import ShardEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
-from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
-from loqt_scale.strategies.hybrid import HybridEditing, mesh_of
+from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep, share_vocabulary
+from loqt_scale.strategies.hybrid import HybridEditing, mesh_of, words
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
 
@@ -80,6 +82,8 @@ class FSDPPlacement(FSDPModelPlacement):
                 share(block, reshard_after_forward=self._reshard_after_forward, ignored_params=trained)
             for layer in layers:  # after its block, which would else not look for packed bytes inside it
                 share(layer, reshard_after_forward=False, ignored_params=set(layer.parameters()) - trained)
+            if self._kept != "trained":
+                share_vocabulary(model, share)
             share(model, reshard_after_forward=False)
         if self._kept == "trained":
             self.kept_gathered += [module for module in (*layers, model) if isinstance(module, FSDPModule)]
@@ -145,7 +149,7 @@ def _create(request: StrategyRequest) -> Strategy:
     editing, description = ShardEditing(comm, placement), "fsdp"
     if replicas is not None:
         editing = HybridEditing(comm, placement, shards=shards, replicas=replicas)
-        description = f"fsdp, {replicas.world_size} x {shards.world_size}"
+        description = f"fsdp, {words(comm.gather_objects(socket.gethostname()), shards.world_size)}"
     return Strategy(description=description, comm=comm, placement=placement, step=step, editing=editing)
 
 

@@ -35,6 +35,18 @@ def mesh_of(comm: GroupComm, shard_size: int) -> tuple[DeviceMesh, Comm, Comm | 
     return mesh, shards, replicas
 
 
+def words(hosts: Sequence[str], shard_size: int) -> str:
+    """How a model is spread, for people: "2 x 8", and over how many hosts a copy lies if these are several.
+
+    Args:
+        hosts: Of each rank. Launchers that deal ranks to nodes in turn (mpirun --map-by node) cut a copy across nodes.
+        shard_size: Ranks of a copy.
+    """
+    copies = [set(hosts[first : first + shard_size]) for first in range(0, len(hosts), shard_size)]
+    most = max(map(len, copies))
+    return f"{len(copies)} x {shard_size}" + (f", each copy over {most} hosts" if most > 1 else "")
+
+
 def column_and_row(mesh: DeviceMesh, device: torch.device) -> tuple[Comm, Comm]:
     """This rank's replicas and shards of a 2-D mesh. Every rank of it."""
     return GroupComm(device, group=mesh.get_group(0)), GroupComm(device, group=mesh.get_group(1))

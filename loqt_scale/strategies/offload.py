@@ -13,6 +13,7 @@ device and out of FSDP's hands. Everything else is as with one process (`single`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -29,7 +30,7 @@ from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.comm import SingleComm
 from loqt_scale.strategies.editing import EditStates, ReplicaEditing
 from loqt_scale.strategies.fsdp_bytes import packed_bytes_may_be_sharded
-from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep
+from loqt_scale.strategies.fsdp_model import FSDPModelPlacement, FSDPModelStep, share_vocabulary
 
 
 def is_offloaded(trains: bool, what: Offload) -> bool:
@@ -93,13 +94,12 @@ class OffloadPlacement(FSDPModelPlacement):
         """Gives what is offloaded, block by block, into FSDP2's hands, on the meta device: nothing is allocated."""
         stays = {parameter for parameter in model.parameters() if not is_offloaded(parameter.requires_grad, self._what)}
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for module in (*blocks, model):
-            # the root's are needed until the backward pass begins, and again at once
-            again = module is not model
-            with packed_bytes_may_be_sharded():
-                fully_shard(
-                    module, mesh=self._mesh, reshard_after_forward=again, offload_policy=policy, ignored_params=stays
-                )
+        share = partial(fully_shard, mesh=self._mesh, offload_policy=policy, ignored_params=stays)
+        with packed_bytes_may_be_sharded():
+            for block in blocks:
+                share(block, reshard_after_forward=True)
+            share_vocabulary(model, share)
+            share(model, reshard_after_forward=False)  # needed until the backward pass begins, and again at once
         for block, following in pairwise(blocks):
             assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
             block.set_modules_to_forward_prefetch([following])

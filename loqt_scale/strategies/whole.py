@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 
@@ -27,6 +27,12 @@ def reshard(model: nn.Module) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds a part only."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
+
+
+def is_in_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP has a model in its hands: `fully_shard`, or FSDP1, which is refused elsewhere. Local."""
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from statistics import median
 from torch import nn
 
 from loqt_scale.config import LoQTConfig, OptimConfig
+from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import MergeReport
 from loqt_scale.metrics import Reminder
@@ -82,10 +83,18 @@ class Diagnosis:
         self._total, self._count = 0.0, 0  # of the losses since the last merge that was judged
         self._windows: list[float] = []
         self._frozen, self._lost, self._rising = (Reminder(tell) for _ in range(3))
+        self._tell, self._repeated = tell, set[str]()
 
     def take_loss(self, loss: float) -> None:
         """The loss of a step that was applied, in nats."""
         self._total, self._count = self._total + loss, self._count + 1
+
+    def take_epochs(self, epochs: Mapping[str, float]) -> None:
+        """How many times sources have been read by now whose length was not known beforehand."""
+        often = {name: count for name, count in epochs.items() if count > MOST_EPOCHS and name not in self._repeated}
+        for name, count in often.items():
+            self._tell(f"WARNING: {repeated_often(name, f'has been read {count:.1f} times')}")
+        self._repeated.update(often)
 
     def take_merge(self, report: MergeReport) -> None:
         """What the merge after the last step says of itself."""

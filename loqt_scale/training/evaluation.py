@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loqt_scale.data import Batch
+from loqt_scale.data import Batch, Corpus
 from loqt_scale.data.batching import counted_tokens, micro_batches
 from loqt_scale.errors import one_line
 from loqt_scale.functional.shares import micro_steps, share
@@ -44,6 +44,24 @@ def evaluate(model: nn.Module, held_out: Batch, *, step: Step, micro_batch_size:
     if comm.world_size > 1:
         _end_together(comm, failure)
     return float(step.sum(total)) / counted_tokens(held_out.labels)
+
+
+def evaluate_corpus(
+    model: nn.Module, corpus: Corpus, *, step: Step, micro_batch_size: int
+) -> tuple[float, dict[str, float]]:
+    """Held-out loss of all held-out tokens, and of each source's (`data.sources`; else none). Every rank.
+
+    Raises:
+        EvaluationError: As `evaluate`.
+    """
+    losses = {
+        name: evaluate(model, held_out, step=step, micro_batch_size=micro_batch_size)
+        for name, held_out in corpus.held_out.items()
+    }
+    if not losses:
+        return evaluate(model, corpus.eval, step=step, micro_batch_size=micro_batch_size), {}
+    tokens = {name: counted_tokens(held_out.labels) for name, held_out in corpus.held_out.items()}
+    return sum(losses[name] * tokens[name] for name in losses) / sum(tokens.values()), losses
 
 
 def _own_sum(model: nn.Module, held_out: Batch, step: Step, micro_batch_size: int) -> Tensor:

@@ -24,6 +24,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.data import Corpus, build_corpus
+from loqt_scale.data.tokenizers import check_ids
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.metrics import Console, MetricsWriter, Progress, check_wandb
 from loqt_scale.model.build import ModelDesign, design_model
@@ -102,6 +103,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy.comm)
     corpus = build_corpus(config.data, seed=config.train.seed, global_batch_size=config.train.global_batch_size)
     check_same(strategy.comm, corpus.fingerprint)
+    if config.model.path is not None and config.model.weights == "pretrained":
+        check_ids(corpus.tokenizer, config.model.path)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size, occurring=corpus.occurring)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, design, corpus, config, strategy.comm)

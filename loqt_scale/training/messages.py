@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from loqt_scale.data.logical import ranks_that_share, streams_read_twice
-from loqt_scale.metrics import format_count, format_perplexity, format_span
+from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
+from loqt_scale.metrics import format_count, format_perplexity, format_span, perplexity
 
 if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
@@ -36,16 +37,20 @@ def banner(
         span = format_span(layer.rank for layer in layers)
         method = f"LoQT, rank {span}: {len(layers)} linears, {format_count(frozen)} weights"
         method += f" ({config.loqt.quantization.weight}, frozen)"
+    model = config.model
+    name = model.preset if model.path is None else f"{model.path} ({model.weights} weights)"
     lines = [
-        f"model    {config.model.path or config.model.preset}; {method}; {trained} parameters train",
+        f"model    {name}; {method}; {trained} parameters train",
         f"data     {corpus.description}",
-        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {config.model.dtype}",
+        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {model.dtype}",
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
-    lines += sharing_note(corpus.streams, train.global_batch_size, strategy.step.data_size)
+    for streams in sorted(set(corpus.streams)):
+        lines += sharing_note(streams, train.global_batch_size, strategy.step.data_size)
+    lines += mixing_notes(corpus, config)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
-    lines += alignment_note(widths, config.model, device_type=strategy.comm.device.type)
+    lines += alignment_note(widths, model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
 
 
@@ -66,6 +71,22 @@ def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> lis
         f"({streams + again} readings of a stream); {even} ranks share them evenly; for a new run, write a multiple of "
         f"{ranks} that divides the global batch in data.streams"
     ]
+
+
+def mixing_notes(corpus: Corpus, config: RunConfig) -> list[str]:
+    """Lines on sources that are read often, and on weights that no step of this run has."""
+    steps, lines = config.train.steps, []
+    planned = {} if corpus.mixed is None else corpus.mixed.epochs_of_each(steps)
+    for name, epochs in planned.items():
+        if corpus.mixed is not None and name not in corpus.mixed.streamed and epochs > MOST_EPOCHS:
+            lines.append(f"note     {repeated_often(name, f'is read {epochs:.1f} times in this run')}")
+    for source in config.data.mixture:
+        if (last := source.weight[-1][0]) >= steps:
+            lines.append(
+                f"note     data.sources, '{source.name}': its weight changes when {last} steps are done, and this run "
+                f"has {steps}"
+            )
+    return lines
 
 
 def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: str) -> list[str]:
@@ -108,6 +129,13 @@ def start_line(report: StartReport) -> str:
     if not means:
         return "start: loqt.init asks for nothing here, since the base is stored exactly"
     return f"start: {report.seconds:.2f}s, error {means['error_before']:.4f} -> {means['error_after']:.4f}"
+
+
+def eval_line(step: int, loss: float, losses: Mapping[str, float], tokens: int, bits: float) -> str:
+    """One line of an evaluation: of all held-out tokens, and of each source's."""
+    each = "".join(f"; {name} {value:.4f}" for name, value in losses.items())
+    said = f"loss {loss:.4f}, perplexity {perplexity(loss):.3f}, {bits:.4f} bits a byte"
+    return f"eval at step {step}: {said} ({tokens} tokens){each}"
 
 
 def summary(config: RunConfig, before: float, after: float) -> str:

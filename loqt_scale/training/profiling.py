@@ -20,9 +20,10 @@ _EVENTS = 1_000_000  # allocations that a history holds
 class StepProfile:
     """Records steps [start, start + steps) of a run into `<run_dir>/profile`.
 
-    `steps-A-B.rank-N.json.gz` is a trace for Perfetto (ui.perfetto.dev) or chrome://tracing, with the regions data,
-    forward, backward, optimizer and merge; `steps-A-B.rank-N.memory.pickle`, on CUDA, is for pytorch.org/memory_viz.
-    A file that cannot be written is told, and ends nothing.
+    `steps-A-B.rank-N.json.gz`, named by the steps that it holds, is a trace for Perfetto (ui.perfetto.dev) or
+    chrome://tracing, with the regions data, forward, backward, optimizer and merge; on CUDA,
+    `steps-A-B.rank-N.memory.pickle` is for pytorch.org/memory_viz. A file that cannot be written is told,
+    and ends nothing.
 
     Args:
         settings: Which steps.
@@ -35,14 +36,18 @@ class StepProfile:
     def __init__(self, settings: ProfileConfig, run_dir: str, *, rank: int, device: torch.device, tell: Tell) -> None:
         self._steps = range(settings.start - 1, settings.start - 1 + settings.steps)
         self._cuda, self._tell = device.type == "cuda", tell
-        name = f"steps-{settings.start}-{settings.start + settings.steps - 1}.rank-{rank}"
-        self._folder, self._name = Path(run_dir) / FOLDER, name
+        self._folder, self._rank = Path(run_dir) / FOLDER, rank
         self._profiler: profile | None = None
+        self._first = self._last = 0  # steps that are recorded, counted from 1
 
     def begin(self, step: int) -> None:
-        """Begins to record, if this step (from 0) is the first of the window that this process takes."""
-        if step not in self._steps or self._profiler is not None:
+        """Begins to record, if this step (from 0) is the first of the window that this process takes; notes it."""
+        if step not in self._steps:
             return
+        self._last = step + 1
+        if self._profiler is not None:
+            return
+        self._first = self._last
         if self._cuda:
             torch.cuda.memory._record_memory_history(max_entries=_EVENTS)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
@@ -59,12 +64,13 @@ class StepProfile:
         if recorded is None:
             return
         recorded.stop()
-        path = self._folder / f"{self._name}.json.gz"
+        name = f"steps-{self._first}-{self._last}.rank-{self._rank}"
+        path = self._folder / f"{name}.json.gz"
         try:
             self._folder.mkdir(exist_ok=True)
             recorded.export_chrome_trace(str(path))
             if self._cuda:
-                torch.cuda.memory._dump_snapshot(str(self._folder / f"{self._name}.memory.pickle"))
+                torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
             self._tell(f"profile: {path}")
         except (OSError, RuntimeError) as error:
             warn(f"WARNING: the profile {path} cannot be written ({one_line(error)}); training goes on")

@@ -47,7 +47,7 @@ def documents_of(trainer: Trainer) -> Callable[[Path], None]:
     The place in the text is that of this call: they are written while training reads on.
     """
     position = trainer.corpus.train.position(trainer.done)
-    if trainer.corpus.streams is not None:
+    if trainer.corpus.streams:
         position = join_positions(trainer.strategy.comm.gather_objects(position))
 
     def write(folder: Path) -> None:

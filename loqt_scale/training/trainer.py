@@ -34,16 +34,17 @@ from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.shares import micro_steps, share
 from loqt_scale.metrics import MetricsWriter, Progress, RateMeter, memory_metrics, perplexity
 from loqt_scale.metrics.wire_counter import FirstCounted
-from loqt_scale.model.attention import attend_causally
 from loqt_scale.model.build import ModelDesign, build_model
+from loqt_scale.model.documents import attend
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
+from loqt_scale.process.environment import node_size
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
 from loqt_scale.training.diagnosis import Diagnosis, chance_overlaps
-from loqt_scale.training.evaluation import evaluate
-from loqt_scale.training.health import Health
-from loqt_scale.training.messages import merge_line, start_line
+from loqt_scale.training.evaluation import evaluate_corpus
+from loqt_scale.training.health import Health, spoil_gradient
+from loqt_scale.training.messages import eval_line, merge_line, start_line
 from loqt_scale.training.pending import HostCopy, PendingStep
 from loqt_scale.training.profiling import StepProfile
 from loqt_scale.training.reading import ShareReader
@@ -82,7 +83,7 @@ class Trainer:
         # what trains, and by what
         self.throughput = make_throughput(design.model, config, strategy)  # before it is sharded
         self.built = build_model(design, config.model, strategy)
-        attend_causally(self.built.model, config.data.seq_len)
+        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.built, config, strategy.placement)
         self.model = strategy.step.wrap(self.built.model, self.optimizer)
@@ -129,7 +130,9 @@ class Trainer:
             config.train.profile, config.train.run_dir, rank=rank, device=device, tell=progress.line
         )
         self.diagnosis = Diagnosis(config.loqt, config.optim, chance_overlaps(self.built.model), progress.line)
-        self.wire = FirstCounted(strategy.comm.world_size, on=config.train.wire_counter == "once")
+        self.wire = FirstCounted(
+            strategy.comm.world_size, node_size=node_size(), on=config.train.wire_counter == "once"
+        )
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +253,7 @@ class Trainer:
                 if self.reader.fault is not None:
                     loss = loss * math.nan  # a step that no rank applies
                 with self.profile.region("backward"):
-                    spread.backward(self.model, loss)
+                    spread.backward(self.model, spoil_gradient(loss))
             total += loss.detach()
         return total
 
@@ -336,6 +339,9 @@ class Trainer:
             **self.throughput.metrics(rate),
             **memory_metrics(self.strategy.comm.device),
         }
+        if self.corpus.mixed is not None:
+            values |= self.corpus.mixed.numbers(done)
+            self.diagnosis.take_epochs({name: values[f"data/{name}/epochs"] for name in self.corpus.mixed.streamed})
         self.writer.log(done, values)
 
     # ---- evaluations and checkpoints --------------------------------------------------------------------------------
@@ -344,11 +350,12 @@ class Trainer:
         """Held-out loss in nats after `step` optimizer steps. Every rank."""
         self.finish_pending()
         with self.rates.paused():
-            held_out, micro_batch_size = self.corpus.eval, self.config.train.micro_batch_size
-            loss = evaluate(self.model, held_out, step=self.strategy.step, micro_batch_size=micro_batch_size)
-        self.writer.log(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
-        tokens = counted_tokens(held_out.labels)
-        self.progress.line(f"eval at step {step}: loss {loss:.4f}, perplexity {perplexity(loss):.3f} ({tokens} tokens)")
+            spread, size = self.strategy.step, self.config.train.micro_batch_size
+            loss, losses = evaluate_corpus(self.model, self.corpus, step=spread, micro_batch_size=size)
+        bits, each = self.corpus.bits_per_byte(loss), {f"eval/{name}/loss": value for name, value in losses.items()}
+        total = {"eval/loss": loss, "eval/perplexity": perplexity(loss), "eval/bits_per_byte": bits}
+        self.writer.log(step, total | each)
+        self.progress.line(eval_line(step, loss, losses, counted_tokens(self.corpus.eval.labels), bits))
         return loss
 
     def save(self, *, keep_all: bool = False) -> None:

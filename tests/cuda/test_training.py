@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 EXACT_BASES = {"loqt.subspace.method": "svd"}  # sketches draw their test matrices on the device: other numbers
 OFFLOAD = ["none", "base", "optimizer", "all"]
 FRUGAL = {"optim.states": "int8", "loqt.rank": 32, "model.trained_dtype": "bfloat16", "model.dtype": "bfloat16"}
+MASKED = {"data.mask_documents": True, "data.seq_len": 256, "train.micro_batch_size": 4}
 PER_LAYER = {**FRUGAL, "optim.per_layer": True, "optim.clip_norm": 0}
 
 
@@ -111,7 +112,11 @@ def test_approximate_bases_keep_the_energy(device: torch.device, method: str) ->
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", [{}, {"model.dtype": "bfloat16"}, FRUGAL], ids=["float32", "bfloat16", "frugal"])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"model.dtype": "bfloat16"}, FRUGAL, MASKED, {"model.dtype": "bfloat16", **MASKED}],
+    ids=["float32", "bfloat16", "frugal", "masked", "masked bfloat16"],
+)
 def test_losses_are_those_of_the_cpu(settings: Settings, device: torch.device, changed: dict[str, object]) -> None:
     """Steps 0 to 15, with merges after 0 and 13; then a flipped code of NF4 may tell (see test_equivalence)."""
     config = settings(**EXACT_BASES, **changed)
@@ -124,8 +129,8 @@ def test_losses_are_those_of_the_cpu(settings: Settings, device: torch.device, c
 
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"model.dtype": "bfloat16"}, {"method": "full"}, {"model.activation_checkpointing": True}, PER_LAYER],
-    ids=["float32", "bfloat16", "full", "recomputed", "per layer"],
+    [{}, {"model.dtype": "bfloat16"}, {"method": "full"}, {"model.activation_checkpointing": True}, PER_LAYER, MASKED],
+    ids=["float32", "bfloat16", "full", "recomputed", "per layer", "masked"],
 )
 def test_a_step_does_not_wait_for_the_device(
     settings: Settings, device: torch.device, changed: dict[str, object]
@@ -156,14 +161,16 @@ def nobody_waits(device: torch.device) -> Iterator[None]:
     assert not places, places[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "more"), [("float32", {}), ("bfloat16", {}), ("bfloat16", MASKED)], ids=["float32", "bfloat16", "masked"]
+)
 def test_compiled_blocks_have_no_graph_break_and_the_same_losses(
-    settings: Settings, device: torch.device, dtype: str
+    settings: Settings, device: torch.device, dtype: str, more: dict[str, object]
 ) -> None:
-    plain = losses(settings(**{"model.dtype": dtype}), device, 4)
+    plain = losses(settings(**{"model.dtype": dtype, **more}), device, 4)
     torch._dynamo.reset()
     counters.clear()
-    compiled = losses(settings(**{"model.dtype": dtype, "model.compile": True}), device, 4)
+    compiled = losses(settings(**{"model.dtype": dtype, "model.compile": True, **more}), device, 4)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"], counters["graph_break"]
     assert compiled == pytest.approx(plain, rel=1e-3 if dtype == "float32" else 2e-2)
 

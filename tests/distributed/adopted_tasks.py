@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,10 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt, muon
 
-STEPS, SEQUENCES, LENGTH, VOCABULARY = 12, 8, 16, 64
+STEPS, SAVED, SEQUENCES, LENGTH, VOCABULARY = 12, 7, 8, 16, 64
 
 
 class Block(nn.Module):
@@ -27,23 +32,39 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-class Small(nn.Module):
-    """Two blocks between an embedding and a head."""
+class Mixture(nn.Module):
+    """Three fused experts, which two ranks cut in the middle, two for a token; 48 columns: four rows fill blocks."""
 
     def __init__(self) -> None:
         super().__init__()
+        sizes = {"hidden_size": 48, "intermediate_size": 32, "num_local_experts": 3}
+        self.router, self.experts = nn.Linear(48, 3, bias=False), MixtralExperts(MixtralConfig(**sizes))
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, index = self.router(tokens).softmax(-1).topk(2)
+        return x + self.experts(tokens, index, weights).view_as(x)
+
+
+class Small(nn.Module):
+    """Two blocks between an embedding and a head."""
+
+    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 48)
-        self.blocks = nn.Sequential(Block(), Block())
+        self.blocks = nn.Sequential(block(), block())
         self.lm_head = nn.Linear(48, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.blocks(self.embed(tokens)))
 
 
-def config(scheme: str, **merge: Any) -> LoQTConfig:
+def config(scheme: str, rank: int = 8, **merge: Any) -> LoQTConfig:
     """Merges at 0, 5, 10."""
     quantization = QuantizationConfig(weight=scheme, projection=scheme)  # type: ignore[arg-type]
-    return LoQTConfig(rank=8, merge=MergeConfig(gap=5, schedule="constant", **merge), quantization=quantization)
+    return LoQTConfig(rank=rank, merge=MergeConfig(gap=5, schedule="constant", **merge), quantization=quantization)
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Tensor:
@@ -58,10 +79,10 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def converted(scheme: str, **merge: Any) -> tuple[nn.Module, dict[str, Tensor], LoQTConfig]:
+def converted(scheme: str, *, experts: bool = False, **merge: Any) -> tuple[nn.Module, dict[str, Tensor], LoQTConfig]:
     """A converted model, its weights from before, its settings."""
     torch.manual_seed(0)
-    model, settings = Small(), config(scheme, **merge)
+    model, settings = Small(Mixture if experts else Block), config(scheme, **merge)
     before = model.state_dict()
     convert_to_loqt(model, settings)
     return model, before, settings
@@ -72,46 +93,121 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train_own(how: str, scheme: str, *, micro: int = 1, counted: bool = False, by_muon: bool = False) -> dict[str, Any]:
-    """Losses, kind that was found and merges of somebody's own loop. Every rank.
+@dataclass
+class Loop:
+    """Somebody's own loop, and what it trains.
 
     Args:
         how: single, ddp, fsdp, hsdp (2 x 2), zero1, zero2 or zero3.
-        scheme: How W and P are stored.
+        model: Inside of all wrappers.
+        wrapped: What is called.
+        optimizer: Of it.
+        merges: Of it.
         micro: Passes of a step.
         counted: Whether the passes are told beforehand.
-        by_muon: Our Muon, not torch's AdamW.
     """
-    alone = how == "single"
-    if not alone:
-        _join(how)
-    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    model, before, settings = converted(scheme)
-    wrapped, optimizer = _spread(how, model, micro, by_muon)
+
+    how: str
+    model: nn.Module
+    wrapped: Any
+    optimizer: torch.optim.Optimizer
+    merges: MergeCoordinator
+    micro: int
+    counted: bool
+    losses: list[float] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+
+    def steps(self, start: int, stop: int) -> None:
+        """Takes steps, notes losses and merges. Every rank."""
+        rank, world_size = (0, 1) if self.how == "single" else (dist.get_rank(), dist.get_world_size())
+        for step in range(start, stop):
+            self.merges.prepare(backward_passes=self.micro if self.counted else None)
+            total = torch.zeros(())
+            for piece in batch(step, rank, world_size).chunk(self.micro):
+                total += self._pass(piece) / self.micro
+            if not self.how.startswith("zero"):
+                self.optimizer.step()
+            self.reports.append(self.merges.finish())
+            self.optimizer.zero_grad()
+            if self.how != "single":
+                dist.all_reduce(total)
+            self.losses.append(float(total) / world_size)
+
+    def _pass(self, piece: Tensor) -> Tensor:
+        loss = loss_of(self.wrapped, piece)
+        if self.how.startswith("zero"):
+            self.wrapped.backward(loss)
+            self.wrapped.step()
+        else:
+            (loss / self.micro).backward()
+        return loss.detach()
+
+    def save(self, folder: str) -> Any:
+        """Everything from which a run goes on; of an engine in a folder. Every rank."""
+        if self.how.startswith("zero"):
+            self.wrapped.save_checkpoint(folder, "last", client_state={"merges": self.merges.state_dict()})
+            return folder
+        return copy.deepcopy([each.state_dict() for each in (self.model, self.optimizer, self.merges)])
+
+    def load(self, saved: Any) -> None:
+        """Goes on from there. Every rank."""
+        if self.how.startswith("zero"):
+            self.merges.load_state_dict(self.wrapped.load_checkpoint(saved, "last")[1]["merges"])
+            return
+        for each, state in zip((self.model, self.optimizer, self.merges), saved, strict=True):
+            each.load_state_dict(state)
+
+
+def make_loop(
+    how: str, scheme: str, *, micro: int = 1, counted: bool = False, states: str = "", experts: bool = False
+) -> Loop:
+    """A loop before its first step. Every rank.
+
+    Args:
+        how: See `Loop`.
+        scheme: How W and P are stored.
+        micro: See `Loop`.
+        counted: See `Loop`.
+        states: Of our Muon's moments; "": torch's AdamW.
+        experts: Whether the blocks are mixtures.
+    """
+    rank = 32 if states == "int8" else 8  # fewer columns are too few for a block of codes
+    model, before, settings = converted(scheme, experts=experts, rank=rank)
+    wrapped, optimizer = _spread(how, model, micro, states)
     merges = MergeCoordinator(wrapped, optimizer, settings, initial_weights=before)
-    losses, reports = [], []
-    for step in range(STEPS):
-        merges.prepare(backward_passes=micro if counted else None)
-        total = torch.zeros(())
-        for piece in batch(step, rank, world_size).chunk(micro):
-            loss = loss_of(wrapped, piece)
-            total += loss.detach() / micro
-            if how.startswith("zero"):
-                wrapped.backward(loss)
-                wrapped.step()
-            else:
-                (loss / micro).backward()
-        if not how.startswith("zero"):
-            optimizer.step()
-        reports.append(merges.finish())
-        optimizer.zero_grad()
-        if not alone:
-            dist.all_reduce(total)
-        losses.append(float(total) / world_size)
+    return Loop(how, model, wrapped, optimizer, merges, micro, counted)
+
+
+def train_own(how: str, scheme: str, *, saved_in: str = "", **given: Any) -> dict[str, Any]:
+    """Losses, kind that was found and merges of somebody's own loop. Every rank.
+
+    Args:
+        how: See `Loop`.
+        scheme: How W and P are stored.
+        saved_in: A folder: the loop is saved after step 7, and another goes on, whose losses come back as `again`.
+        **given: Of `make_loop`.
+    """
+    if how != "single":
+        _join(how)
+    loop = make_loop(how, scheme, **given)
+    loop.steps(0, SAVED if saved_in else STEPS)
+    result: dict[str, Any] = {"found": loop.merges.description, "kept in": _dtypes(loop.optimizer)}
+    if saved_in:
+        saved = loop.save(saved_in)
+        loop.steps(SAVED, STEPS)
+        other = make_loop(how, scheme, **given)
+        other.load(saved)
+        other.steps(SAVED, STEPS)
+        result["again"] = other.losses
     if how.startswith("zero"):
-        _close(wrapped)
-    means = [report.means() for report in reports if report is not None]
-    return {"losses": losses, "found": merges.description, "merges": means, "steps": merges.steps}
+        _close(loop.wrapped)
+    means = [report.means() for report in loop.reports if report is not None]
+    return result | {"losses": loop.losses, "merges": means, "steps": loop.merges.steps}
+
+
+def _dtypes(optimizer: torch.optim.Optimizer) -> set[str]:
+    moments = [value for own in optimizer.state.values() for value in own.values() if hasattr(value, "tensors")]
+    return {str(moment.tensors()[0].dtype) for moment in moments}
 
 
 def _join(how: str) -> None:
@@ -132,7 +228,7 @@ def _close(engine: Any) -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def _spread(how: str, model: nn.Module, micro: int, by_muon: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     if how == "ddp":
         model = DistributedDataParallel(model)
     elif how in ("fsdp", "hsdp"):
@@ -142,8 +238,8 @@ def _spread(how: str, model: nn.Module, micro: int, by_muon: bool) -> tuple[nn.M
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained(model), lr=5e-3, eps=1e-6)
-    if by_muon:
-        optimizer = muon(model, lr=5e-3, eps=1e-6)
+    if states:
+        optimizer = muon(model, lr=5e-3, eps=1e-6, states=states)  # type: ignore[arg-type]
     if how.startswith("zero"):
         return _engine(model, optimizer, int(how[-1]), micro), optimizer
     return model, optimizer

@@ -325,22 +325,24 @@ def backend_collectives(profiler: profile) -> Counter[str]:
 def traffic(**settings: Any) -> dict[str, Any]:
     """Collectives of a normal `step` and of a `merge`, and gloo's own count of them. Every rank."""
     trainer = make_trainer(small_config(settings))
-    world_size = trainer.strategy.comm.world_size
     trainer.step(0)  # the first optimizer step and FSDP2's first pass do a little more
     result: dict[str, Any] = {"micro_steps": trainer.micro_steps}
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter() as counter:
         trainer.step(1)
     result |= {"step": _sent(counter), "step_backend": backend_collectives(profiler), "step_sent": counter.sent_bytes()}
+    result["step_between"] = counter.sent_bytes(node_size=trainer.config.parallel.shard_size)
     if trainer.merges is not None:
         step = trainer.merges.steps[1]
-        with profile(activities=[ProfilerActivity.CPU]) as early_profiler, WireCounter(world_size) as early:
+        with profile(activities=[ProfilerActivity.CPU]) as early_profiler, WireCounter() as early:
             update_without_merge(trainer, step)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter(world_size) as counter:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, WireCounter() as counter:
             report = trainer.merges.finish(step)
         early.messages = [message for message in early.messages if message.kind == "reduce"]  # else as any step
         assert report is not None and report.sketch_bytes == early.payload_bytes()
         reduces = backend_collectives(early_profiler)["reduce"]
         result |= {"merge": _sent(early) + _sent(counter), "merge_sent": early.sent_bytes() + counter.sent_bytes()}
+        nodes = {"node_size": trainer.config.parallel.shard_size}
+        result["merge_between"] = early.sent_bytes(**nodes) + counter.sent_bytes(**nodes)
         result["merge_backend"] = backend_collectives(profiler) + Counter(reduce=reduces)
     result["parameters"] = [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,12 +45,44 @@ def test_a_loop_of_ones_own_trains_as_one_process(
             assert ours == pytest.approx(theirs, abs=20 * TOLERANCE[scheme], rel=0)
 
 
-def test_muon_learns_from_attach_how_its_parameters_are_spread(ranks: RankPool) -> None:
-    """Rows of B end where `fully_shard` or a flat tensor of DeepSpeed's ends."""
-    expected = ranks.run(1, f"{TASKS}:train_own", how="single", scheme="none", by_muon=True)[0]["losses"]
-    for how in ("ddp", "fsdp", "zero2"):
-        for result in ranks.run(2, f"{TASKS}:train_own", how=how, scheme="none", by_muon=True):
-            assert result["losses"] == pytest.approx(expected, abs=TOLERANCE["none"], rel=0), how
+RANKS = {"hsdp": 4}
+MUON = [
+    ("float32", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]),
+    ("int8", ["fsdp", "zero1", "zero3"]),
+    pytest.param("int8", ["ddp", "hsdp", "zero2"], marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("states", "spreads"), MUON)
+def test_muon_learns_from_attach_how_its_parameters_are_spread(
+    ranks: RankPool, states: str, spreads: list[str], tmp_path: Path
+) -> None:
+    """Rows of B end where `fully_shard` or a flat tensor of DeepSpeed's ends. Saved and loaded, it goes on to the bit.
+
+    Codes of 8 bits that fall to the other side move losses by what 8 bits move them.
+    """
+    given: dict[str, Any] = {"scheme": "none", "states": states}
+    single = ranks.run(1, f"{TASKS}:train_own", how="single", **given)[0]
+    assert ("torch.uint8" in single["kept in"]) == (states == "int8")
+    for how in spreads:
+        saved_in = "" if states == "float32" else str(tmp_path / how)
+        for result in ranks.run(RANKS.get(how, 2), f"{TASKS}:train_own", how=how, saved_in=saved_in, **given):
+            allowed = TOLERANCE["none"] if states == "float32" else 2e-3
+            assert result["losses"] == pytest.approx(single["losses"], abs=allowed, rel=0), how
+            assert states == "float32" or result["again"] == result["losses"][7:], how
+
+
+def test_quantized_experts_in_a_loop_of_ones_own_train_as_in_one_process(ranks: RankPool, tmp_path: Path) -> None:
+    """Cut inside an expert. Each goes on from what it has saved to the bit, too."""
+    given: dict[str, Any] = {"scheme": "nf4", "experts": True}
+    single = ranks.run(1, f"{TASKS}:train_own", how="single", **given)[0]
+    assert single["losses"][-1] < single["losses"][0] - 0.1
+    for how in ("fsdp", "zero1", "zero2", "zero3"):
+        for result in ranks.run(2, f"{TASKS}:train_own", how=how, saved_in=str(tmp_path / how), **given):
+            assert result["losses"] == pytest.approx(single["losses"], abs=TOLERANCE["nf4"], rel=0), how
+            assert result["again"] == result["losses"][7:], how
+            for ours, theirs in zip(result["merges"], single["merges"], strict=True):
+                assert ours == pytest.approx(theirs, abs=20 * TOLERANCE["nf4"], rel=0), how
 
 
 def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:

@@ -168,6 +168,30 @@ def test_the_loss_by_chunks_too(runs: Runs, world_size: int, strategy: str) -> N
     assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED), exact=True)
 
 
+@pytest.fixture(scope="module")
+def short_documents(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same text in documents of six words: about one of them in a sequence of 32 bytes."""
+    words = text_file.read_text(encoding="utf-8").split()
+    path = tmp_path_factory.mktemp("short") / "short.txt"
+    path.write_text("\n\n".join(" ".join(words[i : i + 6]) for i in range(0, len(words), 6)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "fsdp"), (2, "zero-3"), *seldom((3, "ddp"), (2, "zero-2"))])
+def test_masked_documents_too(runs: Runs, short_documents: str, world_size: int, strategy: str) -> None:
+    setting = {**UNQUANTIZED, "data.files": [short_documents], "data.mask_documents": True}
+    spread = {"train.micro_batch_size": 1, "model.activation_checkpointing": True}
+    losses = runs.losses(world_size, strategy, **setting, **spread)
+    assert_same_losses(losses, runs.losses(1, "single", **setting), exact=True)
+    evaluations = [
+        [row["eval/loss"] for row in runs.metrics(*who, **setting, **how) if "eval/loss" in row]
+        for who, how in (((world_size, strategy), spread), ((1, "single"), {}))
+    ]
+    assert len(evaluations[0]) == 2 and evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+    seen = runs.losses(1, "single", **setting | {"data.mask_documents": False})
+    assert max(abs(a - b) for a, b in zip(losses, seen, strict=True)) > 1e-2
+
+
 def test_unquantized_weights_survive_bf16_unrounded(runs: Runs) -> None:
     """DeepSpeed casts every floating parameter to bf16; frozen weights are bytes, so that merges keep their bits."""
     setting = {**UNQUANTIZED, "model.dtype": "bfloat16"}

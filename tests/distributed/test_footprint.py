@@ -44,6 +44,7 @@ WIDE: dict[str, Any] = {
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]  # (O, I) in a block
 DENSE_VALUES = [rows * cols for rows, cols in SHAPES]
 FLOAT = 4  # bytes
+ENDS = 3  # units that are no block: each is gathered once a pass
 Run = Callable[..., list[Any]]
 
 
@@ -223,11 +224,11 @@ def padded_bytes(parameter: dict[str, Any], world_size: int, float_bytes: int = 
 
 
 def units_of(parameters: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Parameters by FSDP2's unit of communication: the root's (embedding, last norm, head), then each block's."""
-    units: dict[str, list[dict[str, Any]]] = {"": []}
+    """Parameters by FSDP2's unit of communication: the embedding's, the last norm's, the head's, then each block's."""
+    units: dict[str, list[dict[str, Any]]] = {"embed_tokens": [], "norm": [], "lm_head": []}
     for parameter in parameters:
-        _, found, after = parameter["name"].partition("layers.")
-        units.setdefault(after.partition(".")[0] if found else "", []).append(parameter)
+        outside, found, after = parameter["name"].partition("layers.")
+        units.setdefault(after.partition(".")[0] if found else outside.split(".")[-2], []).append(parameter)
     return list(units.values())
 
 
@@ -236,7 +237,7 @@ def predicted_step(result: dict[str, Any], world_size: int, *, reshard: bool, ga
     parameters = result["parameters"]
     messages: Counter[Any] = Counter()
     for index, unit in enumerate(units_of(parameters)):
-        gathers = result["micro_steps"] * (2 if reshard and index else 1)  # the root stays gathered until backward
+        gathers = result["micro_steps"] * (2 if reshard and index >= ENDS else 1)
         messages["all_gather", sum(padded_bytes(p, world_size, gathered_float) for p in unit)] += gathers
         messages["reduce_scatter", sum(padded_bytes(p, world_size) for p in unit if p["trains"])] += 1
     messages["all_reduce", 3 * FLOAT] += 1  # the loss, where the rank believes to be, whether it was told to stop
@@ -264,12 +265,12 @@ def test_a_step_sends_packed_bytes_and_low_rank_tensors(
     assert sent(result["step"]) == expected
     assert_all_seen(result["step"], result["step_backend"])
     smallest_dense, dense_block = 2 * min(DENSE_VALUES), 2 * sum(DENSE_VALUES)  # bfloat16
-    for unit in units_of(result["parameters"])[1:]:
+    for unit in units_of(result["parameters"])[ENDS:]:
         floats = sum(padded_bytes(p, world_size) for p in unit if p["floating"])
         assert floats < smallest_dense, "B and norms of a block: less than one dense weight"
         assert sum(padded_bytes(p, world_size) for p in unit) < dense_block / 2
-    blocks = [size for kind, size, _ in result["step"] if kind == "reduce_scatter"][:-1]
-    assert len(blocks) == BLOCKS and max(blocks) < smallest_dense, "no dense gradient"
+    reduced = [size for kind, size, _ in result["step"] if kind == "reduce_scatter"]
+    assert sum(size < smallest_dense for size in reduced) == BLOCKS + 1, "no dense gradient in a block's, or the root's"
 
 
 def test_full_rank_training_sends_the_dense_weights_and_the_counter_sees_them(run: Run) -> None:

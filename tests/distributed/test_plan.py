@@ -167,6 +167,20 @@ def test_traffic_is_what_the_collectives_send(run: Run, world_size: int, setting
     assert 0.5 * plan.merge.sent < seen["merge_sent"] <= plan.merge.sent
 
 
+def test_replicas_send_little_to_each_other(run: Run) -> None:
+    """HSDP on 2 x 2 ranks: what stays among the ranks of a replica, and what does not, is planned."""
+    settings = {"parallel.shard_size": 2}
+    plan, seen = planned(4, "fsdp", settings), run("traffic", 4, "fsdp", **settings)[0]
+    assert plan.step.sent == pytest.approx(seen["step_sent"], rel=1e-3)
+    assert plan.step.sent - plan.step.inside == pytest.approx(seen["step_between"], rel=1e-3)
+    for planned_bytes, sent in (
+        (plan.merge.sent, seen["merge_sent"]),
+        (plan.merge.sent - plan.merge.inside, seen["merge_between"]),
+    ):
+        assert 0.5 * planned_bytes < sent <= planned_bytes
+    assert plan.memory.state == planned(2, "fsdp", {}).memory.state
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_holds_and_sends_what_is_planned(tmp_path: Path, text_file: Path, cache_dir: Path, stage: int) -> None:
@@ -205,6 +219,16 @@ def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:
         )
         peaks.append(activations.OnePass(config, vocab_size=131_072).gradients_pile_up)
     assert peaks[0] > 4 * 2**30 and peaks[1] < 2**30
+
+
+def test_masks_of_documents_cost_one_mask_a_pass() -> None:
+    """Whatever the number of layers; without them there is none."""
+    size = {"data.seq_len": 1024, "train.micro_batch_size": 4, "train.global_batch_size": 4}
+    off, on = (
+        activations.OnePass(small_config({**size, "data.mask_documents": mask}), vocab_size=BYTES).gradients_freed
+        for mask in (False, True)
+    )
+    assert on - off == pytest.approx(4 * 4 * 1024**2, rel=0.1)
 
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -248,7 +272,7 @@ def test_what_cannot_be_planned_says_what_to_write() -> None:
     for changed, ranks, message in (
         ({"strategy": "zero", "zero_offload": "optimizer"}, 2, "leave it out, and write --parallel.zero_stage"),
         ({"strategy": "single"}, 2, "write --gpus 1"),
-        ({"strategy": "fsdp", "shard_size": 2}, 6, "write --gpus 2"),
+        ({"strategy": "fsdp", "shard_size": 4}, 6, "does not divide 6 rank.* write one of 2, 3, 6"),
     ):
         other = replace(config, parallel=replace(config.parallel, **changed))
         with pytest.raises(ConfigError, match=message):

@@ -59,6 +59,58 @@ def test_losses_are_those_of_one_rank_and_go_on_at_another_number(
         assert rest == (expected if saved_by == "1" else pytest.approx(expected, abs=2e-4))
 
 
+def test_sources_by_weight_give_the_same_losses_on_any_number_of_ranks(
+    ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Files and a streamed data set, whose weights change; a run goes on on another number of ranks."""
+
+    def run(world_size: int, name: str, later: int = 100, **more: Any) -> list[dict[str, float]]:
+        steps = [{"from_step": step, "weight": weight} for step, weight in ((0, 1), (4, 3), (later, 9))]
+        settings = {
+            "data.sources": [
+                {"name": "topics", "files": [str(text_file)], "weight": 2.5},
+                {"name": "words", "dataset": str(folder), "weight": steps},
+                {"name": "few", "files": [str(folder / "validation.jsonl")], "weight": 0.4},
+            ],
+            "data.cache_dir": str(cache_dir),
+            "data.streams": 6,
+            "train.run_dir": str(tmp_path / name),
+            "train.global_batch_size": FILES,
+            "train.steps": 8,
+            "loqt.merge.gap": 5,
+            "parallel.strategy": "ddp" if world_size > 1 else "single",
+            "checkpoint.every": 3,
+        }
+        return ranks.run(world_size, TRAIN, **{**settings, **more})[0]
+
+    def numbers(rows: list[dict[str, float]], after: int = 0) -> dict[str, float]:
+        """What must be equal, by step and name."""
+        kept = ("train/loss", "train/tokens", "data/", "eval/")
+        return {
+            f"{row['step']} {key}": value
+            for row in rows
+            for key, value in row.items()
+            if key.startswith(kept) and row["step"] > after and not key.endswith(("words/epochs", "perplexity"))
+        }
+
+    one = run(1, "1")
+    assert numbers(run(2, "2")) == pytest.approx(numbers(one), abs=2e-4)
+    checkpoint = str(tmp_path / "2" / "checkpoints" / "step-00000006")
+    rest = run(1, "on-1", 50, **{"checkpoint.resume": checkpoint})  # weights of steps to come may change
+    assert numbers(rest, 6) == pytest.approx(numbers(one, 6), abs=2e-4)
+    names = ("topics", "words", "few")
+    for row in one:
+        if "train/loss" in row:
+            assert sum(row[f"data/{name}/tokens"] for name in names) == row["train/tokens"]
+            assert sum(row[f"data/{name}/share"] for name in names) == pytest.approx(1)
+        if "eval/loss" in row:
+            assert min(row[f"eval/{name}/loss"] for name in names) < row["eval/loss"]
+            assert max(row[f"eval/{name}/loss"] for name in names) > row["eval/loss"]
+    last = one[-2]
+    assert last["data/words/share"] == pytest.approx((4 / 3.9 + 4 * 3 / 5.9) / 8, abs=0.04)
+    assert last["data/few/epochs"] > 1
+
+
 def test_a_rank_reads_and_tokenizes_its_part_alone(ranks: RankPool, folder: Path) -> None:
     arguments = {"folder": str(folder), "steps": 3, "batch": FILES}
     ((whole_bytes, whole_tokens, whole),) = ranks.run(1, "tests.distributed.stream_tasks:read_share", **arguments)

@@ -53,7 +53,7 @@ def settings_of(spread: str) -> dict[str, Any]:
 
 def train(folder: str, spread: str, scheme: str, *, resume: str | None = None, **changes: Any) -> dict[str, Any]:
     """A whole run on this rank: losses of its steps, merge steps, the merged model's own loss."""
-    with _one_accelerator(spread):
+    with one_accelerator(spread):
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         accumulate = {"gradient_accumulation_steps": MICRO_BATCHES // ranks}
         callback = LoQTCallback(config_of(scheme))
@@ -83,7 +83,7 @@ def _saved_loss(folder: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_accelerator(spread: str) -> Iterator[None]:
+def one_accelerator(spread: str) -> Iterator[None]:
     """Accelerate's singletons and variables are this run's own; CPUs pass for what it shards on.
 
     Accelerate 1 makes nothing of an FSDP or DeepSpeed configuration on CPUs: each rank would train alone. torch's

@@ -15,6 +15,7 @@ import torch
 
 from loqt_scale.checkpoint import CheckpointError, CheckpointFolder, Manifest, saver, write
 from loqt_scale.data.batches import StoredSequences
+from loqt_scale.layers import loqt_layers
 from loqt_scale.merge.one_layer import LayerMerge
 from loqt_scale.model import loss as loss_module
 from loqt_scale.training import trainer as trainer_module
@@ -23,6 +24,7 @@ from loqt_scale.training.job import train
 from loqt_scale.training.reading import UnreadableDataError
 from loqt_scale.training.stopping import Stopped
 from loqt_scale.training.trainer import Trainer
+from tests.distributed.footprint_tasks import make_trainer
 from tests.distributed.tasks import small_config
 
 STEPS = 8  # merges after steps 1, 5 (counted from 1), saves after 4 and 8
@@ -136,6 +138,23 @@ def test_too_many_steps_that_are_not_finite_are_saved_beside_what_there_is(
     with pytest.raises(NonFiniteLossError):
         train(small_config({**settings, "optim.max_skipped_steps": 2, "checkpoint.keep_last": 1}))
     assert names(settings) == ["latest", "step-00000004", "step-00000008"], "the step after the last was on its way"
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device skips what the host counts as skipped; a merge step's merge follows the next step."""
+    trainer, whole = make_trainer(small_config(settings)), loss_module.summed_loss
+    updates = []
+    for step, more in enumerate((math.inf, 0.0)):
+        monkeypatch.setattr(loss_module, "summed_loss", lambda *given, more=more: whole(*given) + more)
+        before = {name: tensor.clone() for name, tensor in trainer.built.model.state_dict().items()}
+        trainer.step(step)
+        trainer.finish_pending()
+        same = [torch.equal(tensor, before[name]) for name, tensor in trainer.built.model.state_dict().items()]
+        updates.append((trainer.updates, trainer.health.skipped, all(same)))
+    assert updates == [(0, 1, True), (1, 1, False)]
+    assert all(bool(layer.projection.dense().any()) for _, layer in loqt_layers(trainer.built.model))
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])

@@ -13,6 +13,7 @@ import pytest
 
 from loqt_scale.cli import main
 from loqt_scale.config.yaml import load_run_config
+from loqt_scale.data.tokenizers import train_bpe
 from tests.distributed.tasks import SMALL_RUN, _word
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -165,7 +166,9 @@ def test_compiled_blocks_train_to_the_same_losses(base: dict[str, Any], tmp_path
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
-def test_a_pretrained_folder_goes_on_training(base: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pretrained_folder_goes_on_training(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real `save_pretrained` files; the first merge reads the true weights from them once more."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -178,6 +181,7 @@ def test_a_pretrained_folder_goes_on_training(base: dict[str, Any], tmp_path: Pa
     model.save_pretrained(tmp_path / "model")
     pretrained = {"model.path": str(tmp_path / "model"), "model.weights": "pretrained", "model.overrides": {}}
     assert main(["train", *words({**base, **pretrained, "loqt.quantization.weight": "none"})]) == 0
+    assert "(pretrained weights); LoQT" in capsys.readouterr().out
     rows = rows_of(Path(base["train.run_dir"]))
     from loqt_scale.data import build_corpus
 
@@ -189,6 +193,11 @@ def test_a_pretrained_folder_goes_on_training(base: dict[str, Any], tmp_path: Pa
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), corpus.eval.labels.flatten(), ignore_index=-100)
     assert rows[0]["eval/loss"] == pytest.approx(float(expected), abs=1e-4)
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    train_bpe(["the cat sat on the mat"] * 50, 300, tmp_path / "model")  # the folder's own tokenizer now
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["train", *words({**base, **pretrained, "train.run_dir": str(tmp_path / "other")})]) == 2
+    assert "write data.tokenizer: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_the_readmes_library_loop_trains() -> None:

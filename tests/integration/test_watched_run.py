@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import ProfileConfig, RunConfig
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.metrics import check_wandb
 from loqt_scale.metrics.wandb_run import ID_FILE, WandbRun
 from loqt_scale.training.job import train
+from loqt_scale.training.profiling import StepProfile
 
 REGIONS = {"data", "forward", "backward", "optimizer", "merge"}
 
@@ -82,6 +84,20 @@ def test_a_trace_has_the_regions_of_the_steps_that_were_asked_for(runs: tuple[Pa
         names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
     counts = {region: names.count(region) for region in REGIONS}
     assert counts == {"data": 2, "forward": 4, "backward": 4, "optimizer": 2, "merge": 1}
+
+
+def test_a_profile_is_named_by_the_steps_that_it_holds(tmp_path: Path) -> None:
+    """A run that stopped inside its window and goes on there does not write over what it had."""
+    window = ProfileConfig(start=2, steps=4)
+    for steps in (range(3), range(3, 8)):
+        profile = StepProfile(window, str(tmp_path), rank=0, device=torch.device("cpu"), tell=lambda line: None)
+        for step in steps:
+            profile.begin(step)
+            if profile.ends_with(step):
+                profile.close()
+        profile.close()
+    names = sorted(path.name for path in (tmp_path / "profile").iterdir())
+    assert names == ["steps-2-3.rank-0.json.gz", "steps-4-5.rank-0.json.gz"]
 
 
 def test_tensorboard_compares_runs_by_their_settings(runs: tuple[Path, Path]) -> None:

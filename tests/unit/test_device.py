@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loqt_scale.config.yaml import parse_run_config
-from loqt_scale.data.batching import summed_loss
 from loqt_scale.functional import blockwise
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.merge.begun import BegunMerge
-from loqt_scale.model.attention import attend_causally
+from loqt_scale.model.attention import CAUSAL, MASKED
 from loqt_scale.model.build import design_model
+from loqt_scale.model.documents import attend
 from loqt_scale.optim import UpdateInBackward, create_optimizer
 from loqt_scale.strategies import single_process
 
@@ -32,6 +32,7 @@ DOUBLE = ["--loqt.quantization.weight=nf4_double", "--loqt.quantization.projecti
 FRUGAL = ["--optim.states=int8", "--model.dtype=bfloat16", "--model.trained_dtype=bfloat16"]
 METHODS = [["--loqt.subspace.method=svd"], ["--loqt.subspace.method=randomized"]]
 MUON = ["--optim.name=muon"]
+MASKED_DOCUMENTS = ["--data.mask_documents=true"]
 PER_LAYER = [*FRUGAL, "--optim.per_layer=true", "--optim.clip_norm=0"]
 
 
@@ -83,13 +84,15 @@ def _nothing_elsewhere(merges: MergeCoordinator, seen: bool) -> str:
 
 @pytest.mark.parametrize(
     "words",
-    [[], *METHODS, DOUBLE, FRUGAL, PER_LAYER, MUON, [*PER_LAYER, *MUON]],
-    ids=["sketch", "svd", "randomized", "double", "frugal", "per layer", "muon", "muon per layer"],
+    [[], *METHODS, DOUBLE, FRUGAL, PER_LAYER, MUON, [*PER_LAYER, *MUON, *MASKED_DOCUMENTS]],
+    ids=["sketch", "svd", "randomized", "double", "frugal", "per layer", "muon", "muon per layer masked"],
 )
 def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
     config = parse_run_config([*RUN, *words])
     model = design_model(config, vocab_size=320).model
-    assert attend_causally(model, config.data.seq_len)
+    attend(model, config.data, separator=256)
+    attention: Any = model.config
+    assert attention._attn_implementation in (CAUSAL, MASKED)
     with FakeTensorMode(), Reads() as reads:
         move(model)
         strategy = single_process(ELSEWHERE)
@@ -100,7 +103,7 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
 
         def step() -> Tensor:
             tokens = torch.zeros(2, config.data.seq_len, dtype=torch.int64, device=ELSEWHERE)
-            summed_loss(model(input_ids=tokens, use_cache=False).logits, tokens).backward()
+            model(input_ids=tokens, targets=tokens).backward()
             if per_layer is not None:
                 return per_layer.take_squares().sqrt()
             return strategy.step.update(model, optimizer, trained, max_norm=config.optim.clip_norm)

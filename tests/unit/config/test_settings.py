@@ -14,7 +14,16 @@ from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
 from loqt_scale.checkpoint.changes import changes_between
-from loqt_scale.config import ParallelConfig, RunConfig
+from loqt_scale.config import (
+    DataConfig,
+    LoQTConfig,
+    MergeConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.commands import (
     ExportOptions,
@@ -156,6 +165,35 @@ def test_patterns_keep_their_order(tmp_path: Path) -> None:
     assert config.loqt.rank_of("model.layers.0.mlp.up_proj") == 8
     turned = replace(config, loqt=replace(config.loqt, rank_pattern=dict(reversed(patterns.items()))))
     assert list(changes_between(config, turned)) == ["loqt.rank_pattern"] and not changes_between(config, again)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (LoQTConfig, {"exclude_modules": "head"}, "loqt.exclude_modules is 'head'; write a list such as"),
+        (LoQTConfig, {"side": "left"}, "loqt.side is 'left'; write one of auto, input, output"),
+        (LoQTConfig, {"rank": True}, "loqt.rank is True; write a whole number"),
+        (LoQTConfig, {"merge": {"gap": 5}}, "loqt.merge is .*; write MergeConfig"),
+        (MergeConfig, {"optimizer_state": "rotate"}, "write one of keep, reset, transport"),
+        (OptimConfig, {"betas": (0.9,)}, "write a list of 2 numbers"),
+        (RunConfig, {"method": "lora"}, "method is 'lora'; write one of loqt, full"),
+    ],
+)
+def test_types_are_looked_at_where_a_program_makes_settings_too(kind: Any, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        kind(**values)
+
+
+def test_a_program_may_write_paths_tuples_and_whole_numbers(tmp_path: Path) -> None:
+    written: dict[str, Any] = {"run_dir": tmp_path, "files": [tmp_path], "target_modules": ("*.q_proj",)}
+    assert TrainConfig(run_dir=written["run_dir"]).run_dir == str(tmp_path)
+    assert DataConfig(files=written["files"]).files == [str(tmp_path)]
+    assert LoQTConfig(target_modules=written["target_modules"], scale=1).scale == 1
+
+
+def test_what_only_memory_depends_on_may_change_in_a_run() -> None:
+    smaller = RunConfig(model=ModelConfig(loss_chunk_tokens=64, activation_checkpointing=True))
+    assert not changes_between(RunConfig(), smaller)
 
 
 def test_a_rank_is_a_whole_number(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_stream_with_an_empty_split_is_refused(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) -> None:
+def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder) -> None:
     """Another one in one shard, another type in one; blank lines and rows without text are no documents."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -241,6 +242,7 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str) ->
         (tmp_path / "validation.jsonl").unlink()
         pq.write_table(pa.table({"text": HELD_OUT}), tmp_path / "validation.parquet")
     seen = set(documents_of(read(build(dataset=str(tmp_path), streams=1), 2200 // (4 * T))))  # two epochs at least
+    assert any("rows without a column 'text' are left out" in str(told) for told in recwarn) == (kind == "jsonl")
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
 
 
@@ -293,3 +295,18 @@ def test_fewer_documents_than_streams(tmp_path: Path) -> None:
     rows = torch.stack([corpus.train.sequences(step, 0, 8).input_ids for step in range(40)])
     for stream in range(8):
         assert set(documents_of(rows[:, stream])) == set(TRAIN[:3])
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path: Path, cache_dir: str) -> None:
+    """A text costs so many nats in all, in tokens of a byte and in longer ones; some characters have several bytes."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Straße number {number}, naïve señor, said so: {number}" for number in range(400)))
+    each = {"files": [str(text)], "cache_dir": cache_dir, "eval_fraction": 0.5, "max_eval_sequences": 10**6}
+    found = {}
+    for tokenizer in ("bytes", "bpe"):
+        corpus = build(tokenizer=tokenizer, bpe_vocab_size=300, seq_len=64, **each)
+        tokens = int((corpus.eval.labels >= 0).sum())
+        found[tokenizer] = corpus.bits_per_byte(1000.0 / tokens)
+    documents = text.read_text().encode().split(b"\n\n")
+    assert found["bytes"] == pytest.approx(found["bpe"], rel=0.02)
+    assert 1000.0 / math.log(2) / found["bytes"] == pytest.approx(sum(map(len, documents)) / 2, rel=0.15)

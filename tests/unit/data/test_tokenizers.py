@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loqt_scale.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
+from loqt_scale.data.tokenizers import ByteTokenizer, check_ids, load_tokenizer, train_bpe
+from loqt_scale.errors import UserError
 
 TEXTS = ["Hello,  world!\n\n\ttabs", "naïve café — ÆØÅ 日本語 🙂", " leading and trailing ", "\x00\x7f\r\n", "a"]
 
@@ -88,6 +89,15 @@ def test_save_and_load_keep_ids_and_fingerprint(bpe_folder: Path, tmp_path: Path
     again = load_tokenizer(str(tmp_path))
     assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     assert (again.fingerprint, again.eos_token_id) == (tokenizer.fingerprint, tokenizer.eos_token_id)
+
+
+def test_other_ids_than_a_pretrained_models_are_refused(bpe_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"data.tokenizer is bytes, whose ids .*; write data.tokenizer: {bpe_folder}"):
+        check_ids(ByteTokenizer(), str(bpe_folder))
+    check_ids(load_tokenizer(str(bpe_folder)), str(bpe_folder))
+    check_ids(ByteTokenizer(), str(tmp_path))  # no tokenizer there
+    ByteTokenizer().save(tmp_path)
+    check_ids(ByteTokenizer(), str(tmp_path))
 
 
 def test_any_saved_tokenizer_loads(tmp_path: Path) -> None:

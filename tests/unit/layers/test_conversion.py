@@ -40,6 +40,25 @@ class Noisy(nn.Linear):
         return F.dropout(y, 0.5, training=self.training)
 
 
+class Gained(ByHand):
+    """The same function until somebody sets its gain."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.gain = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.gain * super().forward(input)
+
+
+class Called(nn.Linear):
+    """Another function, beside its forward."""
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        product: Tensor = super().__call__(*args)
+        return 2.0 * product
+
+
 class Everything(nn.Module):
     """A layer of every kind."""
 
@@ -47,6 +66,7 @@ class Everything(nn.Module):
         super().__init__()
         self.plain = nn.Linear(32, 32)
         self.by_hand, self.scaled, self.noisy = ByHand(32, 32), Scaled(32, 32), Noisy(32, 32)
+        self.gained, self.called = Gained(32, 32), Called(32, 32)
         self.frozen, self.hooked, self.small = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 3)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
         self.tied, self.lm_head = nn.Linear(32, 50, bias=False), nn.Linear(32, 50, bias=False)
@@ -67,7 +87,7 @@ def test_a_report_names_what_was_left_and_why_and_is_the_list_of_what_was_not() 
     assert [name for name, _ in loqt_layers(model)] == report
     assert report.values == values and report.share == 2 * 32 * 32 / values
     left = {item.name: item.why for item in report.left}
-    assert "computes something else" in left["scaled"] and "computes something else" in left["noisy"]
+    assert all("computes something else" in left[name] for name in ("scaled", "noisy", "gained", "called"))
     assert left["frozen"].startswith("frozen") and left["hooked"].startswith("hooks") and "rank 8" in left["small"]
     assert "weight norm" in left["normed.parametrizations.weight.original1"]
     assert "tied" in left["tied"] and "embed" not in left  # one parameter, its first name
@@ -126,6 +146,27 @@ def test_why_nothing_can_be_converted_is_said() -> None:
         convert_to_loqt(nn.Sequential(Scaled(32, 32)), LoQTConfig(rank=4))
     with pytest.raises(UserError, match=r"weight is a convolution|0 is a convolution"):
         convert_to_loqt(nn.Sequential(nn.Conv2d(8, 8, 3)), LoQTConfig(rank=4))
+
+
+def test_a_layer_without_a_shape_yet_is_refused() -> None:
+    with pytest.raises(UserError, match=r"1 has no shape yet \(LazyLinear\); call the model once"):
+        convert_to_loqt(nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(32)), LoQTConfig(rank=4))
+
+
+def test_a_linear_layer_that_something_has_kept_does_not_go_on_in_silence() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+    kept, x = list(zip(model.values(), (1, 2), strict=True)), torch.randn(2, 32)
+    convert(model, LoQTConfig(rank=4))
+    with pytest.raises(UserError, match=r"was b before convert_to_loqt is called: something has kept it"):
+        kept[1][0](x)
+    with torch.no_grad():
+        assert kept[0][0](x).shape == (2, 32)  # to compare with
+
+
+def test_a_pattern_that_nothing_is_called_is_told() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(32, 32), "my_head": nn.Linear(32, 32)})
+    with pytest.warns(UserWarning, match=r"loqt.exclude_modules has 'head', which nothing .* write '\*head\*'"):
+        assert convert(model, LoQTConfig(rank=4, exclude_modules=["head"])) == ["body", "my_head"]
 
 
 def test_a_layer_under_two_names_is_one_layer_still() -> None:

@@ -22,6 +22,7 @@ from transformers import (
 from loqt_scale import LoQTConfig, convert_to_loqt, save_merged, to_dense
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
+from tests.distributed.footprint_tasks import allocations
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -155,6 +156,27 @@ def test_another_librarys_save_pretrained_is_told_what_to_write(tmp_path: Path) 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no LoQT layer"):
         to_dense(nn.Linear(4, 4))
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(UserError, match=r"dtype is .*int8|dtype is 'bfloat16'; write a floating-point one"):
+            save_merged(trained("llama"), tmp_path / "not there", dtype=dtype)  # type: ignore[arg-type]
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists; write a folder that does not"):
         save_merged(trained("llama"), tmp_path / "there")
+
+
+def test_going_back_needs_the_dense_model_and_about_its_largest_matrix(tmp_path: Path) -> None:
+    """Of torch's allocator, above the converted model; writers of files need more (benchmarks/dense.py)."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    dense, largest = sum(p.nbytes for p in model.parameters()), 4 * 128 * 384
+    convert_to_loqt(model, LoQTConfig(rank=32))
+    with allocations() as whole:
+        copied = to_dense(model)
+    with allocations() as half:
+        short = to_dense(model, dtype=torch.bfloat16)
+    with allocations() as saved:
+        save_merged(model, tmp_path / "merged")
+    assert dense <= whole.kept < dense + 4096 and whole.passing < 1.5 * largest
+    assert dense // 2 <= half.kept < dense // 2 + 4096 and half.passing < 1.5 * largest
+    assert saved.kept < 4096 and dense < saved.passing < dense + 1.5 * largest
+    assert copied.dtype == torch.float32 and short.dtype == torch.bfloat16

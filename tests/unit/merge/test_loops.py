@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -61,6 +62,53 @@ def test_averages_of_a_converted_model_are_told_and_those_of_dense_weights_are_r
     assert len([each for each in told if "AveragedModel" in str(each.message)]) == 1
     for name, p in right.module.named_parameters():
         torch.testing.assert_close(p.double(), oracle[name], rtol=1e-5, atol=1e-6)
+
+
+class ListAverage:
+    """An average as a list of clones of parameters: what diffusers' EMAModel and torch_ema keep."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.kept: list[torch.Tensor] = []
+        self.restart(parameters)
+
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.kept = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        for kept, now in zip(self.kept, parameters, strict=True):
+            kept.sub_(0.1 * (kept - now)) if now.requires_grad else kept.copy_(now)
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        for kept, now in zip(self.kept, parameters, strict=True):
+            now.data.copy_(kept)
+
+
+def test_averages_in_a_list_of_parameters_are_of_dense_weights_or_begin_anew_at_merges() -> None:
+    model, optimizer, merges = made()
+    dense, since, reports = ListAverage(to_dense(model).parameters()), ListAverage(model.parameters()), []
+    merges.on_merge.append(lambda report: since.restart(model.parameters()))
+    merges.on_merge.append(reports.append)
+    from_start, from_merge = ([p.detach().double() for p in to_dense(model).parameters()] for _ in range(2))
+    for data in range(9):
+        report = step(model, optimizer, merges, data)
+        assert (report is None) == (data not in (0, 5)) and (report is None or reports[-1] is report)
+        dense.step(to_dense(model).parameters())
+        since.step(model.parameters())
+        now = [p.detach().double() for p in to_dense(model).parameters()]
+        from_merge = now if report is not None else [0.9 * a + 0.1 * b for a, b in zip(from_merge, now, strict=True)]
+        from_start = [0.9 * a + 0.1 * b for a, b in zip(from_start, now, strict=True)]
+    other, before = to_dense(model), copy.deepcopy(model.state_dict())
+    dense.copy_to(other.parameters())
+    assert close(other, from_start) and not close(to_dense(model), from_start)
+    since.copy_to(model.parameters())  # into the model that trains, and out again
+    assert close(to_dense(model), from_merge)
+    model.load_state_dict(before)
+    assert not close(to_dense(model), from_merge)
+
+
+def close(model: nn.Module, wanted: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(p.double(), w, 1e-4, 1e-5) for p, w in zip(model.parameters(), wanted, strict=True))
 
 
 def test_copies_that_are_kept_or_loaded_or_trained_are_nobodys_mistake() -> None:

@@ -358,8 +358,19 @@ def test_a_state_of_other_settings_is_refused() -> None:
     narrow = converted(LoQTConfig(rank=4))
     with pytest.raises(UserError, match=r"had rank 8 and has 4"):
         attach(narrow, adamw(narrow), LoQTConfig(rank=4)).load_state_dict(state, strict=False)
-    merges = attach(model, adamw(model), CONFIG)
+
+
+def test_a_state_inside_a_merge_step_is_that_of_its_beginning_up_to_the_update() -> None:
+    model = converted()
+    optimizer = adamw(model)
+    merges = attach(model, optimizer, CONFIG)
+    for index in range(5):
+        step(model, merges, optimizer, None, index)
+    before = merges.state_dict()
     merges.prepare()
+    loss_of(model, 5).backward()
+    assert merges.state_dict() == before and merges.is_merge_step(5)  # Lightning saves in the middle of accumulations
+    optimizer.step()
     with pytest.raises(RuntimeError, match="call finish before state_dict"):
         merges.state_dict()
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from loqt_scale.config import LoQTConfig, ModelConfig, RunConfig
-from loqt_scale.config.groups import DataConfig
+from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.model.architectures import load_model_config
 from loqt_scale.model.build import design_model
@@ -69,6 +68,12 @@ def test_a_trainer_refuses_what_it_cannot_train_and_says_why(tmp_path: Path) -> 
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
     ):
         assert design(folder(tmp_path, model_type=kind, vocab_size=64, **fields))
+
+
+def test_chunks_of_the_loss_that_cannot_be_had_are_told(tmp_path: Path) -> None:
+    falcon = {"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with pytest.warns(UserWarning, match=r"loss_chunk_tokens is 8, but it is not known what a falcon model does"):
+        design(folder(tmp_path, vocab_size=64, **falcon), loss_chunk_tokens=8)
 
 
 def test_ids_that_occur_must_fit_and_nothing_else(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import weakref
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from loqt_scale.errors import UserError
 from loqt_scale.functional.blockwise import _tables, decode, encode, row_block
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.optim import StreamedAdamW, UpdateInBackward, fragment, open_moments, step_if_finite
@@ -94,6 +96,51 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit(states: str, dtype: torc
         assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer, ours), strict=True))
     for a, b in zip(everything(optimizer, ours), everything(never_skipped, theirs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("states", ["float32", "int8"])
+def test_a_state_dict_is_plain_and_goes_on_to_the_last_bit(states: str) -> None:
+    """Through a file that torch reads without running anything; into another optimizer, and back in the same one."""
+    ours, others = parameters_of(), parameters_of()
+    optimizer, other = make(ours, states), make(others, states)
+    weights: list[torch.Tensor] = []
+    for step in range(6):
+        if step == 3:
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            weights = [p.detach().clone() for p in ours]
+        gradients(ours, step)
+        optimizer.step()
+    expected = everything(optimizer, ours)
+    for parameters, loaded in ((others, other), (ours, optimizer)):
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+        for step in range(3, 6):
+            gradients(parameters, step)
+            loaded.step()
+        assert all(torch.equal(a, b) for a, b in zip(everything(loaded, parameters), expected, strict=True))
+    saved = other.state_dict()
+    names = {index: f"weight.{index}" for index in range(3)}  # as torch.distributed.checkpoint calls parameters
+    renamed = [{**group, "params": [names[index] for index in group["params"]]} for group in saved["param_groups"]]
+    moments = {names[index]: own for index, own in saved["state"].items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": renamed})
+    assert all(torch.equal(a, b) for a, b in zip(everything(optimizer, ours), expected, strict=True))
+    with pytest.raises(UserError, match=r"moments of weight\.0, which no group holds"):
+        optimizer.load_state_dict({"state": moments, "param_groups": saved["param_groups"]})
+    assert (
+        saved["state"][0]["exp_avg_sq"].shape == (48, 64) and make(parameters_of(), states).state_dict()["state"] == {}
+    )
+    saved["state"][1]["exp_avg"] = torch.zeros(35)
+    with pytest.raises(
+        UserError, match=r"of parameter 1 the state has \(35,\) for 'exp_avg', but this rank holds \(70,\)"
+    ):
+        other.load_state_dict(saved)
+    del saved["state"][1]["exp_avg"]
+    with pytest.raises(UserError, match="the state has nothing for 'exp_avg'"):
+        other.load_state_dict(saved)
 
 
 @given(

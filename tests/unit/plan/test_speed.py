@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2MoeConfig
 
 from loqt_scale.cli import main
 from loqt_scale.config import RunConfig
@@ -23,7 +24,7 @@ from loqt_scale.metrics.throughput import peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run
 from loqt_scale.plan import devices as devices_module
-from loqt_scale.plan.activations import OnePass
+from loqt_scale.plan.activations import OnePass, take_pass
 from loqt_scale.strategies import single_process
 
 TABLE = Path(devices_module.__file__).with_name("devices.yaml")
@@ -53,6 +54,18 @@ def test_flops_are_those_of_a_real_pass(method: str, recompute: str) -> None:
         seen[op.kind] += count
     linears, passes = 5 * 7, 3 if recompute == "true" else 2
     assert seen["dequantize"] == (2 * linears * passes if method == "loqt" else 0)
+
+
+def test_a_model_of_unlike_blocks_is_not_planned_from_its_first_ones(tmp_path: Path) -> None:
+    """Three dense blocks before three of experts, as DeepSeek-V3 has them: as the whole pass."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320}
+    widths = {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0, 1, 2], "num_hidden_layers": 6}
+    Qwen2MoeConfig(**sizes, **widths, **experts).save_pretrained(tmp_path)
+    config = config_of(**SMALL | {"loqt__rank": 4}, model__path=tmp_path)
+    one = OnePass(config, vocab_size=320)
+    peak, operations = take_pass(config, design_model(config, vocab_size=320).model, free=True)
+    assert (one.gradients_freed, one.operations) == (peak, operations)
 
 
 def test_bytes_of_dequantizing_are_those_of_codes_scales_and_weights() -> None:
@@ -142,6 +155,9 @@ def test_peaks_are_those_that_a_run_on_the_device_takes() -> None:
     for name, gpu in yaml.safe_load(TABLE.read_text())["gpus"].items():
         words = name.replace("RTX", "RTX ").replace("-", " ")
         assert peak_tflops(words, "bfloat16") == gpu["bfloat16"] and peak_tflops(words, "float32") == gpu["float32"]
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312.0
+    for other in ("NVIDIA A10G", "NVIDIA RTX A4000", "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_tflops(other, "bfloat16") is None
 
 
 def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> None:
@@ -174,8 +190,11 @@ def test_more_gpus_than_sequences_say_what_to_write(capsys: pytest.CaptureFixtur
 
 def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.preset=llama_nano", "--loqt.rank=8", "--train.global_batch_size=16", "--gpus=16", "--gpu=rtx4090"]
+    words.append("--data.sources=[{name: a, files: [a.txt], weight: 3}, {name: b, dataset: x/y}]")
     assert main(["plan", *words, "--vocab-size=320", "--tokens=2e9"]) == 0
     said = capsys.readouterr().out
     for expected in ("planned, not measured", "LoQT", "full rank", "bound by", "MFU", "days to 2 G tokens"):
         assert expected in said
-    assert "16 x RTX4090" in said and "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
+    assert "text  a 75.0% (3.07M tokens), b 25.0% (1.02M tokens)" in said
+    assert "16 x RTX4090: 82.6 TFLOP/s in float32" in said
+    assert "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said

@@ -10,6 +10,7 @@ from loqt_scale.config import ParallelConfig, RunConfig, names
 from loqt_scale.config.yaml import load_run_config, parse_run_config, save_run_config
 from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.strategies import SINGLE, StrategyKind, find_strategy, register_strategy, registry, resolve_strategy
+from loqt_scale.strategies.hybrid import words
 
 KIND = StrategyKind(name="theirs", create=SINGLE.create)
 
@@ -75,3 +76,10 @@ def test_settings_of_a_run_are_read_where_its_strategy_is_not_installed(tmp_path
     config = RunConfig(parallel=ParallelConfig(strategy="elsewhere", options={"depth": 3}))
     save_run_config(config, tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml") == config
+
+
+def test_copies_of_a_sharded_model_that_lie_on_several_hosts_are_told() -> None:
+    block, cyclic = [*"aaaabbbb"], [*"abababab"]
+    assert words(block, 4) == "2 x 4" and words(block, 2) == "4 x 2"
+    assert words(cyclic, 4) == "2 x 4, each copy over 2 hosts"
+    assert words([*"aabb" * 2], 4) == "2 x 4, each copy over 2 hosts"

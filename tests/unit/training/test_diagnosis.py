@@ -99,3 +99,11 @@ def test_it_says_once_what_to_change_and_when_it_is_over() -> None:
     assert rising[1:] == ["the loss has come down again"]
     frozen = told(RUN, [3.0] * 4, merged(config(), lr=1e-7, same_batch=True)[1:])
     assert len([line for line in frozen if "loqt.merge.gap: 200 instead of 100" in line]) >= 1
+
+
+def test_a_source_that_has_been_read_often_is_told_of_once() -> None:
+    said: list[str] = []
+    diagnosis = Diagnosis(LoQTConfig(), OptimConfig(), {}, said.append)
+    for epochs in (3.9, 4.5, 6.0):
+        diagnosis.take_epochs({"web": epochs, "code": 0.5})
+    assert len(said) == 1 and "'web' has been read 4.5 times" in said[0]

@@ -12,15 +12,14 @@ from loqt_scale.config import LoQTConfig, MergeConfig
 from loqt_scale.layers import LoQTLinear
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.strategies import single_process
-from loqt_scale.training.health import Health, NonFiniteLossError
+from loqt_scale.training.health import Health, NonFiniteLossError, spoil_gradient
 
 
 def test_patience_is_for_steps_in_a_row() -> None:
     health = Health(patience=2)
     assert health.judge(1, 2.0, 1.0) is None
-    assert "step 2: loss nan, gradient norm 1.0; the update, which is finite, was applied (1 in a row" in str(
-        health.judge(2, math.nan, 1.0)
-    )
+    told = str(health.judge(2, math.inf, math.nan))
+    assert "step 2: loss inf, gradient norm nan; the update was not applied (1 in a row" in told
     assert health.judge(3, 2.5, 1.0) is None
     assert health.judge(4, 2.0, math.inf) is not None
     with pytest.raises(NonFiniteLossError, match=r"2 in a row. Last good values: step 3, train/loss 2.5"):
@@ -38,6 +37,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         assert not math.isfinite(norm) and not optimizer.state
         assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
         assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient() -> None:
+    """Of a target of probability 0 it would be finite; of a finite loss it stays what it is, to the bit."""
+    for logit, finite in ((-math.inf, False), (0.3, True)):
+        logits = torch.tensor([[0.5, 1.5, logit]], requires_grad=True)
+        loss = nn.functional.cross_entropy(logits, torch.tensor([2]))
+        (plain,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        (spoiled,) = torch.autograd.grad(spoil_gradient(loss), logits)
+        assert plain.isfinite().all() and bool(loss.isfinite()) == finite
+        assert torch.equal(plain, spoiled) if finite else spoiled.isnan().all()
 
 
 def test_a_skipped_merge_follows_the_next_step() -> None:

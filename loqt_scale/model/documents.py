@@ -1,0 +1,115 @@
+"""Documents of a packed sequence that do not see one another (`data.mask_documents`).
+
+A packed sequence holds documents end to end, an end-of-text token E between two of them. Here E is the first token of
+the document that follows:
+
+    tokens      d0 d0 d0 | E  d1 d1 | E  d2          a sequence may begin inside of a document
+    positions    0  1  2 | 0   1  2 | 0   1
+    labels      d0 d0 E  | d1 d1 E  | d2  d2
+
+So the last token of a document predicts its end, E alone predicts the first token of the next one, as `generate` has it
+do, and every token is predicted as without masks: no label is left out, no count of tokens changes. A sequence gives
+the loss and the gradients that its documents give one by one.
+
+Positions start again at each E. transformers makes masks of such positions by itself, for every kind of attention; the
+architectures that `attention` knows are given theirs. Whether a model keeps documents apart is tried on a small copy:
+some have no positions to give, or carry a state along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, packed_sequence_mask_function
+
+from loqt_scale.config import DataConfig
+from loqt_scale.errors import UserError
+from loqt_scale.model.attention import attend_by_mask, attend_causally, attention_dtype
+from loqt_scale.model.causality import VOCABULARY, agree, on_small_copies
+from loqt_scale.model.loss import give_with_tokens
+
+_SEPARATOR, _EACH = VOCABULARY - 1, 5  # of the copy: end of text, tokens of a document
+
+
+class DocumentInputs:
+    """What a model is given beside its tokens, so that documents do not see one another.
+
+    Args:
+        model: A causal language model of transformers, in place.
+        seq_len: T.
+        separator: Id of the token that begins a document.
+    """
+
+    def __init__(self, model: nn.Module, *, seq_len: int, separator: int) -> None:
+        self._separator = separator
+        self._embeddings: Any = None
+        if attend_by_mask(model, seq_len):
+            self._embeddings = model.get_input_embeddings()  # type: ignore[operator]
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Of tokens (B, T) int64: `position_ids`, the same shape, and `attention_mask` (B, 1, T, T) if it is needed."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        starts = torch.where(input_ids == self._separator, places, 0).cummax(dim=1).values
+        positions = {"position_ids": places - starts}
+        return positions if self._embeddings is None else positions | {"attention_mask": self._mask(starts)}
+
+    def _mask(self, starts: Tensor) -> Tensor:
+        batch, length = starts.shape
+        return eager_mask(  # numbers that are added
+            batch,
+            length,
+            length,
+            mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(starts)),
+            dtype=attention_dtype(self._embeddings.weight.dtype, starts.device),
+            device=starts.device,
+        )
+
+
+def attend(model: nn.Module, data: DataConfig, *, separator: int) -> None:
+    """Has a model that ends in the loss attend as a run's packed sequences want it, in place. Local.
+
+    Args:
+        model: As `loss.end_in_loss` left it, sharded or not.
+        data: `seq_len`, and whether documents see one another.
+        separator: The tokenizer's end of text.
+    """
+    if data.mask_documents:
+        give_with_tokens(model, DocumentInputs(model, seq_len=data.seq_len, separator=separator))
+    else:
+        give_with_tokens(model, None)
+        attend_causally(model, data.seq_len)
+
+
+def check_documents(data: DataConfig, hf_config: PreTrainedConfig) -> None:
+    """Refuses `data.mask_documents` for a model that cannot keep documents apart, or of which no copy can be tried.
+
+    Raises:
+        UserError: With what to write.
+    """
+    if not data.mask_documents:
+        return
+    apart = on_small_copies(hf_config, _keeps_apart)
+    if not apart:
+        found = (
+            "no small copy of it computes, on which that could be tried"
+            if apart is None
+            else "on a small copy, a document's outputs are not those that it has alone: the model takes no "
+            "position_ids, does not mask by them, or carries a state along"
+        )
+        raise UserError(
+            f"data.mask_documents is true, but a {hf_config.model_type} model cannot keep documents apart ({found}); "
+            "write data.mask_documents: false, or another model (llama, mistral, qwen, gemma, gpt_neox, gpt2 can)"
+        )
+
+
+def _keeps_apart(model: Any, dtype: torch.dtype) -> bool | None:
+    """Whether the second of two documents has the outputs that it has alone; None if the copy does not compute."""
+    first, second = torch.arange(10, 10 + _EACH), torch.arange(20, 20 + _EACH)
+    second[0] = _SEPARATOR
+    alone = model(input_ids=second.unsqueeze(0), use_cache=False).logits
+    given = DocumentInputs(model, seq_len=2 * _EACH, separator=_SEPARATOR)
+    packed = torch.cat([first, second]).unsqueeze(0)
+    return agree(model(input_ids=packed, use_cache=False, **given(packed)).logits[:, _EACH:], alone, dtype)
