@@ -202,7 +202,7 @@ class LowRankLinear(torch.autograd.Function):
         y_TO, xp_TR = _matmul_weight(x_TI, weight, proj, factor.to(dtype), spec)
         keeps_x = spec.applied_side == "output" or probe is not None
         ctx.save_for_backward(
-            x_TI if keeps_x else None, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, omega
+            x_TI if keeps_x else None, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, probe, omega
         )
         ctx.spec = spec
         ctx.dense_probe = probe is not None and omega is None
@@ -210,7 +210,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, omega = ctx.saved_tensors
+        x_TI, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, probe, omega = ctx.saved_tensors
         spec: LowRankSpec = ctx.spec
         dtype = dy_TO.dtype
         needs_x, needs_factor, needs_probe = (ctx.needs_input_grad[i] for i in (0, 5, 6))
@@ -226,9 +226,19 @@ class LowRankLinear(torch.autograd.Function):
         if needs_x:
             weight = _applied(base_codes, base_scales, spec, dtype)
             d_x = _input_gradient(dy_TO, weight, proj, factor_c, dyp_TR, spec)
+            if probe is not None and torch.is_grad_enabled():
+                d_x = d_x + _probe_term(dy_TO, probe.to(dtype), omega, spec)
         if needs_probe:
             d_probe = _probe_gradient(x_TI, dy_TO, omega, spec)
         return d_x, None, None, None, None, d_factor, d_probe, None, None
+
+
+def _probe_term(dy_TO: Tensor, probe: Tensor, omega: Tensor | None, spec: LowRankSpec) -> Tensor:
+    """What the probe adds to dX (T, I): zeros, through which a loss of dX (a penalty on it) has its part of dW."""
+    if omega is None:
+        return dy_TO @ (probe.T if spec.transposed else probe)
+    omega = omega.to(dy_TO.dtype)
+    return dy_TO @ omega @ probe.T if spec.applied_side == "input" else dy_TO @ probe @ omega.T
 
 
 def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, spec: LowRankSpec) -> Tensor:

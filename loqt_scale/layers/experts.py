@@ -79,9 +79,7 @@ class LoQTExperts(LoQTLayer):
         Returns:
             (S, O) in x's dtype, or in autocast's.
         """
-        device_type = x_SI.device.type
-        if torch.is_autocast_enabled(device_type):
-            x_SI = x_SI.to(torch.get_autocast_dtype(device_type))
+        x_SI = self.as_computed(x_SI)
         probe, omega = (None, None) if self.probe is None else (self.probe.leaf, self.probe.omega)
         base, projection = self.base, self.projection
         packed = (base.codes, base.scales, projection.codes, projection.scales)

@@ -36,10 +36,12 @@ class GradientProbe:
         leaf: Leaf tensor whose *gradient* is wanted; its values are never read. (O, I) dense, or (F, l) sketched; of
             experts one of each, (E, O, I) or (E, F, l).
         omega: The sketch's test matrix, (O, l) on side input, (I, l) on side output; None collects the dense gradient.
+        outlives: Whether it holds gradients of passes whose others somebody has thrown away (`zero_grad`).
     """
 
     leaf: Tensor
     omega: Tensor | None
+    outlives: bool = False
 
     @classmethod
     def collecting(cls, shape: tuple[int, ...], omega: Tensor | None, device: torch.device) -> GradientProbe:
@@ -98,9 +100,11 @@ class LoQTLayer(nn.Module):
         factor: B, trainable, (O, r) on side input, (I, r) on side output: always rows x rank, so that it shards like
             its layer and the optimizer's state rotates from the right on both sides.
         probe: None, or what collects the weight gradient before a merge.
+        loads: How often a state dict was loaded.
     """
 
     probe: GradientProbe | None
+    loads = 0
 
     def __init__(self, spec: LowRankSpec, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -127,9 +131,24 @@ class LoQTLayer(nn.Module):
         """What a merge replaces: codes and scales of W_q and P, and B."""
         return [*self.base.parameters(), *self.projection.parameters(), self.factor]
 
+    def as_computed(self, x: Tensor) -> Tensor:
+        """An input in the dtype in which the layer computes: its own, or autocast's.
+
+        Raises:
+            UserError: It holds no floating-point numbers; W would be rounded to whole ones.
+        """
+        if not x.is_floating_point():
+            raise UserError(f"the input of a LoQT layer is {x.dtype}, not floating-point; give it x.float()")
+        device_type = x.device.type
+        return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
     def count_pass(self) -> None:
         """Says it once if P is still zero after many training passes, of which no coordinator collected anything."""
+        if self.probe is not None:
+            self.probe.outlives |= self.probe.leaf.grad is not None and self.factor.grad is None
         if self._blank_passes < 0 or self.probe is not None or not self.training or not torch.is_grad_enabled():
+            return
+        if not self.factor.requires_grad:
             return
         self._blank_passes += 1
         if self._blank_passes < BLANK_PASSES:
@@ -172,6 +191,7 @@ class LoQTLayer(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         copies.excuse(self)
+        self.loads += 1
         saved = local_metadata.get("loqt", {})
         for key, value in self._meaning().items():
             if saved.get(key, value) != value:

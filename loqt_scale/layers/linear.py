@@ -102,9 +102,7 @@ class LoQTLinear(LoQTLayer):
         Returns:
             (..., O) in x's dtype, or in autocast's.
         """
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x = self.as_computed(x)
         probe, omega = (None, None) if self.probe is None else (self.probe.leaf, self.probe.omega)
         y = LowRankLinear.apply(
             x.reshape(-1, self.in_features),

@@ -67,7 +67,8 @@ def attach(
     merges = MergeCoordinator(
         model, optimizer, config, total_steps=total_steps, editing=editing, seed=seed, initial_weights=source
     )
-    if not merges.has_merged():
+    merged = merges.has_merged()
+    if not merged:
         merges.check_first_weights()
         merges.begin()
         if source is None and not all(layer.spec.base.kind.exact for layer in layers.values()) and merges.is_main:
@@ -77,6 +78,7 @@ def attach(
                 "convert_to_loqt(model, config), and attach(..., initial_weights=before), or a folder of safetensors",
                 stacklevel=2,
             )
+    merges.expect_state(merged=merged)
     return merges
 
 

@@ -48,6 +48,11 @@ CONVERT_IN_INIT = """Trainer makes a new model by model_init at every train(), a
         convert_to_loqt(model, config)
         return model"""
 
+GIVEN_LATE = (
+    "trainer.add_callback(LoQTCallback(...)) is too late to convert the model: give it to the Trainer when it is made: "
+    "Trainer(..., callbacks=[LoQTCallback(config)])"
+)
+
 
 class LoQTCallback(TrainerCallback, ExportableState):
     """Trains a Trainer's model by LoQT: `Trainer(model, args, ..., callbacks=[LoQTCallback(config)])`.
@@ -77,6 +82,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         self._passes: int | None = None
         self._at_start: dict[str, Any] = {}  # the merges' state before the first step of this `train`
         self._before: dict[str, Any] | None = None  # what of it is another before this step; None: it is being changed
+        self._has_begun = False  # whether Trainer had this callback when it was made
         self._in_step = False  # also after one that ran out of memory, which Trainer may try again
         self._bytes = ExitStack()
 
@@ -94,6 +100,7 @@ class LoQTCallback(TrainerCallback, ExportableState):
         Raises:
             UserError: There is an optimizer already, or Trainer would spread the model as merges do not know.
         """
+        self._has_begun = True
         _refuse(args, model)
         if args.fsdp:
             self._bytes.enter_context(packed_bytes_may_be_sharded())
@@ -121,12 +128,14 @@ class LoQTCallback(TrainerCallback, ExportableState):
             UserError: The model was not converted, or the checkpoint is of a run without this callback.
         """
         if not _is_converted(model):
-            raise UserError(CONVERT_IN_INIT)
+            raise UserError(CONVERT_IN_INIT if self._has_begun else GIVEN_LATE)
+        write_checkpoints(model)  # it may be another one than at the start (model_init)
         self._bytes.close()
         check_loaded(model)
         self.reports.clear()
         self._passes = _backward_passes(args, train_dataloader)
         self.merges = self._attach(args, model, optimizer, state)
+        self.merges.expect_state(merged=False)  # at step 0 there is none: train() may come again
         if state.global_step > 0:
             self.merges.load_state_dict(self._stored(state))
         self._at_start = self.merges.state_dict()

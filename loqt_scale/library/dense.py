@@ -72,7 +72,8 @@ def save_merged(
     """Writes a converted model with merged weights; of a Hugging Face model what `from_pretrained` loads.
 
     Rank 0 collects the dense model in the host's memory and writes it; the folder appears, by one rename, when all of
-    it is there. Other models get safetensors files alone, under the names of the unconverted model. Every rank.
+    it is there. Other models get safetensors files alone, under the names of the unconverted model. Every rank, if the
+    model is sharded; else the others need not call it, and do not wait if they do.
 
     Args:
         model: The converted model, or what wraps it: DistributedDataParallel, a DeepSpeed engine, torch.compile.
@@ -85,7 +86,10 @@ def save_merged(
     """
     inner, folder = _opened(model, dtype), Path(folder)
     first, error = is_first_rank(), None
-    device = next(inner.parameters()).device
+    together = any(map(is_sharded, inner.parameters()))
+    device = next(inner.parameters()).device if together else None
+    if not (first or together):
+        return
     if not all_succeeded(not (first and folder.exists()), device):
         raise UserError(f"folder: {folder} exists; write a folder that does not")
     state: dict[str, Tensor] = {}

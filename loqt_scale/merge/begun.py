@@ -32,7 +32,6 @@ class BegunMerge:
         self, layers: Mapping[str, LoQTLayer], search: SubspaceSearch, merging: LayerMerge, editing: Editing
     ) -> None:
         """Merges all layers that are not merged yet; those that do not train stay as they are. Every rank."""
-        editing.settle()
         for name, owner in search.owners.items():
             if name in self.diagnostics:
                 continue

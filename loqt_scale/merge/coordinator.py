@@ -36,19 +36,20 @@ from torch import Tensor, nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.functional.defaults import plain_defaults
-from loqt_scale.layers import LoQTExperts, LoQTLayer, check_kinds, copies, loqt_layers
+from loqt_scale.layers import LoQTLayer, check_kinds, copies, loqt_layers
+from loqt_scale.merge.beginning import FirstBases, make_up
 from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.merge.first_weights import agreed_source, check_first_weights, still_due
 from loqt_scale.merge.one_layer import LayerMerge, own_names
-from loqt_scale.merge.order import NOTHING_SEEN, Passes, StepOrder, StepWatch, reason_to_wait
-from loqt_scale.merge.placed import InitialWeights, PlacedLayer
+from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, Passes, StepOrder, StepWatch, reason_to_wait
+from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
-from loqt_scale.merge.spread import found_or_given, warn_of_rounding
+from loqt_scale.merge.spread import RoundingWatch, check_optimizers, found_or_given
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.optim import check_no_lbfgs, check_no_muon_of_experts, parameters_of
+from loqt_scale.optim import parameters_of
 from loqt_scale.strategies import Editing
 
 
@@ -90,28 +91,26 @@ class MergeCoordinator:
         check_kinds(model, config)
         found = found_or_given(model, optimizer, editing)
         self.description, self._editing, self._optimizers = found.description, found.editing, found.optimizers
-        self._layers = dict(loqt_layers(found.model))
+        self._layers, self._check_ranks = dict(loqt_layers(found.model)), found.check
         factors = {name: layer.factor for name, layer in self._layers.items()}
         self._editing.check_held(self._optimizers, factors)
-        check_no_lbfgs(factors.values(), self._optimizers)
-        experts = {name: layer.factor for name, layer in self._layers.items() if isinstance(layer, LoQTExperts)}
-        check_no_muon_of_experts(experts, self._optimizers)
+        check_optimizers(self._layers, self._optimizers)
         check_config(self._layers, config)
         self._config, self._seed = config, seed
         prefix = getattr(found.model, "base_model_prefix", "")
-        self._initial_weights = agreed_source(initial_weights, self._layers, prefix, self._editing.comm)
+        self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
+        comm = self._editing.comm
+        self._initial_weights = agreed_source(initial_weights, self._layers, prefix, comm, self._settings)
         self._schedule = MergeSchedule(config.merge, total_steps)
+        self._bases = FirstBases(self._layers, self._editing)
+        self._rounding = RoundingWatch(self._layers, self._editing, self._optimizers)
         self._order = StepOrder(StepWatch(self._optimizers), Passes(optimizer))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
-        self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
         self._sent_before = 0  # bytes, by the search, before this merge step
         self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
-        self._end_is_told = False
         self._first_due: set[str] = set()  # layers; of others P of zeros tells it
         self.on_merge: list[Callable[[MergeReport], None]] = []
         copies.release(self._layers.values())
-        if self._editing.comm.is_main:
-            warn_of_rounding(factors, self._editing, self._optimizers)
 
     @property
     def steps(self) -> list[int]:
@@ -154,6 +153,15 @@ class MergeCoordinator:
     def go_on(self, step: int) -> None:
         """Says that a run goes on at a step, with the merges before it made or named by `require`. Local."""
         self._order.position, self._order.known = step, True
+        self._bases.trust()
+
+    def expect_state(self, *, merged: bool) -> None:
+        """Has the first `prepare` look whether the states of a run that goes on were all loaded. Local.
+
+        Args:
+            merged: Whether the model had merged when these merges were attached to it.
+        """
+        self._bases.expect_state(merged=merged, compensated=bool(self._first_due))
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
@@ -161,10 +169,7 @@ class MergeCoordinator:
 
     def has_merged(self) -> bool:
         """Whether P has values: after the first merge, or a start that makes up for quantization. Every rank."""
-        self._editing.settle()
-        layer = next(iter(self._layers.values()))
-        with torch.no_grad(), self._editing.open(layer.merged_parameters()):
-            return bool(PlacedLayer(layer, self._editing).basis().any())
+        return self._bases.has_basis(next(iter(self._layers)))
 
     def is_merge_step(self, step: int) -> bool:
         """Whether a merge follows the optimizer step `step`."""
@@ -202,13 +207,19 @@ class MergeCoordinator:
             RuntimeError: The merge of an earlier step was never finished, or steps go back.
         """
         before, known = self._order.position, self._order.known
+        told = self._bases.check_beginning(self.progress(), known=known or bool(step))
         step = self._order.prepare(step)
-        self._make_up(step, before if known else None)
-        self._tell_end(step)
+        told += make_up(self._schedule, self._bases, step, before if known else None)
+        told += self._schedule.words_at_end(step)
         if self._merges_after(step) and self._order.open != step:
+            self._check_ranks()
+            self._editing.settle()
+            told += self._rounding.words()
             self._sent_before = self._search.sent_bytes
             self._search.attach(step, backward_passes)
             self._order.open = step
+        for text in told:
+            self._warn(text)
 
     @torch.no_grad()
     @plain_defaults()
@@ -248,8 +259,11 @@ class MergeCoordinator:
 
     def _merge(self, step: int) -> MergeReport | None:
         started = time.perf_counter()
+        self._editing.settle()
         if self._begun is None:
             self._check_states()
+            if self._editing.keeps_gradients and self._search.outlives:
+                self._warn(OUTLIVED)
             sketch_bytes = self._search.sent_bytes - self._sent_before
             if reason := self._collected(step):
                 self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
@@ -261,6 +275,7 @@ class MergeCoordinator:
         begun, kept = self._begun, self._begun.kept
         begun.merge_rest(self._layers, self._search, self._merging(), self._editing)
         self._begun = None
+        self._bases.have_merged(self._search.live.keys())
         self._first_due &= set(kept)
         self._initial_weights = still_due(self._initial_weights, self._layers, set(kept))
         self._order.leave(step)
@@ -341,27 +356,9 @@ class MergeCoordinator:
         self._first_due = set(state["first_due"])
         self._order.watch.works = state["watched"]
         self.go_on(state["position"])
+        self._bases.doubt()
 
     # ---- what could go wrong in silence ------------------------------------------------------------------------------
-
-    def _make_up(self, step: int, position: int | None) -> None:
-        """Makes a step a merge step if one before it was left out. Every rank, if nothing is known of the run yet."""
-        if self.is_merge_step(step) or step == position:
-            return
-        missed = self._schedule.between(position, step) if position is not None else []
-        if missed:
-            self._warn(f"the merge of step {missed[-1]} follows step {step}: no step {missed[-1]} was prepared")
-        elif position is None and not self.has_merged():
-            self._warn(f"the first merge, which belongs to step 0, follows step {step}, with which the run begins")
-        else:
-            return
-        self.require(step)
-
-    def _tell_end(self, step: int) -> None:
-        """Says it once if a run goes on past its end."""
-        if not self._end_is_told and (words := self._schedule.words_at_end(step)):
-            self._end_is_told = True
-            self._warn(words)
 
     def _check_states(self) -> None:
         """Refuses an optimizer that lacks factors, or whose states cannot be carried over, before anything changes."""

@@ -13,6 +13,7 @@ from loqt_scale.functional.quantization import pack, unpack
 from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.one_layer import own_names
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
+from loqt_scale.merge.settings import differences
 from loqt_scale.merge.sources import TAKE_BEFORE, WeightsInMemory, as_initial_weights, of_layer
 from loqt_scale.strategies import Comm, Editing
 
@@ -20,27 +21,32 @@ SAMPLE_ROWS = 32  # of a layer, on each rank
 TOLERANCE = 0.05  # an estimate: bfloat16 beside float32 weights should pass; another model's differ by 1 and more
 
 
-def agreed_source(given: Any, layers: Mapping[str, LoQTLayer], prefix: str, comm: Comm) -> InitialWeights | None:
-    """`as_initial_weights` if all ranks have given the same kind of thing. Every rank.
+def agreed_source(
+    given: Any, layers: Mapping[str, LoQTLayer], prefix: str, comm: Comm, settings: Mapping[str, Any]
+) -> InitialWeights | None:
+    """`as_initial_weights` if all ranks have given the same kind of thing, and have the same settings. Every rank.
 
     Raises:
-        UserError: As `as_initial_weights`, on all ranks; or ranks gave different kinds, which would hang.
+        UserError: As `as_initial_weights`, on all ranks; or ranks gave different kinds, which would hang, or different
+            settings, which would hang or make sums of different sketches.
     """
     source, error = None, None
     try:
         source = as_initial_weights(given, layers, prefix)
     except UserError as exception:  # the others wait
         error = exception
-    told = comm.gather_objects((None if error is None else str(error), _kind(given)))
+    told = comm.gather_objects((None if error is None else str(error), _kind(given), settings))
     if error is not None:
         raise error
-    for rank, (refusal, kind) in enumerate(told):
+    for rank, (refusal, kind, theirs) in enumerate(told):
         if refusal is not None:
             raise UserError(f"rank {rank}: {refusal}")
         if kind != told[0][1]:
             raise UserError(
                 f"initial_weights are {told[0][1]} on rank 0 and {kind} on rank {rank}; give the same on every rank"
             )
+        if different := differences(told[0][2], theirs, f"{{0}} is {{1!r}} on rank 0 and {{2!r}} on rank {rank}"):
+            raise UserError(f"{'; '.join(different.values())}; give the same on every rank")
     return source
 
 

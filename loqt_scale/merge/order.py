@@ -15,7 +15,15 @@ IDLE = (
     "given what accelerator.prepare returned, it sees Accelerate's accumulation by itself)"
 )
 MANY_IDLE = 4  # steps, and at least a third of all: a gradient scaler skips fewer
-NOTHING_SEEN = f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}"
+NOTHING_SEEN = (
+    f"no LoQT layer was in a backward pass of the merge step; {CALL_PREPARE}. Gradients must come from "
+    "loss.backward(): torch.autograd.grad and backward(inputs=...) leave out what merges collect"
+)
+OUTLIVED = (
+    "P is found from all passes since prepare(), also from those before a zero_grad(). That is right for SAM, and for "
+    "gradients that you sum yourself; if they were those of another model (a GAN's generator, through its "
+    "discriminator), call the discriminator's prepare() after them"
+)
 
 
 class StepWatch:
@@ -152,5 +160,8 @@ def reason_to_wait(broken: float, alive: float, without: float) -> str:
     if not alive:
         return "the gradients of all layers were zero"
     if without:
-        return "the optimizer made no step between prepare and finish (call finish after optimizer.step())"
+        return (
+            "the optimizer made no step between prepare and finish (call finish after optimizer.step(); if another "
+            "optimizer has taken its place, attach merges to that one and load this one's merges.state_dict())"
+        )
     return ""

@@ -24,6 +24,7 @@ class MergeSchedule:
 
     def __init__(self, merge: MergeConfig, total_steps: int | None) -> None:
         self._merge, self._endless, self._total = merge, total_steps is None, _checked(total_steps)
+        self._end_is_told = False
         if total_steps is None:
             if merge.last_step_fraction < 1.0:
                 raise UserError(
@@ -68,15 +69,16 @@ class MergeSchedule:
         """Has the steps merge that were planned and these, whatever was moved before."""
         self._due = {*self._planned, *moved}
 
-    def words_at_end(self, step: int) -> str:
-        """What to say of a step that comes after the run's last; nothing before."""
-        if self._total is None or step < self._total:
-            return ""
-        return (
+    def words_at_end(self, step: int) -> list[str]:
+        """What to say, once, of a step that comes after the run's last; nothing before."""
+        if self._total is None or step < self._total or self._end_is_told:
+            return []
+        self._end_is_told = True
+        return [
             f"step {step} comes after the {self._total} steps that attach(total_steps={self._total}) was told of: "
             "there are no merges any more, B trains on in its last subspace. Give total_steps of the whole run, or "
             "leave it out"
-        )
+        ]
 
     def postpone(self, step: int) -> None:
         """Moves the merge of a step to the next one; if that ends in a merge anyway, the two are one."""

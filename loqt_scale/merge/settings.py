@@ -67,19 +67,41 @@ def check_settings(saved: Mapping[str, Any], ours: Mapping[str, Any], *, strict:
     Raises:
         UserError: What differs and may not, with both values.
     """
-    differing = [
-        (key, f"{key} was {saved.get(key)!r} and is {ours[key]!r}") for key in ours if saved.get(key) != ours[key]
-    ]
-    fatal = [_of_layers(saved.get(key) or {}, ours[key]) for key, _ in differing if key in _OF_TENSORS]
-    if fatal:
+    found = differences(saved, ours)
+    if fatal := [text for key, text in found.items() if key in _OF_TENSORS]:
         raise UserError(f"the saved state is of other layers: {fatal[0]}; convert the model as it was then")
-    words = [text for _, text in differing]
+    words = list(found.values())
     if words and strict:
         raise UserError(
             f"the saved state is of other settings: {'; '.join(words)}; write them as they were, or say "
             "load_state_dict(state, strict=False) to go on with the new ones"
         )
     return words
+
+
+def differences(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], words: str = "{0} was {1!r} and is {2!r}"
+) -> dict[str, str]:
+    """What differs, in words, by the settings' names, "merge.gap" say; of layers the first difference only.
+
+    Args:
+        saved: Settings as `settings_of` returns them.
+        ours: Others.
+        words: Of a setting's name and both values.
+    """
+    found = {}
+    for key, value in ours.items():
+        theirs = saved.get(key)
+        if theirs == value:
+            continue
+        if key in _OF_TENSORS:
+            found[key] = _of_layers(theirs or {}, value)
+        elif isinstance(value, Mapping):
+            old, new = ({f"{key}.{name}": each for name, each in group.items()} for group in (theirs or {}, value))
+            found |= differences(old, new, words)
+        else:
+            found[key] = words.format(key, theirs, value)
+    return found
 
 
 def check_config(layers: Mapping[str, LoQTLayer], config: LoQTConfig) -> None:

@@ -121,6 +121,11 @@ class SubspaceSearch:
         finite = stacked.isfinite()
         return torch.stack([(~finite).sum(), (finite & (stacked != BLANK)).sum()]).float()
 
+    @property
+    def outlives(self) -> bool:
+        """Whether gradients of passes were collected whose others have been thrown away, on this rank. Local."""
+        return any(layer.probe is not None and layer.probe.outlives for layer in self._live.values())
+
     def drop(self) -> None:
         """Forgets what this step has collected. Every rank."""
         if self._collection is not None:

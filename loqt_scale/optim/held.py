@@ -34,8 +34,8 @@ def check_held(factors: Mapping[str, Tensor], held: Iterable[Tensor], then: str 
         lines = "\n    ".join(filter(None, ["convert_to_loqt(model, config)", _MAKE, then]))
         raise UserError(
             f"the optimizer does not hold the factors of {len(missing)} of {len(factors)} LoQT layers ({missing[0]}, "
-            "say), which would never train: was it made before convert_to_loqt, or before fully_shard? Make it after "
-            f"them:\n    {lines}"
+            "say), which would never train: was it made before convert_to_loqt, before fully_shard or "
+            f"before load_state_dict(assign=True)? Make it after them:\n    {lines}"
         )
 
 

@@ -35,6 +35,7 @@ _MOMENTS: dict[str, StateKind] = {
     **dict.fromkeys(("exp_avg_sq_row", "row_var"), "rows"),
     **dict.fromkeys(("exp_avg_sq_col", "col_var"), "columns"),
 }
+_LIKE_B = ("first", "second", "absolute")  # kinds of states that have a value for each of B's
 _BITSANDBYTES: dict[str, tuple[StateKind, ...]] = {
     **dict.fromkeys(("adam", "lamb"), ("first", "second")),
     **dict.fromkeys(("lion", "momentum", "lars"), ("first",)),
@@ -64,6 +65,8 @@ def state_kinds(optimizer: Optimizer, parameter: Tensor, *, shaped: bool = True)
     tensors = {name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
     known = _kinds_of(optimizer, state)
     unknown = sorted(name for name in tensors if name not in known and not _is_beside(name, state))
+    unknown += sorted(name for name in tensors if known.get(name) in _LIKE_B and not _is_like(state[name], parameter))
+    unknown += ["projector"] if "projector" in state else []  # GaLore's and APOLLO's moments, in a basis of their own
     if not shaped:
         unknown += sorted(name for name in tensors if known.get(name) in ("rows", "columns") or "qmap1" in state)
     if unknown:
@@ -120,6 +123,12 @@ def _starting_sum(optimizer: Optimizer, parameter: Tensor) -> float:
     """What Adagrad's sums begin with."""
     groups = (group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
     return float(next(groups, {}).get("initial_accumulator_value", 0.0))
+
+
+def _is_like(state: Tensor, parameter: Tensor) -> bool:
+    """Whether a state is a tensor, plain or distributed, of its parameter's shape; torchao's packed ones are not."""
+    is_plain = type(state) in (Tensor, torch.nn.Parameter) or hasattr(state, "to_local")
+    return is_plain and state.shape == parameter.shape
 
 
 def _kinds_of(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, StateKind]:

@@ -14,8 +14,9 @@ Process groups are the user's: used, never made nor destroyed, but for one besid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ class Adopted:
         model: The model inside of all wrappers.
         optimizers: What updates it, inside of all wrappers.
         editing: Its parameters and moments, for merges.
+        check: Called before each merge step: raises if several ranks do by now what merges do not know. Local.
     """
 
     description: str
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
     editing: Editing
+    check: Callable[[], None] = lambda: None
 
 
 def adopt(model: nn.Module, optimizer: Any) -> Adopted:
@@ -72,9 +75,9 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
         description, editing = adopt_engine(model)
         return Adopted(description, inner, (base_optimizer(model),), editing)
     inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
-    description, editing = _adopt_module(model, inner, dict(loqt_layers(inner)))
+    description, editing, check = _adopt_module(model, inner, dict(loqt_layers(inner)))
     _tell_placement(optimizers, editing)
-    return Adopted(description, inner, optimizers, editing)
+    return Adopted(description, inner, optimizers, editing, check)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -135,28 +138,31 @@ def _tell_placement(optimizers: Iterable[Optimizer], editing: Editing) -> None:
             optimizer.place(placement.local, lambda whole: placement.stored_rows(whole)[0], placement.row_shards)
 
 
-def _adopt_module(model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]) -> tuple[str, Editing]:
+def _adopt_module(
+    model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]
+) -> tuple[str, Editing, Callable[[], None]]:
     device = next(iter(layers.values())).factor.device
     _refuse_wrappers(model)
     reshard(inner)
     parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        return adopt_mesh(inner, parameters)
+        return *adopt_mesh(inner, parameters), lambda: None
     if any(map(is_held_by_engine, parameters.values())):
         raise UserError(
             "the model's parameters are in a DeepSpeed engine's hands; give the engine that deepspeed.initialize "
             "returned (under Accelerate: what accelerator.prepare(model) returned) in the place of the model"
         )
-    group = _ddp_group(model, layers)
-    if group is not None:
-        comm = GroupComm(device, group=group)
-        return f"DistributedDataParallel, {comm.world_size} rank(s)", ReplicaEditing(comm, Replicated(device))
+    ddp = _ddp(model, layers)
+    if ddp is not None:
+        comm = GroupComm(device, group=ddp.process_group)
+        found = f"DistributedDataParallel, {comm.world_size} rank(s)"
+        return found, ReplicaEditing(comm, Replicated(device)), partial(_refuse_join, ddp)
     _refuse_strangers()
-    return "one process", alone(device)
+    return "one process", alone(device), _refuse_strangers
 
 
-def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLayer]) -> Any:
-    """The process group of the DistributedDataParallel that holds all layers; None: there is no such thing."""
+def _ddp(model: nn.Module, layers: Mapping[str, LoQTLayer]) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that holds all layers; None: there is no such thing."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             inside = {id(layer) for _, layer in loqt_layers(module)}
@@ -166,8 +172,16 @@ def _ddp_group(model: nn.Module, layers: Mapping[str, LoQTLayer]) -> Any:
                     f"{outside[0]} is outside of the DistributedDataParallel that holds other LoQT layers, so its "
                     "gradient would not be averaged; wrap the whole model: DistributedDataParallel(model)"
                 )
-            return module.process_group
+            return module
     return None
+
+
+def _refuse_join(ddp: DistributedDataParallel) -> None:
+    if ddp._join_config.enable:
+        raise UserError(
+            "inside of DistributedDataParallel.join() ranks whose batches are used up take no part in merges, and the "
+            "others would wait for them; give all ranks as many batches (DistributedSampler does), without join()"
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

@@ -50,9 +50,11 @@ class Editing(ABC):
         work_rank: This rank's place among those that share out rows.
         work_size: How many these are.
         keeps_masters: Whether what trains has float32 copies that are updated in its place.
+        keeps_gradients: Whether `.grad` of what trains stays where autograd has put it until the loop takes it away.
     """
 
     keeps_masters = False
+    keeps_gradients = False
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
@@ -172,6 +174,8 @@ class ReplicaEditing(Editing):
         placement: Where the parameters lie.
     """
 
+    keeps_gradients = True
+
     def __init__(self, comm: Comm, placement: Placement) -> None:
         super().__init__(comm)
         self.placement = placement
@@ -224,6 +228,8 @@ class ShardEditing(ReplicaEditing):
         comm: The ranks.
         placement: Where the parameters lie: its shards are the work shares.
     """
+
+    keeps_gradients = False
 
     def read(self, parameter: Tensor) -> Tensor:
         """The stored shard is the work share. Local."""

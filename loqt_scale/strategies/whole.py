@@ -63,9 +63,14 @@ def is_first_rank() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def all_succeeded(succeeded: bool, device: torch.device) -> bool:
-    """Whether all ranks say so; waits for them. Every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
+def all_succeeded(succeeded: bool, device: torch.device | None) -> bool:
+    """Whether all ranks say so; waits for them. Every rank.
+
+    Args:
+        succeeded: What this one says.
+        device: Where it computes; None: there are no others to ask.
+    """
+    if device is None or not (dist.is_available() and dist.is_initialized()):
         return succeeded
     flag = torch.tensor(int(succeeded), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)

@@ -188,9 +188,32 @@ def test_model_init_converts_or_is_told_to(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=2)
     with pytest.raises(UserError, match="def model_init"):
         Trainer(model_init=lambda: tiny_llama(), args=args, train_dataset=Progressions(), callbacks=callbacks).train()
-    trainer = Trainer(model_init=converted, args=args, train_dataset=Progressions(), callbacks=callbacks)
-    trainer.train()
-    assert has_trained(trainer.model)
+
+
+def test_a_model_of_model_init_goes_on_and_trains_anew(tmp_path: Path) -> None:
+    """Each `train` makes another model, of which the callback has not heard before."""
+
+    def trainer() -> Trainer:
+        callbacks = [LoQTCallback(CONFIG)]
+        args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
+        return Trainer(model_init=converted, args=args, train_dataset=Progressions(), callbacks=callbacks)
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    found = losses(whole)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(again) == found and has_trained(again.model)
+    ours = state_of(again.model)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in state_of(whole.model).items())
+    whole.train()
+    assert losses(whole) == found
+
+
+def test_a_callback_that_was_added_later_is_told_where_it_belongs(tmp_path: Path) -> None:
+    trainer = Trainer(model=tiny_llama(), args=arguments(tmp_path), train_dataset=Progressions())
+    trainer.add_callback(LoQTCallback(CONFIG))
+    with pytest.raises(UserError, match=r"callbacks=\[LoQTCallback\(config\)\]"):
+        trainer.train()
 
 
 def test_an_optimizer_from_before_the_conversion_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loqt_scale
-from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, attach, convert_to_loqt, to_dense
+from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig, attach, convert_to_loqt, to_dense
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge.one_layer import LayerMerge
@@ -345,6 +345,39 @@ def test_second_derivatives_are_right_or_refused(side: Any) -> None:
         torch.testing.assert_close((up - down) / 2e-5, exact, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("method", ["sketch", "svd"])
+def test_probes_see_a_penalty_on_gradients_by_inputs(side: Any, method: Any) -> None:
+    """Of energies and forces, say; beside the dense model's gradients, and the sketch of the same gradient alone."""
+    settings = LoQTConfig(rank=RANK, side=side, subspace=SubspaceConfig(method=method))
+    model, optimizer, merges = made(settings=settings)
+    step(model, optimizer, merges, 0)
+    model.double()
+    dense = to_dense(model)
+
+    def penalty(net: Any) -> torch.Tensor:
+        x = torch.linspace(-1.0, 1.0, 3 * 48, dtype=torch.float64).view(3, 48).requires_grad_()
+        energy = net.down(torch.tanh(net.up(x + net.square(x)))).sum()  # linear in the last layer's output
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().sum() + energy
+
+    penalty(dense).backward()
+    merges.require(1)
+    merges.prepare()
+    penalty(model).backward()
+    for name, layer in loqt_layers(model):
+        assert layer.probe is not None and layer.probe.leaf.grad is not None
+        found, layer.probe.leaf.grad = layer.probe.leaf.grad, None
+        gradient = dense.get_submodule(name).weight.grad
+        (layer(torch.eye(gradient.shape[1], dtype=torch.float64)) * gradient.T).sum().backward()
+        torch.testing.assert_close(found, layer.probe.leaf.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_numbers_are_no_input() -> None:
+    model, _, _ = made()
+    with pytest.raises(UserError, match=r"torch\.int64.*x\.float\(\)"):
+        model.square(torch.ones(2, 48, dtype=torch.int64))
+
+
 def test_a_loop_that_is_wholly_under_autocast_merges_in_float32() -> None:
     states = []
     for enabled in (False, True):
@@ -382,3 +415,29 @@ def test_data_parallel_and_arguments_of_another_type_are_refused() -> None:
         to_dense("m")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the config is"):
         loqt_scale.LoQTCallback(3)
+
+
+def test_a_discriminator_that_was_prepared_too_early_is_told() -> None:
+    """Its probes would hold the generator's gradients, which zero_grad takes out of everything else."""
+
+    def found(late: bool) -> list[torch.Tensor]:
+        model, optimizer, merges = made()
+        if not late:
+            merges.prepare()
+        (-loss_of(model, 7)).backward()  # the generator's pass
+        optimizer.zero_grad()
+        if late:
+            merges.prepare()
+        loss_of(model, 0).backward()
+        optimizer.step()
+        merges.finish()
+        return [layer.projection.dense() for _, layer in loqt_layers(model)]
+
+    model, optimizer, merges = made()
+    step(model, optimizer, merges, 0)
+    right = [layer.projection.dense() for _, layer in loqt_layers(model)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*zero_grad")
+        assert all(torch.equal(a, b) for a, b in zip(found(late=True), right, strict=True))
+    with pytest.warns(UserWarning, match=r"before a zero_grad\(\).*discriminator's prepare\(\) after them"):
+        assert not any(torch.equal(a, b) for a, b in zip(found(late=False), right, strict=True))

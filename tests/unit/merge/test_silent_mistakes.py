@@ -191,7 +191,7 @@ def test_factors_of_16_bits_without_float32_copies_are_said() -> None:
     model = Small().bfloat16()
     convert_to_loqt(model, CONFIG)
     with pytest.warns(UserWarning, match=r"factors are bfloat16 .* model\.float\(\) before convert_to_loqt"):
-        attach(model, adamw(model), CONFIG)
+        attach(model, adamw(model), CONFIG).prepare()
 
 
 def test_weights_that_are_lost_are_said_and_no_error_is_reported_of_them() -> None:
