@@ -29,6 +29,7 @@ from torch import Tensor
 
 from loqt_scale.config import LowRankCompute, LowRankPath, Side, SideChoice
 from loqt_scale.errors import UserError
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 
 OTHER_SIDE: dict[Side, Side] = {"input": "output", "output": "input"}
@@ -205,7 +206,7 @@ class LowRankLinear(torch.autograd.Function):
             x_TI if keeps_x else None, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, omega
         )
         ctx.spec = spec
-        ctx.dense_probe = probe is not None and omega is None
+        ctx.width = None if probe is None else probe.shape[-1]
         return y_TO
 
     @staticmethod
@@ -227,16 +228,15 @@ class LowRankLinear(torch.autograd.Function):
             weight = _applied(base_codes, base_scales, spec, dtype)
             d_x = _input_gradient(dy_TO, weight, proj, factor_c, dyp_TR, spec)
         if needs_probe:
-            d_probe = _probe_gradient(x_TI, dy_TO, omega, spec)
+            d_probe = _probe_gradient(x_TI, dy_TO, omega, ctx.width, spec)
         return d_x, None, None, None, None, d_factor, d_probe, None, None
 
 
-def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, spec: LowRankSpec) -> Tensor:
+def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, width: int, spec: LowRankSpec) -> Tensor:
     """The stored weight's dense gradient where omega is None, else its sketch (F, l), in float32 or wider."""
     wide = torch.promote_types(x_TI.dtype, torch.float32)
     if omega is None:
         return (x_TI.T @ dy_TO if spec.transposed else dy_TO.T @ x_TI).to(wide)
-    omega = omega.to(x_TI.dtype)
     if spec.applied_side == "input":
-        return (x_TI.T @ (dy_TO @ omega)).to(wide)
-    return (dy_TO.T @ (x_TI @ omega)).to(wide)
+        return (x_TI.T @ times_test_matrix(dy_TO, omega, width)).to(wide)
+    return (dy_TO.T @ times_test_matrix(x_TI, omega, width)).to(wide)
