@@ -54,7 +54,7 @@ def quantize_nf4(values: Tensor, block_size: int) -> tuple[Tensor, Tensor] | Non
 
 
 def _paired(code: Tensor) -> Tensor:
-    """Two codes a byte, uint8 (n / 2,): the first of a pair is the low half of a 16-bit word, and goes to the high bits.
+    """Two codes a byte, uint8 (n / 2,): the first of a pair, a 16-bit word's low half, goes to the high bits.
 
     Whole words at a time, which vectorizes; every second byte does not.
     """
