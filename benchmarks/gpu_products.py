@@ -9,8 +9,9 @@ from common import table
 from gpu_common import Place, Table
 from torch import Tensor
 
+from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.orthogonal import gram, orthogonalizer
-from loqt_scale.functional.projection import SEARCH_COLUMNS, sketch_basis, sketch_width, test_matrix
+from loqt_scale.functional.projection import sketch_basis, sketch_width, test_matrix
 
 Work = tuple[str, Callable[[], object], float]  # name, work, its FLOPs (0: not counted)
 
@@ -58,15 +59,15 @@ def _merge(place: Place, width: int, hidden: int, rank: int) -> Iterator[Work]:
 
 def _rest(place: Place, width: int, hidden: int, rank: int) -> Iterator[Work]:
     """Finding P from sketches, and Muon's update."""
-    columns = sketch_width(rank, hidden, hidden, 1.0)
+    columns = sketch_width(rank, hidden, hidden, SubspaceConfig().oversampling)
     for count in (1, 4):
         sketches = torch.randn(count, hidden, columns, device=place.device)
-        block = sketches[..., : rank + SEARCH_COLUMNS].contiguous()
-        square = torch.randn(count, block.shape[2], block.shape[2], device=place.device, dtype=torch.float64)
+        wide = sketches.double()
+        square = wide.mT @ wide
         yield f"P of {count} sketch(es) {hidden} x {columns}", lambda s=sketches: sketch_basis(s, rank), 0.0
-        yield f"QR of {count} {hidden} x {block.shape[2]}", lambda b=block: torch.linalg.qr(b), 0.0
-        yield f"eigenvectors of {count} {block.shape[2]}², float64", lambda s=square: torch.linalg.eigh(s), 0.0
-    yield f"Omega {hidden} x {columns}", lambda: test_matrix(hidden, columns, seed=0, device=place.device), 0.0
+        yield f"its Gram matrix, float64, {count}", lambda w=wide: w.mT @ w, 2.0 * wide.numel() * columns
+        yield f"eigenvectors of {count} {columns}², float64", lambda s=square: torch.linalg.eigh(s), 0.0
+    yield f"Omega of {hidden}", lambda: test_matrix(hidden, seed=0, device=place.device), 0.0
     momentum = torch.randn(width, rank, device=place.device)
     squares: Tensor = gram(momentum)
     eight = squares.expand(8, -1, -1)

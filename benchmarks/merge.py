@@ -24,19 +24,19 @@ from common import publish, table
 from step_time import merge_of, seconds, trainer_of, update
 
 from loqt_scale.functional import compensation
-from loqt_scale.merge import coordinator, placed, subspace
+from loqt_scale.merge import coordinator, diagnostics, one_layer, placed, subspace
 
 PARTS: list[tuple[Any, str, str]] = [
     (subspace.SubspaceSearch, "_factorise", "factorise"),
     (compensation, "pack", "quantize W"),
     (compensation, "unpack", "dequantize"),
-    (coordinator, "unpack", "dequantize"),
+    (one_layer, "unpack", "dequantize"),
     (placed, "unpack", "dequantize"),
     (compensation, "plus_low_rank", "compensate: low-rank products"),
-    (coordinator, "compensate", "compensate: least squares, errors"),
-    (coordinator, "update_survival", "diagnostics"),
-    (coordinator, "add_low_rank", "compensate: low-rank products"),
-    (coordinator.MergeCoordinator, "_carry_state", "Adam's moments"),
+    (one_layer, "compensate", "compensate: least squares, errors"),
+    (diagnostics, "update_survival", "diagnostics"),
+    (one_layer, "add_low_rank", "compensate: low-rank products"),
+    (one_layer.LayerMerge, "_carry_state", "Adam's moments"),
     (coordinator.MergeCoordinator, "finish", "everything else"),
 ]
 PAPER_TOKENS = 131072  # a step

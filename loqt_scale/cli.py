@@ -34,7 +34,7 @@ from loqt_scale.config.yaml import override_run_config, parse_run_config
 from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
 from loqt_scale.process.environment import has_peers, has_rank, rank_label, speaks_for_its_node
 from loqt_scale.process.error_log import keep_errors_in, log_error
-from loqt_scale.process.launcher import join_launcher
+from loqt_scale.process.launcher import join_launcher, wait_asleep
 from loqt_scale.process.streams import CLOSED, Watch, warn, watched_stdout
 from loqt_scale.training.stopping import StopRequest
 
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "loqt-scale") -> int:
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one subcommand by name with the arguments that follow it; returns the exit status as `main` does."""
     keep_errors_in(None)
+    wait_asleep()
     with watched_stdout() as watch:
         try:
             COMMANDS[name].run(argv, prog)

@@ -24,13 +24,13 @@ class SubspaceConfig:
     Args:
         method: sketch = one pass, no dense gradient ever exists (the default); randomized = randomized SVD of the dense
             gradient; svd = exact SVD of the dense gradient (the oracle).
-        oversampling: Extra sketch columns as a fraction of the rank; 1.0 means l = 2 r. More keeps a little more of the
-            gradient's energy; less saves time and memory on merge steps (each layer's sketch is F x l float32).
+        oversampling: Extra sketch columns as a fraction of the rank; 0.25 means l = 1.25 r. More keeps a little more of
+            the gradient's energy; less saves time and memory on merge steps (each layer's sketch is F x l float32).
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 
     method: SubspaceMethod = "sketch"
-    oversampling: float = 1.0
+    oversampling: float = 0.25
     power_iterations: int = 2
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class MergeConfig:
         schedule: exponential = gap + floor(growth^i) (the paper); linear = gap + floor(growth · i); constant = gap.
         growth: ψ of the paper: how the gap grows with the number i of merges done.
         last_step_fraction: No merge after this fraction of the run, so that the last factors have time to settle.
-        compensation_rounds: c of the paper: alternating rounds that fit B to the quantization error; with 0, B stays
-            at zero.
+        compensation_rounds: c of the paper: the most alternating rounds that fit B to the quantization error, which end
+            earlier once they gain little; with 0, B stays at zero.
         optimizer_state: What happens to the optimizer's moments of B: transport = rotated into the new basis; reset =
             zeroed; keep = left as they are, in the old basis (what the published code does).
     """

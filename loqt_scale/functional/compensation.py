@@ -8,10 +8,13 @@ Each of the c rounds fixes B and quantizes, then fixes W_q and fits B to the err
 
     round 0            B = 0                      W_q <- Q(W)
     every round        R = W - dequant(W_q)       B   <- argmin_B || R - s L(B) ||_F
-    rounds 1, 2, ...                              W_q <- Q(W - s L(B)), with B of the round before
+    rounds 1, 2, ...                              W_q <- Q(W - s L(B')), with B of the round before and beyond it:
+                                                  B' = B + 1/2 (B - B of the round before that)
 
-(LoQT, algorithm 2; LoftQ uses the same idea.) Rounds need not improve, so the round with the smallest error is kept.
-Plain quantization, W_q of round 0 with B = 0, competes too: compensation never hurts.
+(LoQT, algorithm 2, where B' is B; LoftQ uses the same idea.) B moves a long way in one direction before it settles, and
+B' is over-relaxation: three rounds of it end nearer to W than five without. Rounds need not improve, so the round with
+the smallest error is kept, and one that has gained less than `SETTLED` is the last: later ones gain less still. Plain
+quantization, W_q of round 0 with B = 0, competes too: compensation never hurts.
 
 The fit has a closed form. It uses P^+ = (P^T P)^-1 P^T of the P that the layer will hold, which is quantized itself and
 so not exactly orthonormal:
@@ -38,6 +41,8 @@ from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 SumOverShards = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
 CHUNK_VALUES = 2**20  # dense values in flight: 4 MiB a buffer
+BEYOND = 0.5  # over-relaxation: of B's last change (1: the error grows again after three rounds)
+SETTLED = 0.05  # a round that lowers the error by a smaller share is the last
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,22 @@ def compensate(
 
 
 def in_step(generators: Sequence[Generator[Tensor, Tensor, Result]], sum_over_shards: SumOverShards) -> list[Result]:
-    """Runs computations that all ask for equally many sums of one shape: those of a turn are one sum. Every rank."""
-    results: list[Result] = []
-    asked = [next(generator) for generator in generators]
+    """Runs computations that all ask for sums of one shape: those of a turn are one sum. Every rank.
+
+    Some may end before others, if they do so on all ranks: by what the sums have told them.
+    """
+    results: dict[int, Result] = {}
+    asked = {index: next(generator) for index, generator in enumerate(generators)}
     while asked:
-        sums = sum_over_shards(asked[0]).unsqueeze(0) if len(asked) == 1 else sum_over_shards(torch.stack(asked))
-        asked = []
-        for generator, total in zip(generators, sums, strict=True):
+        alone = len(asked) == 1
+        sums = [sum_over_shards(*asked.values())] if alone else sum_over_shards(torch.stack([*asked.values()]))
+        totals, asked = dict(zip(asked, sums, strict=True)), {}
+        for index, total in totals.items():
             try:
-                asked.append(generator.send(total))
+                asked[index] = generators[index].send(total)
             except StopIteration as end:
-                results.append(end.value)
-    return results
+                results[index] = end.value
+    return [results[index] for index in range(len(generators))]
 
 
 def compensation(
@@ -163,7 +172,7 @@ def compensation(
         gram_RR: P^T P of the whole P.
         side: `input` or `output`.
         scale: s.
-        rounds: c; 0 returns plain quantization with B = 0.
+        rounds: c, the most; 0 returns plain quantization with B = 0.
     """
     pinv = basis @ gram_inverse(gram_RR)  # P^+T: (I, r), or this shard's rows of it
     shape = (weight_NI.shape[0] if side == "input" else weight_NI.shape[1], basis.shape[1])
@@ -171,7 +180,7 @@ def compensation(
     own_norm = torch.linalg.vector_norm(weight_NI).square()
     best: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
     before = own_norm.new_zeros(())
-    factor: Tensor | None = None
+    last, factor = weight_NI.new_zeros(shape), None  # B and B' of the round before
     for index in range(max(rounds, 1)):
         # B and two scalars lie side by side: what shards have to add up is one tensor
         buffer = weight_NI.new_zeros(shape[0] * shape[1] + 2)
@@ -188,14 +197,17 @@ def compensation(
         norm = norm.clamp_min(1e-30)
         if index == 0:
             before = squares / norm
-            best = (codes, scales, torch.zeros_like(new_factor), before)
+            best = (codes, scales, last, before)
         if rounds == 0 or layout.kind.exact:  # W is stored exactly: nothing to make up for
             break
-        factor = new_factor
+        last, factor = new_factor, torch.lerp(last, new_factor, 1.0 + BEYOND)
         error = (squares - taken).clamp_min(0.0) / norm
         assert best is not None
-        if bool(error < best[3]):
-            best = (codes, scales, factor, error)
+        gain, settled = torch.stack([best[3] - error, best[3] * (1.0 - (1.0 - SETTLED) ** 2)]).tolist()
+        if gain > 0.0:
+            best = (codes, scales, new_factor, error)
+        if gain < settled:
+            break
     assert best is not None
     return Compensated(codes=best[0], scales=best[1], factor=best[2], error=best[3].sqrt(), error_before=before.sqrt())
 
@@ -233,13 +245,14 @@ def update_survival(
     sums = weight_NI.new_zeros(2)
     group_rows = layout.group_rows
     old_left, old_right = (old_factor, old_basis) if side == "input" else (old_basis, old_factor)
+    new_left, new_right = (result.factor, new_basis) if side == "input" else (new_basis, result.factor)
+    turn, old_square = new_right.T @ old_right, old_right.T @ old_right
     for start, stop in row_chunks(weight_NI.shape[0], layout):
         groups = slice(start // group_rows, -(-stop // group_rows))
         scales = None if result.scales is None else result.scales[groups]
         new = unpack(result.codes[groups], scales, layout, torch.float32, rows=stop - start).sub_(weight_NI[start:stop])
-        change = plus_low_rank(new, new_basis, result.factor, side, start, stop, scale=scale)
-        # <change, s L R^T> = s <change R, L>, ||s L R^T||^2 = s^2 <L^T L, R^T R>: U itself is never formed
+        # <W', s L R^T> = s <W' R, L>, ||s L R^T||^2 = s^2 <L^T L, R^T R>: neither U nor W_eff is ever formed
         left = old_left[start:stop]
-        products = [(change @ old_right * left).sum(), scale * ((left.T @ left) * (old_right.T @ old_right)).sum()]
-        sums += scale * torch.stack(products)
+        change = torch.addmm(new @ old_right, new_left[start:stop], turn, alpha=scale)
+        sums += scale * torch.stack([(change * left).sum(), scale * ((left.T @ left) * old_square).sum()])
     return sums

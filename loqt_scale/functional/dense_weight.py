@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loqt_scale.functional.low_rank_linear import LowRankSpec, effective_weight
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import unpack
 
 
@@ -35,6 +36,7 @@ class DenseWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(proj_codes, proj_scales, factor, omega)
         ctx.spec = spec
+        ctx.width = None if probe is None else probe.shape[-1]
         proj = unpack(proj_codes, proj_scales, spec.projection, dtype)
         return effective_weight(unpack(base_codes, base_scales, spec.base, dtype), proj, factor.to(dtype), spec)
 
@@ -50,5 +52,5 @@ class DenseWeight(torch.autograd.Function):
             d_factor = (spec.scale * (turned @ proj)).to(factor.dtype)
         if ctx.needs_input_grad[5]:
             wide = torch.promote_types(dtype, torch.float32)
-            d_probe = (d_weight if omega is None else turned.T @ omega.to(dtype)).to(wide)
+            d_probe = (d_weight if omega is None else times_test_matrix(turned.T, omega, ctx.width)).to(wide)
         return None, None, None, None, d_factor, d_probe, None, None, None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loqt_scale.functional.grouped import grouped_rows, grouped_sums
 from loqt_scale.functional.low_rank_linear import LowRankSpec, choose_path, once_differentiable
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import unpack
 
 
@@ -66,6 +67,7 @@ class LowRankExperts(torch.autograd.Function):
             x_SI if keeps_x else None, xp_SR, ends_E, base_codes, base_scales, proj_codes, proj_scales, factor, omega
         )
         ctx.spec = spec
+        ctx.width = None if probe is None else probe.shape[-1]
         return y_SO
 
     @staticmethod
@@ -89,7 +91,7 @@ class LowRankExperts(torch.autograd.Function):
             factors = _by_expert(factor, spec).to(dtype)
             d_x = _input_gradient(dy_SO, weights, bases, factors, dyp_SR, ends_E, spec)
         if needs_probe:
-            d_probe = _probe_gradient(x_SI, dy_SO, omega, ends_E, spec)
+            d_probe = _probe_gradient(x_SI, dy_SO, omega, ctx.width, ends_E, spec)
         return d_x, None, None, None, None, None, d_factor, d_probe, None, None
 
 
@@ -143,13 +145,15 @@ def _input_gradient(
     return dx_SI.add_(low, alpha=spec.scale)
 
 
-def _probe_gradient(x_SI: Tensor, dy_SO: Tensor, omega: Tensor | None, ends_E: Tensor, spec: LowRankSpec) -> Tensor:
+def _probe_gradient(
+    x_SI: Tensor, dy_SO: Tensor, omega: Tensor | None, width: int, ends_E: Tensor, spec: LowRankSpec
+) -> Tensor:
     """Each stored weight's dense gradient where omega is None, else its sketch (E, F, l), in float32 or wider."""
     wide = torch.promote_types(x_SI.dtype, torch.float32)
     if omega is None:
         left, right = (x_SI, dy_SO) if spec.transposed else (dy_SO, x_SI)
     elif spec.applied_side == "input":
-        left, right = x_SI, dy_SO @ omega.to(dy_SO.dtype)
+        left, right = x_SI, times_test_matrix(dy_SO, omega, width)
     else:
-        left, right = dy_SO, x_SI @ omega.to(x_SI.dtype)
+        left, right = dy_SO, times_test_matrix(x_SI, omega, width)
     return grouped_sums(left, right, ends_E).to(wide)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from loqt_scale.config import LowRankCompute, LowRankPath, Side, SideChoice
 from loqt_scale.errors import UserError
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 
 OTHER_SIDE: dict[Side, Side] = {"input": "output", "output": "input"}
@@ -205,7 +206,7 @@ class LowRankLinear(torch.autograd.Function):
             x_TI if keeps_x else None, xp_TR, base_codes, base_scales, proj_codes, proj_scales, factor, probe, omega
         )
         ctx.spec = spec
-        ctx.dense_probe = probe is not None and omega is None
+        ctx.width = None if probe is None else probe.shape[-1]
         return y_TO
 
     @staticmethod
@@ -229,7 +230,7 @@ class LowRankLinear(torch.autograd.Function):
             if probe is not None and torch.is_grad_enabled():
                 d_x = d_x + _probe_term(dy_TO, probe.to(dtype), omega, spec)
         if needs_probe:
-            d_probe = _probe_gradient(x_TI, dy_TO, omega, spec)
+            d_probe = _probe_gradient(x_TI, dy_TO, omega, ctx.width, spec)
         return d_x, None, None, None, None, d_factor, d_probe, None, None
 
 
@@ -237,16 +238,18 @@ def _probe_term(dy_TO: Tensor, probe: Tensor, omega: Tensor | None, spec: LowRan
     """What the probe adds to dX (T, I): zeros, through which a loss of dX (a penalty on it) has its part of dW."""
     if omega is None:
         return dy_TO @ (probe.T if spec.transposed else probe)
-    omega = omega.to(dy_TO.dtype)
-    return dy_TO @ omega @ probe.T if spec.applied_side == "input" else dy_TO @ probe @ omega.T
+    width = probe.shape[1]
+    if spec.applied_side == "input":
+        return times_test_matrix(dy_TO, omega, width) @ probe.T
+    identity = torch.eye(omega.shape[0], dtype=dy_TO.dtype, device=dy_TO.device)
+    return dy_TO @ probe @ times_test_matrix(identity, omega, width).T
 
 
-def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, spec: LowRankSpec) -> Tensor:
+def _probe_gradient(x_TI: Tensor, dy_TO: Tensor, omega: Tensor | None, width: int, spec: LowRankSpec) -> Tensor:
     """The stored weight's dense gradient where omega is None, else its sketch (F, l), in float32 or wider."""
     wide = torch.promote_types(x_TI.dtype, torch.float32)
     if omega is None:
         return (x_TI.T @ dy_TO if spec.transposed else dy_TO.T @ x_TI).to(wide)
-    omega = omega.to(x_TI.dtype)
     if spec.applied_side == "input":
-        return (x_TI.T @ (dy_TO @ omega)).to(wide)
-    return (dy_TO.T @ (x_TI @ omega)).to(wide)
+        return (x_TI.T @ times_test_matrix(dy_TO, omega, width)).to(wide)
+    return (dy_TO.T @ times_test_matrix(x_TI, omega, width)).to(wide)

@@ -13,6 +13,7 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
   which accumulates over micro-batches and adds up over ranks. Z's leading left singular vectors are P (Halko et al.,
   section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not
   needed: at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
+  Omega is sparse: it adds up columns with random signs, which costs no product (see `test_matrix`).
   The last `VALIDATION_COLUMNS` of Omega do not enter P: they estimate, without bias, how much energy P keeps.
 
 *P is a stable function of its input*: rounding does not choose it. A gradient may hold fewer than r directions above
@@ -32,8 +33,7 @@ from torch import Tensor
 from loqt_scale.functional.seeding import stable_seed
 
 VALIDATION_COLUMNS = 8
-SEARCH_COLUMNS = 16  # beyond r, in the subspace iteration on a sketch: its last columns converge last
-SKETCH_ITERATIONS = 2
+SEARCH_COLUMNS = 16  # beyond r, in a subspace iteration: its last columns converge last
 # Strength of the background's directions, of the whole gradient's. Sums in float32 leave errors of 1e-7 of it, which
 # turn a direction of 1e-4 by a hundredth of the distance to its neighbours; what is weaker has no place of its own.
 # (bfloat16 rounds at 6e-4: there rounding has a say in the last columns all the same.)
@@ -45,17 +45,35 @@ def sketch_width(rank: int, out_features: int, in_features: int, oversampling: f
     return min(out_features, in_features, max(rank, round((1.0 + oversampling) * rank))) + VALIDATION_COLUMNS
 
 
-def test_matrix(features: int, width: int, *, seed: int, device: torch.device) -> Tensor:
-    """Omega, (features, width) float32, from a generator of its own (the global RNG is untouched).
+def test_matrix(features: int, *, seed: int, device: torch.device) -> Tensor:
+    """What Omega is made of, (features, 1 + `VALIDATION_COLUMNS`) float32; the global RNG is untouched.
 
-    The columns that enter P are orthonormal (a little better than Gaussian ones, and exact once l reaches the full
-    dimension); the validation columns are standard normal, which makes their energies unbiased.
+    The first column holds signs. Of the k columns of Omega that enter P, column j has the signs of rows j, j + k,
+    j + 2 k, ... and zeros elsewhere (a count sketch with equal buckets): they are orthogonal, exact once k reaches the
+    full dimension, and `times_test_matrix` needs additions only. The other columns here are the validation columns,
+    standard normal, which makes their energies unbiased.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    omega = torch.randn(features, width, generator=generator, dtype=torch.float32, device=device)
-    used = width - VALIDATION_COLUMNS
-    omega[:, :used] = torch.linalg.qr(omega[:, :used])[0]
+    omega = torch.randn(features, 1 + VALIDATION_COLUMNS, generator=generator, dtype=torch.float32, device=device)
+    omega[:, 0] = torch.where(omega[:, 0] < 0, -1.0, 1.0)
     return omega
+
+
+def times_test_matrix(matrix_TC: Tensor, omega: Tensor, width: int) -> Tensor:
+    """M Omega, (T, width).
+
+    Args:
+        matrix_TC: M, any float dtype.
+        omega: Of `test_matrix`, (C, 1 + `VALIDATION_COLUMNS`).
+        width: l, of `sketch_width`.
+    """
+    omega = omega.to(matrix_TC.dtype)
+    signs, used = omega[:, 0], width - VALIDATION_COLUMNS
+    total = matrix_TC[:, :used] * signs[:used]
+    for start in range(used, matrix_TC.shape[1], used):
+        part = matrix_TC[:, start : start + used]
+        total[:, : part.shape[1]].addcmul_(part, signs[start : start + used])
+    return torch.cat([total, matrix_TC @ omega[:, 1:]], 1)
 
 
 def background(features: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
@@ -89,6 +107,9 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     """The leading left singular vectors of a matrix that has few columns, or of several at once.
 
+    They come from the eigenvectors of its Gram matrix, in float64: there the background's squares, 1e-8 of the
+    greatest, are far above rounding. It is faster than the QR factorisations of a subspace iteration, and exact.
+
     Args:
         matrix_FC: Any float dtype, (..., F, C).
         rank: r, at most C.
@@ -98,9 +119,11 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
         (..., F, r) orthonormal columns, float32.
     """
     matrix = _normalized(matrix_FC.float())
-    width = min(*matrix.shape[-2:], rank + SEARCH_COLUMNS)
-    back = _background_of(matrix, rank, seed=seed)
-    return leading_vectors(matrix, back, rank, start_FK=matrix[..., :width], iterations=SKETCH_ITERATIONS)
+    wide = matrix.double()
+    wide[..., :rank] += _background_of(matrix, rank, seed=seed)
+    squares, vectors = torch.linalg.eigh(wide.mT @ wide)  # ascending
+    sizes = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return _signed((wide @ (vectors.flip(-1)[..., :rank] / sizes.unsqueeze(-2))).float())
 
 
 def leading_vectors(

@@ -35,7 +35,8 @@ class GradientProbe:
     Args:
         leaf: Leaf tensor whose *gradient* is wanted; its values are never read. (O, I) dense, or (F, l) sketched; of
             experts one of each, (E, O, I) or (E, F, l).
-        omega: The sketch's test matrix, (O, l) on side input, (I, l) on side output; None collects the dense gradient.
+        omega: What the sketch's test matrix is made of (see `projection.test_matrix`), one row for each of O features
+            on side input, of I on side output; None collects the dense gradient.
         outlives: Whether it holds gradients of passes whose others somebody has thrown away (`zero_grad`).
     """
 

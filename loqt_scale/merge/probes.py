@@ -37,13 +37,13 @@ def attach_probes(layers: Mapping[str, LoQTLayer], config: SubspaceConfig, *, se
         seed: Of the test matrices.
         device: Where the model computes.
     """
-    omegas: dict[tuple[int, int], Tensor] = {}
+    omegas: dict[int, Tensor] = {}
     for layer in layers.values():
         shape, omega = probe_shape(layer.spec, config), None
         if config.method == "sketch":
             each = layer.spec.each.base
-            key = each.rows + each.cols - shape[-2], shape[-1]
-            if key not in omegas:
-                omegas[key] = test_matrix(*key, seed=stable_seed(seed, *key), device=device)
-            omega = omegas[key]
+            features = each.rows + each.cols - shape[-2]
+            if features not in omegas:
+                omegas[features] = test_matrix(features, seed=stable_seed(seed, features), device=device)
+            omega = omegas[features]
         layer.probe = GradientProbe.collecting(shape, omega, device)

@@ -46,7 +46,7 @@ class Assumptions:
     launch_us: float
     merge_products: float
     factorise: float
-    test_matrix: float
+    merge_rounds: float
     merge_bytes: float
 
 

@@ -198,14 +198,13 @@ def _merge_seconds(
     sketched, plain = (
         sum(_device_seconds(operations, on, config.model)) for operations in (one.merge_operations, one.operations)
     )
-    shared, drawn, factorised = 0.0, 0.0, 0.0
+    shared, factorised = 0.0, 0.0
+    rounds = min(config.loqt.merge.compensation_rounds, assumed.merge_rounds)
     for spec in shapes.layers:
         *_, features, width = probe_shape(spec.each, config.loqt.subspace)
-        work = spec.expert_count * 4 * features * width**2
-        factorised += work / (assumed.factorise * TERA)
-        drawn += work / (assumed.test_matrix * TERA) if config.loqt.subspace.method == "sketch" else 0.0
-        rounds, values = config.loqt.merge.compensation_rounds, spec.base.rows * spec.base.cols
-        products = 2 * (1 + rounds) * 2 * values * spec.projection.cols
+        factorised += spec.expert_count * 4 * features * width**2 / (assumed.factorise * TERA)
+        values = spec.base.rows * spec.base.cols
+        products = (1 + 2 * rounds) * 2 * values * spec.projection.cols
         shared += products / (on.gpu.float32 * TERA * assumed.merge_products)
         shared += (1 + rounds) * values * assumed.merge_bytes / (on.gpu.bandwidth * GIGA * assumed.memory)
-    return passes * max(0.0, sketched - plain) + drawn + factorised / spread.ranks + shared / spread.work_size
+    return passes * max(0.0, sketched - plain) + factorised / spread.ranks + shared / spread.work_size

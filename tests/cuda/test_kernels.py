@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from loqt_scale.config import LoQTConfig, LowRankPath, Side
 from loqt_scale.functional.blockwise import decode, encode
+from loqt_scale.functional.projection import test_matrix as omega_of
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.layers import GradientProbe, LoQTLinear
@@ -103,9 +105,9 @@ def test_layer_and_its_gradients_are_those_of_a_dense_float64_linear(
     original = make_layer(side, compute)
     layer = copy.deepcopy(original).to(device)
     features, other = (96, 80) if side == "input" else (80, 96)
-    omega = random(other, 12, seed=4) if probe == "sketch" else None
+    omega = omega_of(other, seed=4, device=torch.device("cpu")) if probe == "sketch" else None
     if probe != "none":
-        shape = (80, 96) if omega is None else (features, 12)
+        shape = (80, 96) if omega is None else (features, 20)
         layer.probe = GradientProbe.collecting(shape, None if omega is None else omega.to(device), device)
     x, upstream = random(33, 96, seed=5), random(33, 80, seed=6)
     ours = x.to(device, copy=True).requires_grad_()
@@ -123,7 +125,10 @@ def test_layer_and_its_gradients_are_those_of_a_dense_float64_linear(
     on_factor = original.spec.scale * (weight.grad @ basis if side == "input" else weight.grad.T @ basis)
     pairs = [(y, expected), (ours.grad, twin.grad), (layer.factor.grad, on_factor)]
     if layer.probe is not None:
-        sketch = weight.grad if omega is None else (weight.grad.T if side == "input" else weight.grad) @ omega.double()
+        sketch = weight.grad
+        if omega is not None:
+            dense = times_test_matrix(torch.eye(other, dtype=torch.float64), omega, 20)  # Omega as a dense matrix
+            sketch = (weight.grad.T if side == "input" else weight.grad) @ dense
         pairs.append((layer.probe.leaf.grad, sketch))
         assert layer.probe.leaf.grad.dtype == torch.float32
     for found, wanted in pairs:

@@ -198,7 +198,7 @@ def test_zero_holds_and_sends_what_is_planned(tmp_path: Path, text_file: Path, c
         assert plan.memory.state[name] == pytest.approx(held[kind], rel=0.03), name
     assert plan.step.payload == pytest.approx(sum(size for _, size, _ in seen["step"]), abs=64)
     assert plan.step.sent == pytest.approx(seen["step_sent"], abs=64)
-    assert plan.merge.sent == pytest.approx(seen["merge_sent"], rel=0.1)
+    assert 0.7 * plan.merge.sent < seen["merge_sent"] < 1.1 * plan.merge.sent  # rounds that gain little are left out
 
 
 @pytest.mark.long
@@ -206,7 +206,7 @@ def test_ddp_sends_what_is_planned(run: Run) -> None:
     """A step to the byte; of a merge the new W, too."""
     plan, seen = planned(2, "ddp", {}), run("traffic", 2, "ddp")[0]
     assert plan.step.sent == pytest.approx(seen["step_sent"], rel=1e-3)
-    assert plan.merge.sent == pytest.approx(seen["merge_sent"], rel=0.1)
+    assert 0.7 * plan.merge.sent < seen["merge_sent"] < 1.1 * plan.merge.sent  # rounds that gain little are left out
 
 
 def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:

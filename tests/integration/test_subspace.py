@@ -74,8 +74,8 @@ def test_sketch_and_randomized_keep_99_percent_of_the_exact_energy(
             best = float(P.captured_energy(gradient, P.svd_basis(gradient, RANK, side), side))
             width = P.sketch_width(RANK, *gradient.shape, 1.0)
             other = gradient.shape[0] if side == "input" else gradient.shape[1]
-            omega = P.test_matrix(other, width, seed=1, device=CPU)
-            sketch = gradient.T @ omega if side == "input" else gradient @ omega
+            omega = P.test_matrix(other, seed=1, device=CPU)
+            sketch = P.times_test_matrix(gradient.T if side == "input" else gradient, omega, width)
             sketched = P.sketch_basis(sketch, RANK)
             randomized = P.randomized_basis(gradient, RANK, side, oversampling=1.0, power_iterations=2, seed=1)
             for basis in (sketched, randomized):

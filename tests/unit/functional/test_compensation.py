@@ -24,7 +24,7 @@ def problem(rows: int, cols: int, rank: int, side: str, seed: int = 0) -> tuple[
 
 
 def naive(weight: Tensor, basis: Tensor, side: str, scale: float, rounds: int) -> tuple[Tensor, Tensor, list[float]]:
-    """The algorithm as printed, dense, in float64, with torch's own pseudo-inverse: (W_q, B, errors of all rounds)."""
+    """Dense, in float64, with torch's own pseudo-inverse: (W_q, B, errors of all rounds)."""
     layout = MatrixLayout(*weight.shape, "nf4")
     weight64, basis64 = weight.double(), basis.double()
     pinv = torch.linalg.pinv(basis64)
@@ -36,10 +36,13 @@ def naive(weight: Tensor, basis: Tensor, side: str, scale: float, rounds: int) -
         return factor @ basis64.T if side == "input" else basis64 @ factor.T
 
     factor = torch.zeros(weight.shape[0] if side == "input" else weight.shape[1], basis.shape[1], dtype=torch.float64)
-    candidates = [(quantize(weight64), factor)]
+    candidates, errors, before = [(quantize(weight64), factor)], [], factor
     for _ in range(rounds):
-        base = quantize(weight64 - scale * low_rank(factor))
-        residual = weight64 - base
+        errors = [float((weight64 - q - scale * low_rank(b)).norm() / weight64.norm()) for q, b in candidates]
+        if len(errors) > 1 and errors[-1] > (1 - C.SETTLED) * min(errors[:-1]):
+            break
+        base = quantize(weight64 - scale * low_rank(factor + C.BEYOND * (factor - before)))
+        residual, before = weight64 - base, factor
         factor = (residual @ pinv.T if side == "input" else residual.T @ pinv.T) / scale
         candidates.append((base, factor))
     errors = [float((weight64 - q - scale * low_rank(b)).norm() / weight64.norm()) for q, b in candidates]

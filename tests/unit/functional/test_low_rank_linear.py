@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from loqt_scale.config import LoQTConfig, LowRankCompute, LowRankPath, QuantizationConfig, Side
 from loqt_scale.errors import UserError
 from loqt_scale.functional.low_rank_linear import LowRankLinear, choose_path
+from loqt_scale.functional.projection import test_matrix as omega_of
+from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.layers import GradientProbe, LoQTLinear, convert_to_loqt, loqt_layers
 
 SIDES: list[Side] = ["input", "output"]
@@ -49,10 +51,10 @@ def make_layer(
 def test_gradcheck_in_float64(side: Side, compute: LowRankPath, probe: str) -> None:
     layer = make_layer(side=side, compute=compute, dtype=torch.float64)
     features = 40 if side == "input" else 48
-    omega = torch.randn(features, 7, dtype=torch.float64) if probe == "sketch" else None
+    omega = omega_of(features, seed=0, device=torch.device("cpu")).double() if probe == "sketch" else None
     x = torch.randn(6, 48, dtype=torch.float64, requires_grad=True)
     factor = layer.factor.detach().clone().requires_grad_()
-    shape = {"none": None, "sketch": (48 if side == "input" else 40, 7), "dense": (40, 48)}[probe]
+    shape = {"none": None, "sketch": (48 if side == "input" else 40, 17), "dense": (40, 48)}[probe]
     leaf = None if shape is None else torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     base, projection = layer.base, layer.projection
 
@@ -101,8 +103,8 @@ def test_equals_a_dense_linear(
 @pytest.mark.parametrize("dense", [True, False])
 def test_probe_collects_the_weight_gradient_over_micro_batches(side: Side, dense: bool) -> None:
     layer = make_layer(side=side, dtype=torch.float64)
-    omega = None if dense else torch.randn(40 if side == "input" else 48, 9, dtype=torch.float64)
-    shape = (40, 48) if dense else (48 if side == "input" else 40, 9)
+    omega = None if dense else omega_of(40 if side == "input" else 48, seed=0, device=torch.device("cpu")).double()
+    shape = (40, 48) if dense else (48 if side == "input" else 40, 17)
     layer.probe = GradientProbe.collecting(shape, omega, torch.device("cpu"))
     weight = layer.effective_weight(torch.float64).requires_grad_()
     for _ in range(3):
@@ -114,7 +116,10 @@ def test_probe_collects_the_weight_gradient_over_micro_batches(side: Side, dense
         nn.functional.linear(x, weight, layer.bias).square().sum().backward()
     gradient = weight.grad
     assert gradient is not None
-    expected = gradient if omega is None else (gradient.T @ omega if side == "input" else gradient @ omega)
+    expected = gradient
+    if omega is not None:  # Omega as a dense matrix
+        dense_omega = times_test_matrix(torch.eye(len(omega), dtype=torch.float64), omega, 17)
+        expected = (gradient.T if side == "input" else gradient) @ dense_omega
     collected = layer.probe.leaf.grad
     assert collected is not None
     torch.testing.assert_close(collected.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -28,8 +28,8 @@ def gradient_like(out_features: int, in_features: int, decay: float = 1.5, size:
 def sketched(gradient: Tensor, rank: int, side: str, oversampling: float = 1.0) -> tuple[Tensor, Tensor]:
     width = P.sketch_width(rank, *gradient.shape, oversampling)
     features = gradient.shape[0] if side == "input" else gradient.shape[1]
-    omega = P.test_matrix(features, width, seed=5, device=torch.device("cpu"))
-    sketch = gradient.T @ omega if side == "input" else gradient @ omega
+    omega = P.test_matrix(features, seed=5, device=torch.device("cpu"))
+    sketch = P.times_test_matrix(gradient.T if side == "input" else gradient, omega, width)
     return sketch, P.sketch_basis(sketch, rank)
 
 
@@ -136,19 +136,31 @@ def test_signs_turn_no_more_often_than_any_rule_must(angle: float) -> None:
 
 def test_sketches_add_up_over_ranks_and_micro_batches() -> None:
     parts = [gradient_like(64, 48) * weight for weight in (0.2, 0.5, 0.3)]
-    omega = P.test_matrix(64, 24, seed=9, device=torch.device("cpu"))
-    together = torch.stack(parts).sum(0).T @ omega
-    apart = torch.stack([part.T @ omega for part in parts]).sum(0)
+    omega = P.test_matrix(64, seed=9, device=torch.device("cpu"))
+    together = P.times_test_matrix(torch.stack(parts).sum(0).T, omega, 24)
+    apart = torch.stack([P.times_test_matrix(part.T, omega, 24) for part in parts]).sum(0)
     torch.testing.assert_close(P.sketch_basis(together, 8).abs(), P.sketch_basis(apart, 8).abs(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("used", [5, 12, 40])
+def test_a_test_matrix_is_sparse_orthogonal_and_what_its_product_says(used: int) -> None:
+    """Against the dense Omega, which the product with the identity shows; 40 columns are all that there are."""
+    omega, width = P.test_matrix(40, seed=1, device=torch.device("cpu")), used + P.VALIDATION_COLUMNS
+    dense = P.times_test_matrix(torch.eye(40), omega, width)
+    assert torch.equal((dense[:, :used] != 0).sum(1), torch.ones(40, dtype=torch.int64))
+    square = dense[:, :used].T @ dense[:, :used]
+    assert torch.equal(square, square.diagonal().diag()) and bool((square.diagonal() > 0).all())
+    matrix = torch.randn(7, 40, dtype=torch.float64)
+    torch.testing.assert_close(P.times_test_matrix(matrix, omega.double(), width), matrix @ dense.double())
 
 
 def test_no_global_randomness_and_same_seed_same_numbers() -> None:
     before = torch.get_rng_state()
-    first = P.test_matrix(10, 5, seed=4, device=torch.device("cpu"))
+    first = P.test_matrix(10, seed=4, device=torch.device("cpu"))
     P.randomized_basis(gradient_like(20, 10), 4, "input", oversampling=1.0, power_iterations=1, seed=2)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, P.test_matrix(10, 5, seed=4, device=torch.device("cpu")))
-    assert not torch.equal(first, P.test_matrix(10, 5, seed=5, device=torch.device("cpu")))
+    assert torch.equal(first, P.test_matrix(10, seed=4, device=torch.device("cpu")))
+    assert not torch.equal(first, P.test_matrix(10, seed=5, device=torch.device("cpu")))
 
 
 def test_a_zero_gradient_still_gives_a_basis() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loqt_scale.functional.compensation import BEYOND, SETTLED
 from loqt_scale.functional.projection import sign_direction
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.layers import LoQTLinear, loqt_layers
@@ -19,15 +20,16 @@ def round_trip(matrix: Tensor) -> Tensor:
 
 
 def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The paper's merge of one dense merged weight, straight from its description: (P, dequantized W, B), float64."""
+    """The paper's merge of one dense merged weight, with over-relaxed rounds: (P, dequantized W, B), float64."""
     left, _, right = torch.linalg.svd(gradient.double())
     exact = right[:RANK].T if side == "input" else left[:, :RANK]
     direction = sign_direction(exact.shape[0], exact.device).double()
     basis = round_trip(exact * (direction.T @ exact).sign())  # the sign rule
     best: tuple[float, Tensor, Tensor] | None = None
-    low_rank = torch.zeros_like(weight)
+    low_rank = before = torch.zeros_like(weight)
     for _ in range(rounds):
-        base = round_trip(weight - SCALE * low_rank)
+        base = round_trip(weight - SCALE * (low_rank + BEYOND * (low_rank - before)))
+        before = low_rank
         pinv = torch.linalg.pinv(basis)
         if side == "input":
             factor = (weight - base) @ pinv.T / SCALE
@@ -36,8 +38,11 @@ def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tup
             factor = ((pinv @ (weight - base)) / SCALE).T
             low_rank = basis @ factor.T
         error = float((weight - base - SCALE * low_rank).norm())
+        settled = best is not None and error > (1 - SETTLED) * best[0]
         if best is None or error < best[0]:
             best = (error, base, factor)
+        if settled:
+            break
     assert best is not None
     return basis, best[1], best[2]
 

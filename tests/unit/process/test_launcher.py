@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import subprocess
 import sys
 
 import pytest
@@ -45,6 +46,22 @@ def test_a_single_rank_keeps_all_threads() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1"}
     launcher.join_launcher(environment)
     assert environment == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize("said", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "100"}])
+def test_waiting_threads_sleep_unless_the_caller_says_how_they_wait(said: dict[str, str]) -> None:
+    environment = dict(said)
+    launcher.wait_asleep(environment)
+    assert environment == (said or {"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+def test_commands_say_so_before_torch_loads() -> None:
+    """Its OpenMP reads the variable once, when it is loaded."""
+    script = "import os, sys; from loqt_scale.cli import main; main(['plan', '--gpus', 'x']); "
+    script += "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "PASSIVE"]
 
 
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
