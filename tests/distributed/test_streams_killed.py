@@ -45,8 +45,9 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.mark.long  # a process of its own, and nine runs; the same of tokens alone is in tests/unit/data
-def test_killed_and_resumed_at_every_step(ranks: RankPool, common: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.long  # a process of its own, and five runs; the same of tokens alone is in tests/unit/data
+@pytest.mark.timeout(600)
+def test_killed_and_resumed_at_any_step(ranks: RankPool, common: dict[str, Any], tmp_path: Path) -> None:
     def run(world_size: int, name: str, **more: Any) -> dict[int, float]:
         strategy = "ddp" if world_size > 1 else "single"
         given = {**common, "parallel.strategy": strategy, "train.run_dir": str(tmp_path / name), **more}
@@ -60,9 +61,7 @@ def test_killed_and_resumed_at_every_step(ranks: RankPool, common: dict[str, Any
     assert status == -signal.SIGKILL, output
     assert len(losses(tmp_path / "killed")) < STEPS
     assert run(1, "killed") == unbroken
-    for step in range(1, STEPS):
-        world_size = 1 + step % 4
+    for step, world_size in ((2, 3), (5, 2), (7, 4)):
         checkpoint = tmp_path / "unbroken" / "checkpoints" / f"step-{step:08d}"
         rest = run(world_size, f"from-{step}", **{"checkpoint.resume": str(checkpoint)})
-        near = {"abs": 0.0, "rel": 0.0} if world_size == 1 else {"abs": 2e-4}
-        assert rest == pytest.approx({at: loss for at, loss in unbroken.items() if at > step}, **near), step
+        assert rest == pytest.approx({at: loss for at, loss in unbroken.items() if at > step}, abs=2e-4), step
