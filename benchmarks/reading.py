@@ -1,9 +1,13 @@
-"""Tokens/s of reading a streamed data set on one core, against what training would need.
+"""Tokens/s of reading text on one core, against what training would need; local files, and many streams on one rank.
 
-    taskset -c 1 python benchmarks/reading.py TEXT.txt [--megabytes 16] [--streams 8] [--gpu-flops 4e14]
+    python benchmarks/reading.py TEXT.txt [--megabytes 16] [--streams 8] [--gpu-flops 4e14] [--tables streamed]
 
-The text is cut at blank lines into documents and written as JSONL and as parquet files. They are read as a run reads
-them: logical streams, shuffled, tokenized by bytes and by a BPE trained on the same text, packed.
+The text is cut at blank lines into documents. Seconds are those of processors, all threads and processes together, so
+that what else runs on the machine hardly counts; three tables:
+
+    streamed   JSONL and parquet files as a run reads them: logical streams, shuffled, tokenized, packed
+    streams    what many logical streams on one rank take: threads, open files, memory, seconds to the first batch
+    local      bytes/s of reading files alone, of tokenizing them, peak memory at two sizes, and 100 GB from their slope
 
 What is needed: eight GPUs that train the paper's 1b shape, 6 N FLOPs a token with its 1.34e9 weights, at `--gpu-flops`
 of useful work a second on each (default: an H100 at 40 % of its dense bfloat16 peak).
@@ -12,17 +16,27 @@ of useful work a second on each (default: an H100 at 40 % of its dense bfloat16 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import math
+import multiprocessing
+import resource
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loqt_scale.config import DataConfig
-from loqt_scale.data import build_corpus
-from loqt_scale.data.tokenizers import train_bpe
+from loqt_scale.data import build_corpus, token_store, tokenizing
+from loqt_scale.data.corpora import files_text
+from loqt_scale.data.tokenizers import load_tokenizer, train_bpe
 
 WEIGHTS_1B, GPUS, SEQ_LEN, BATCH, VOCABULARY = 1.34e9, 8, 256, 64, 32_000
 
@@ -34,17 +48,30 @@ def documents(path: Path, megabytes: float) -> list[str]:
     return [block for block in text.split("\n\n") if block.strip()]
 
 
+def json_lines(rows: list[str]) -> str:
+    """One object a line."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in rows)
+
+
 def write_sets(rows: list[str], folder: Path, files: int) -> dict[str, Path]:
     """The same documents as a folder of JSONL files and as one of parquet files."""
     sets = {kind: folder / kind for kind in ("jsonl", "parquet")}
     for path in sets.values():
-        path.mkdir()
+        path.mkdir(parents=True)
     parts = {f"train-{number:03d}": rows[number::files] for number in range(files)} | {"validation": rows[:20]}
     for name, part in parts.items():
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
-        (sets["jsonl"] / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        (sets["jsonl"] / f"{name}.jsonl").write_text(json_lines(part), encoding="utf-8")
         pq.write_table(pa.table({"text": part}), sets["parquet"] / f"{name}.parquet")
     return sets
+
+
+def in_a_process(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a task where nothing has been allocated before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
+
+
+# ---- streamed --------------------------------------------------------------------------------------------------------
 
 
 def tokens_per_second(folder: Path, tokenizer: str, streams: int, seconds: float) -> float:
@@ -52,12 +79,87 @@ def tokens_per_second(folder: Path, tokenizer: str, streams: int, seconds: float
     config = DataConfig(dataset=str(folder), tokenizer=tokenizer, seq_len=SEQ_LEN, streams=streams)
     text = build_corpus(config, seed=0, global_batch_size=BATCH).train
     text.sequences(0, 0, BATCH)  # opens files, imports
-    step, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
+    step, begin = 0, time.process_time()
+    while time.process_time() - begin < seconds:
         step += 1
         text.sequences(step, 0, BATCH)
     text.close()  # type: ignore[attr-defined]
-    return step * BATCH * SEQ_LEN / (time.perf_counter() - begin)
+    return step * BATCH * SEQ_LEN / (time.process_time() - begin)
+
+
+def many_streams(folder: Path, streams: int) -> str:
+    """What so many logical streams on one rank take, 8 seconds after their first batch."""
+    config = DataConfig(dataset=str(folder), tokenizer="bytes", seq_len=SEQ_LEN, streams=streams)
+    text = build_corpus(config, seed=0, global_batch_size=streams).train
+    this = psutil.Process()
+    before, begin = this.memory_info().rss, time.perf_counter()
+    text.sequences(0, 0, streams)
+    first = time.perf_counter() - begin
+    files = sum(str(file.path).startswith(str(folder)) for file in this.open_files())
+    time.sleep(8)
+    threads = sum(thread.name == "data-stream" for thread in threading.enumerate())
+    memory = (this.memory_info().rss - before) / 1e6
+    text.close()  # type: ignore[attr-defined]
+    return f"{threads:3} threads, {files:4} open files, {memory:6.0f} MB, first batch after {first:.1f} s"
+
+
+# ---- local -----------------------------------------------------------------------------------------------------------
+
+
+def read_alone(path: Path) -> float:
+    """MB of text a second that are read of a file and cut into documents."""
+    begin, size = time.process_time(), 0
+    for document in files_text([str(path)], "text").documents():
+        size += len(document)
+    return size / 1e6 / (time.process_time() - begin)
+
+
+def tokenize(path: Path, tokenizer: str, processes: int) -> tuple[float, float, int]:
+    """Seconds, peak MB of this process, and bytes of the tokens of a file."""
+    tokenizing.processes_for = lambda size: processes  # type: ignore[assignment]
+    loaded, begin = load_tokenizer(tokenizer), _seconds()
+    with tempfile.TemporaryDirectory() as cache:
+        text = files_text([str(path)], "text")
+        store = token_store.tokenized(text, loaded, eval_fraction=0.02, cache_dir=Path(cache))
+        seconds, written = _seconds() - begin, store.train.nbytes + store.eval.nbytes
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return seconds, int(status["VmHWM"].split()[0]) / 1e3, written  # ru_maxrss would be the parent's, if that is larger
+
+
+def _seconds() -> float:
+    """Of processors, of this process and those that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def print_local(rows: list[str], folder: Path, tokenizer: str, processes: int) -> None:
+    """The table of local files."""
+    write_kinds(rows, folder)
+    for path in sorted(folder.glob("read.*")):
+        size, rate = path.stat().st_size / 1e6, read_alone(path)
+        print(f"reading alone, {path.name[5:]:10} {size:6.1f} MB: {rate:6.1f} MB of text/s", flush=True)
+    runs = {}
+    for share in (3, 1):
+        path = folder / f"a{share}.txt"
+        path.write_text("\n\n".join(rows[: len(rows) // share]), encoding="utf-8")
+        seconds, peak, written = in_a_process(tokenize, path, tokenizer, processes)
+        runs[share] = (path.stat().st_size / 1e6, seconds, written / 1e6)
+        print(f"tokenizing {runs[share][0]:6.1f} MB, {processes} processes: {seconds:6.1f} s, peak {peak:.0f} MB")
+    (small, soon, few), (large, late, many) = runs[3], runs[1]
+    rate = (large - small) / (late - soon)
+    tokens = 100 * (many - few) / (large - small)
+    print(f"slope: {rate:.2f} MB/s; 100 GB of text: {1e5 / rate / 3600:.1f} h of one core, {tokens:.0f} GB of tokens")
+
+
+def write_kinds(rows: list[str], folder: Path) -> None:
+    """The same documents in one file of each kind."""
+    folder.mkdir()
+    (folder / "read.txt").write_text("\n\n".join(rows), encoding="utf-8")
+    (folder / "read.jsonl").write_text(json_lines(rows), encoding="utf-8")
+    (folder / "read.jsonl.gz").write_bytes(gzip.compress(json_lines(rows).encode(), 6))
+    with pa.output_stream(str(folder / "read.jsonl.zst"), compression="zstd") as stream:
+        stream.write(json_lines(rows).encode())
+    pq.write_table(pa.table({"text": rows}), folder / "read.parquet")
 
 
 def main() -> None:
@@ -67,16 +169,36 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--gpu-flops", type=float, default=4e14)
+    parser.add_argument("--many", type=int, nargs="*", default=[8, 64, 256])
+    parser.add_argument("--processes", type=int, default=1, help="that tokenize local files")
+    parser.add_argument("--tokenizer", help="a folder; default: a BPE trained on the text")
+    parser.add_argument("--tables", nargs="*", default=["streamed", "streams", "local"])
     options = parser.parse_args()
-    needed = options.gpu_flops / (6 * WEIGHTS_1B)
-    print(f"needed: {needed:,.0f} tokens/s a GPU, {GPUS * needed:,.0f} on {GPUS} (6 x {WEIGHTS_1B:.3g} FLOPs a token)")
     with tempfile.TemporaryDirectory() as name:
         folder, rows = Path(name), documents(options.text, options.megabytes)
-        train_bpe(rows, VOCABULARY, folder / "bpe")
-        for kind, path in write_sets(rows, folder, options.streams).items():
-            for tokenizer in ("bytes", str(folder / "bpe")):
-                rate = tokens_per_second(path, tokenizer, options.streams, options.seconds)
-                print(f"{kind:8}{Path(tokenizer).name:6}{rate:12,.0f} tokens/s  {rate / needed:6.1f} x a GPU's need")
+        bpe = options.tokenizer or str(folder / "bpe")
+        if options.tokenizer is None:
+            train_bpe(rows, VOCABULARY, folder / "bpe")
+        sets = write_sets(rows, folder, options.streams)
+        if "streamed" in options.tables:
+            print_streamed(sets, bpe, options.streams, options.seconds, options.gpu_flops / (6 * WEIGHTS_1B))
+        for kind, path in sets.items() if "streams" in options.tables else []:
+            for streams in options.many:
+                print(f"{streams:4} streams, {kind:8}{in_a_process(many_streams, path, streams)}", flush=True)
+        if "local" in options.tables:
+            print_local(rows, folder / "local", bpe, options.processes)
+
+
+def print_streamed(sets: dict[str, Path], bpe: str, streams: int, seconds: float, needed: float) -> None:
+    """The table of streamed data sets; `needed`: tokens/s of a GPU."""
+    print(f"needed: {needed:,.0f} tokens/s a GPU, {GPUS * needed:,.0f} on {GPUS} (6 x {WEIGHTS_1B:.3g} FLOPs a token)")
+    for kind, path in sets.items():
+        for tokenizer in ("bytes", bpe):
+            rate = tokens_per_second(path, tokenizer, streams, seconds)
+            share, cores = 100 * needed / rate, math.ceil(GPUS * needed / rate)
+            name = "bytes" if tokenizer == "bytes" else "BPE"
+            print(f"streamed {kind:8}{name:6}{rate:12,.0f} tokens/s a core: {share:.1f} % of one a GPU, {cores} for "
+                  f"{GPUS}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

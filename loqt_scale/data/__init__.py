@@ -4,13 +4,17 @@
     hub.py          rows of a streamed data set
     tokenizers.py   text <-> ids
     packing.py      documents -> sequences of one length (pure)
+    text_files.py   documents of one file
     token_store.py  local corpora, tokenized once, kept on disk
+    tokenizing.py   how: by several processes, in order; a killed build goes on
+    token_files.py  files of tokens that grow
+    reading_bar.py  how far that is, and the time left
     cache.py        folders that one process builds while the others wait
     batching.py     a rank's share of them, in micro-batches; the loss, summed
     batches.py      which sequences a step reads; stored corpora, random access
     logical.py      the same for data sets that only go forward, as streams that ranks share among them
     pieces.py       which documents each of these streams reads
-    streaming.py    one of them, read ahead in a thread
+    streaming.py    one of them, read ahead by threads
     mixing.py       several of all these, by weight
 
 Nothing here knows about ranks: each asks for its share of a step's global batch.

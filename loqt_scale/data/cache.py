@@ -4,10 +4,11 @@
     KEY.lock                    held by who builds the entry
     KEY.builder                 who that is, for those who wait
     KEY.WORD@HOST.building      what it is building; one rename makes it KEY/
+    KEY.kept@HOST.building      the same, of a build that can go on where it was interrupted
 
-So an interrupted build leaves nothing that looks finished, and what it leaves is removed by the next one. An entry that
-is not as it was written is built anew. A file whose size, times and inode are still those of the day it was written is
-taken for whole; else it is read through once.
+So an interrupted build leaves nothing that looks finished; the next one removes what it leaves, or goes on with it. An
+entry that is not as it was written is built anew. A file whose size, times and inode are still those of the day it was
+written is taken for whole; else it is read through once.
 """
 
 from __future__ import annotations
@@ -29,15 +30,22 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loqt_scale.errors import explained
+from loqt_scale.errors import UserError, explained
 from loqt_scale.process.environment import job_label
 
 Say = Callable[[str], None]
 
 _ENTRY = "entry.json"
-_BUILDING = re.compile(r"(?P<key>[^.]+)\.[0-9a-f]{32}@(?P<host>.+)\.building")
+_PLACE = "place.json"
+_BUILDING = re.compile(r"(?P<key>[^.]+)\.(?P<word>[0-9a-f]{32}|kept)@(?P<host>.+)\.building")
 _FIRST_WAIT, _NEXT_WAITS = 5.0, 300.0  # seconds after which a waiting process says for whom
 _FORGOTTEN = 86400.0  # seconds after which what another host has not touched is what a killed build left
+_KEPT = 7 * 86400.0  # the same of a build that could go on, on any host
+_SILENT = 120.0  # one that goes on touches its folder more often than that
+
+
+class InterruptedBuildError(UserError):
+    """What has stopped a build, and says nothing about its text: what has been built is kept."""
 
 
 def say_on_stderr(line: str) -> None:
@@ -45,13 +53,17 @@ def say_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def built_once(folder: Path, build: Callable[[Path], None], *, what: str, say: Say = say_on_stderr) -> Path:
+def built_once(
+    folder: Path, build: Callable[[Path], None], *, what: str, goes_on: bool = False, say: Say = say_on_stderr
+) -> Path:
     """Returns `folder`, made by one process's `build(temporary folder)` if it is not there or not whole.
 
     Args:
         folder: The entry.
         build: Writes the entry's files.
         what: For people: what is built.
+        goes_on: `build` may find the temporary folder as an interrupted call has left it. It keeps its place there in
+            `place.json` (which is no part of the entry), and writes something every few seconds.
         say: Gets a line when an entry is damaged, or when another job holds things up.
 
     Raises:
@@ -68,7 +80,7 @@ def built_once(folder: Path, build: Callable[[Path], None], *, what: str, say: S
                 _remove(folder)
             if not folder.is_dir():  # else another process has built it while we waited
                 _sweep(folder)
-                _build_and_rename(folder, build)
+                _build_and_rename(folder, build, _kept(folder, say) if goes_on else None)
     return folder
 
 
@@ -110,27 +122,64 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _build_and_rename(folder: Path, build: Callable[[Path], None]) -> None:
+def _build_and_rename(folder: Path, build: Callable[[Path], None], kept: Path | None) -> None:
     # Two machines that share a cache folder may both get here where the file system's locks are not shared: hence a
     # temporary name of our own, and no complaint if the other one's rename came first.
-    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}@{socket.gethostname()}.building")
-    temporary.mkdir()
+    temporary = kept or _temporary(folder, uuid.uuid4().hex)
+    temporary.mkdir(exist_ok=kept is not None)
+    keep = kept is not None
     try:
         build(temporary)
-        facts = {path.name: {"digest": _digest(path), "stamp": _stamp(path)} for path in sorted(temporary.iterdir())}
+        files = sorted(path for path in temporary.iterdir() if path.name not in (_PLACE, _ENTRY))
+        facts = {path.name: {"digest": _digest(path), "stamp": _stamp(path)} for path in files}
         (temporary / _ENTRY).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (temporary / _PLACE).unlink(missing_ok=True)
         try:
             temporary.replace(folder)
         except OSError:
+            keep = keep and not folder.is_dir()
             if not folder.is_dir():
                 raise
+    except Exception as error:
+        keep = keep and isinstance(error, OSError | InterruptedBuildError)
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(folder: Path, word: str) -> Path:
+    return folder.with_name(f"{folder.name}.{word}@{socket.gethostname()}.building")
+
+
+def _kept(folder: Path, say: Say) -> Path:
+    """Where a build that can go on works: what one has left, on this host or on another, or a name that is free."""
+    ours = _temporary(folder, "kept")
+    others = [left for left in folder.parent.glob(f"{folder.name}.kept@*.building") if left != ours]
+    for left in others if not ours.exists() else []:
+        if _falls_silent(left, say):
+            with suppress(OSError):  # another one was faster
+                left.replace(ours)
+                break
+    return ours
+
+
+def _falls_silent(left: Path, say: Say) -> bool:
+    """Whether nobody works in a folder. Where locks are not shared, another host may."""
+    before = _seconds_since_touched(left)
+    if before < _SILENT:
+        say(f"waiting up to {_SILENT - before:.0f} s to see whether {left} is still being built")
+    while (now := _seconds_since_touched(left)) < _SILENT:
+        if now < before:
+            return False
+        before = now
+        time.sleep(min(1.0, _SILENT / 10))
+    return True
 
 
 def _remove(folder: Path) -> None:
     """Removes an entry: by one rename first, so that nobody sees half of it."""
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}@{socket.gethostname()}.building")
+    aside = _temporary(folder, uuid.uuid4().hex)
     folder.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -187,7 +236,9 @@ def _sweep(folder: Path) -> None:
     """Removes what killed builds have left beside an entry, whose lock we hold."""
     for left in folder.parent.glob("*.building"):
         found = _BUILDING.fullmatch(left.name)
-        if found is None or found["host"] != socket.gethostname():
+        if found is not None and found["word"] == "kept":
+            abandoned = found["key"] != folder.name and _seconds_since_touched(left) > _KEPT
+        elif found is None or found["host"] != socket.gethostname():
             abandoned = _seconds_since_touched(left) > _FORGOTTEN
         else:  # on this host, locks tell
             abandoned = found["key"] == folder.name or _is_free(_lock_file(folder.parent, found["key"]))

@@ -1,8 +1,8 @@
 """Where local text comes from: the embedded corpus, or files named by `data.files`.
 
 Both are a `LocalText`: a name, a key that changes whenever the text does (`token_store.py` keys its cache by it), and
-a function that starts a fresh pass over the documents. Several passes are made (one to choose the held-out documents,
-one to train a BPE tokenizer, one to tokenize), each streaming, so that the text of files never has to fit in memory.
+parts, over whose documents fresh passes can be made. Several are (to train a BPE tokenizer, to tokenize), each
+streaming, so that the text of files never has to fit in memory.
 
 The *embedded* corpus is what every CPython carries with it: the language reference in `pydoc_data.topics`, then the
 standard library's own sources. It needs no download, it is several megabytes of real English and code, and it is in the
@@ -17,14 +17,14 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loqt_scale.config.paths import expand_path
-from loqt_scale.data.text_files import documents_of, kind_of
+from loqt_scale.data.text_files import TextFile, kind_of
 from loqt_scale.errors import MissingFileError, UserError, explained
 
 EMBEDDED_MAX_BYTES = 12_000_000
@@ -50,6 +50,21 @@ _SKIPPED_FOLDERS = {
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")  # written when this Python was built: differ from machine to machine
 
 
+class Part(Protocol):
+    """A part of a text, which can be read apart from the others; see `text_files.TextFile`."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, as they lie on the disk."""
+
+    @property
+    def read(self) -> int:
+        """Bytes that the last pass has read."""
+
+    def documents(self) -> Iterator[str]:
+        """Begins a new pass over the documents: non-empty strings, the same ones in the same order each time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalText:
     """Text that can be read again and again.
@@ -57,12 +72,40 @@ class LocalText:
     Args:
         name: For people, e.g. "3 files (first: a.txt)".
         key: Changes whenever the documents do.
-        documents: Starts a new pass over the documents: non-empty strings, the same ones in the same order each time.
+        parts: In order; one pass at a time is made over each.
     """
 
     name: str
     key: str
-    documents: Callable[[], Iterator[str]]
+    parts: Sequence[Part]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size for part in self.parts)
+
+    def documents(self) -> Iterator[str]:
+        """Begins a new pass over the documents of all parts."""
+        for part in self.parts:
+            yield from part.documents()
+
+
+@dataclass
+class HeldInMemory:
+    """A `Part` that is a list of documents."""
+
+    texts: Sequence[str]
+    read: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.texts))
+
+    def documents(self) -> Iterator[str]:
+        self.read = 0
+        for text in self.texts:
+            self.read += len(text)
+            yield text
 
 
 def embedded_text() -> LocalText:
@@ -83,7 +126,7 @@ def embedded_text() -> LocalText:
     return LocalText(
         name=f"embedded corpus (documentation and library sources of Python {platform.python_version()})",
         key=f"embedded-{platform.python_version()}-{content.hexdigest()}",
-        documents=lambda: iter(documents),
+        parts=[HeldInMemory(documents)],
     )
 
 
@@ -109,7 +152,7 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
         facts.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files (first: {paths[0]})"
-    return LocalText(name=name, key=f"files-{digest}", documents=lambda: _read_files(paths, text_field))
+    return LocalText(name=name, key=f"files-{digest}", parts=[TextFile(path, text_field) for path in paths])
 
 
 def joined_text(texts: Sequence[LocalText]) -> LocalText:
@@ -119,7 +162,7 @@ def joined_text(texts: Sequence[LocalText]) -> LocalText:
     return LocalText(
         name=f"{len(texts)} texts (first: {texts[0].name})",
         key=json.dumps([text.key for text in texts]),
-        documents=lambda: (document for text in texts for document in text.documents()),
+        parts=[part for text in texts for part in text.parts],
     )
 
 
@@ -195,8 +238,3 @@ def _check_readable(path: Path) -> None:
         pass
     if "::" in str(path) and kind_of(path) == ".parquet":
         raise UserError(f"{path} has '::' in its name, which the datasets library takes for two paths; rename it")
-
-
-def _read_files(paths: list[Path], text_field: str) -> Iterator[str]:
-    for path in paths:
-        yield from documents_of(path, text_field)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need 
     import datasets
 
 _ENCODE_CHARS = 200_000  # text of the held-out part tokenized at once
+_CHARS, _ROWS = 2**18, 100  # read at once of a file; the library would hold 10 MB, or a row group, of each that is open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +175,9 @@ def _text_only(builder: Any, split: Split, name: str) -> Split:
         if split.text_field not in (split.rows.column_names or []):
             return split
         columns = [split.text_field]
-        rows = datasets.load_dataset("parquet", data_files=files, columns=columns, streaming=True)[name]
-        return replace(split, rows=rows)
-    lines = datasets.load_dataset("text", data_files=files, streaming=True)[name]
+        rows = datasets.load_dataset("parquet", data_files=files, columns=columns, batch_size=_ROWS, streaming=True)
+        return replace(split, rows=rows[name])
+    lines = datasets.load_dataset("text", data_files=files, chunksize=_CHARS, streaming=True)[name]
     first = next((_parsed(row) for row in lines if row["text"].strip()), None)
     if not isinstance(first, dict) or split.text_field not in first:
         return split  # a list, or no JSON, or another column: the library says which

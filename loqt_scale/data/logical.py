@@ -18,11 +18,12 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from loqt_scale.data.batches import AnotherTextError, Batch, Portion, WholeBatch, check_range
+from loqt_scale.data.streaming import Readers
 from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import share
 
 MOST_STREAMS = 64
-"""Logical streams if `data.streams` says nothing: at most so many; each is a thread, and a file that is open."""
+"""Logical streams if `data.streams` says nothing: at most so many; each is a file that is open on its rank."""
 
 _FEWEST_MOST = 8  # that of a data set of fewer files, each of which several streams have to read
 
@@ -34,8 +35,8 @@ class Stream(Protocol):
     def pieces(self) -> int:
         """Pieces of the data set that it has read."""
 
-    def begin(self) -> None:
-        """Starts to read ahead."""
+    def begin(self, readers: Readers | None = None) -> None:
+        """Starts to read ahead, in threads that it shares with others."""
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this stream's in a step."""
@@ -114,6 +115,7 @@ class LogicalStreams:
         self._seq_len, self._batch_size, self._pieces = seq_len, global_batch_size, pieces
         self._portion = portion or WholeBatch(global_batch_size)
         self._streams: dict[int, Stream] = {}
+        self._readers = Readers()
         self._begin = 0  # the first step
         self._places: dict[str, dict[str, Any]] = {}  # where it begins
         self._next = 0
@@ -122,7 +124,7 @@ class LogicalStreams:
         """See `TrainStream`: all streams at the same time, from the first step on that takes something of this text."""
         if self._portion.within(step, 0, self._batch_size):
             for number in _touched(start, stop, self._batch_size // self.count):
-                self._stream(number).begin()
+                self._stream(number).begin(self._readers)
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """See `TrainStream`. Steps must not decrease; one step may be asked for several times, in any ranges."""
@@ -164,6 +166,7 @@ class LogicalStreams:
         """Ends the background threads; steps that were not read yet cannot be read any more."""
         for stream in self._streams.values():
             stream.close()
+        self._readers.end()
 
     def _checked(self, position: Any) -> dict[str, dict[str, Any]]:
         if isinstance(position, dict) and "epoch" in position:
@@ -176,6 +179,11 @@ class LogicalStreams:
             found = _Position(**position)
         except (ValidationError, TypeError):
             raise UserError(f"{ascii(position)[:60]} is no place of logical streams") from None
+        if found.text == self._text and found.streams != self.count:
+            raise AnotherTextError(
+                f"the checkpoint was saved with {found.streams} logical streams, and now there are {self.count}; write "
+                f"--data.streams {found.streams} to go on, or --checkpoint.resume never to start anew"
+            )
         if (found.streams, found.text) != (self.count, self._text):
             raise AnotherTextError(
                 f"the checkpoint was saved with {found.streams} logical streams of a data set of {found.text}, and "

@@ -136,7 +136,8 @@ def training_windows(pieces: Pieces, stream: int, tokenizer: Tokenizer, seq_len:
             begin = replace(place, rest=tuple(rest.tolist()))
             chunk = _encoded(group, tokenizer)
             place, seen = replace(place, texts=place.texts + len(group)), seen + len(chunk)
-            windows, rest = cut_windows(np.concatenate([rest, chunk]), seq_len)
+            windows, left = cut_windows(np.concatenate([rest, chunk]), seq_len)
+            rest = left.copy()  # not a view, which would hold the whole chunk
             if len(windows):
                 yield windows, begin
 

@@ -1,4 +1,4 @@
-"""One logical stream: sequences that a background thread reads ahead, forward only.
+"""One logical stream: sequences that background threads read ahead, forward only.
 
 A later step is reached by reading up to it. An earlier step cannot be reached. A run that goes on need not read all
 again: the reader says of each chunk where it began (`Place`), a checkpoint keeps that, the next reader starts there.
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from loqt_scale.data.batches import Batch, batch_of, check_range
 from loqt_scale.data.packing import Int64Array
 from loqt_scale.errors import UserError
 
-_CHUNKS_AHEAD, _STEPS_AHEAD = 4, 2  # the thread waits when it is ahead by both
+READER_THREADS = 8
+"""Threads that read for all streams of a rank; more would only take the interpreter from the training loop."""
+
+_STEPS_AHEAD = 2  # a stream waits when so much of it has been read
 _STEPS_KNOWN = 4  # a step may be taken back when the next one has been read
 _JOIN_SECONDS = 5.0
 
@@ -52,14 +56,63 @@ class Place:
 Chunk = tuple[Int64Array, Place]
 
 
-class LogicalStream:
-    """Sequences read from an endless iterator in a background thread.
+class Readers:
+    """Threads that read ahead for several streams, a chunk of each in turn.
 
-    The thread starts with the first call of `begin` or `sequences`, so that a run which only evaluates reads nothing.
+    Args:
+        threads: How many; each starts when there is work for it.
+    """
+
+    def __init__(self, threads: int = READER_THREADS) -> None:
+        self._waiting: SimpleQueue[_Source | None] = SimpleQueue()
+        self._most, self._threads = threads, list[threading.Thread]()
+        # Freed with its threads at work, it only asks them to stop. It must not wait for them: garbage is collected at
+        # any moment, this thread may hold the import lock, and they may be importing.
+        weakref.finalize(self, _dismiss, self._waiting, threads)
+        # A daemon thread inside pyarrow while the interpreter tears down its modules would crash.
+        atexit.register(_end_if_alive, weakref.ref(self))
+
+    def serve(self, source: _Source) -> None:
+        """Reads for a source from now on, until it ends."""
+        source.begin(self._waiting)
+        if len(self._threads) < self._most:
+            thread = threading.Thread(target=_take_turns, args=(self._waiting,), name="data-stream", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def end(self) -> None:
+        """Ends the threads; each finishes the chunk that it is at."""
+        _dismiss(self._waiting, len(self._threads))
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
+
+
+def _dismiss(waiting: SimpleQueue[_Source | None], threads: int) -> None:
+    for _ in range(threads):
+        waiting.put(None)
+
+
+def _end_if_alive(readers: weakref.ref[Readers]) -> None:
+    found = readers()
+    if found is not None:
+        found.end()
+
+
+def _take_turns(waiting: SimpleQueue[_Source | None]) -> None:
+    while (source := waiting.get()) is not None:
+        if source.read_a_chunk():
+            waiting.put(source)
+        del source  # the threads hold no source while they wait
+
+
+class LogicalStream:
+    """Sequences read from an endless iterator in background threads.
+
+    The reading starts with the first call of `begin` or `sequences`: a run which only evaluates reads nothing.
 
     Args:
         open_windows: Starts the iterator at a place: (m, T + 1) int64 windows, m >= 1, each time with the place that
-            they begin at; without end. Called in the thread.
+            they begin at; without end. Called in a thread.
         per_step: Sequences of a step that are this stream's, at most.
         taken: How many of a step are; default: always as many.
     """
@@ -72,8 +125,8 @@ class LogicalStream:
         taken: Callable[[int], int] | None = None,
     ) -> None:
         self._open_windows, self._per_step, self._taken = open_windows, per_step, taken
-        self._chunks = _Chunks(_STEPS_AHEAD * per_step)
-        self._reader: _Reader | None = None
+        self._source: _Source | None = None
+        self._alone: Readers | None = None  # if nobody else's read
         self._skipped = 0  # windows of the first chunks, read before
         self._closed = False
         self._place = Place()
@@ -88,16 +141,22 @@ class LogicalStream:
         """Pieces of the data set that it has read, up to the last sequence that was asked for."""
         return self._place.piece
 
-    def begin(self) -> None:
-        """Starts to read ahead, if it has not begun."""
+    def begin(self, readers: Readers | None = None) -> None:
+        """Starts to read ahead, if it has not begun.
+
+        Args:
+            readers: Whose threads read; default: a thread of its own.
+        """
         if self._closed:
             raise ValueError("this stream was closed; build the corpus anew to read on")
-        if self._reader is None:
+        if self._source is None:
             self._skipped = self._place.windows
-            self._reader = _Reader(partial(self._open_windows, replace(self._place, windows=0)), self._chunks)
-            # Freed with its reader still running, the stream only asks it to stop. It must not wait for it: garbage
-            # is collected at any moment, this thread may hold the import lock, and the reader may be importing.
-            weakref.finalize(self, self._chunks.end)
+            opened = partial(self._open_windows, replace(self._place, windows=0))
+            self._source = _Source(opened, _STEPS_AHEAD * self._per_step)
+            if readers is None:
+                readers = self._alone = Readers(1)
+            readers.serve(self._source)
+            self._end = weakref.finalize(self, self._source.end)
 
     def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this stream's in a step, which must not decrease; in any ranges, repeatedly."""
@@ -129,7 +188,7 @@ class LogicalStream:
         Raises:
             ValueError: `position` is none of this stream's.
         """
-        assert self._reader is None, "read already"
+        assert self._source is None, "read already"
         try:
             place = Place(**position)
         except (ValidationError, TypeError):
@@ -139,10 +198,13 @@ class LogicalStream:
         self._step, self._place = step - 1, place
 
     def close(self) -> None:
-        """End the background thread; steps that were not read yet cannot be read any more."""
+        """Ends the reading; steps that were not read yet cannot be read any more."""
         self._closed = True
-        if self._reader is not None:
-            self._reader.end()
+        if self._source is not None:
+            self._end()
+            self._source = None  # and with it its file
+        if self._alone is not None:
+            self._alone.end()
 
     def _size(self, step: int) -> int:
         return self._per_step if self._taken is None else self._taken(step)
@@ -161,8 +223,9 @@ class LogicalStream:
         if self._error is not None:
             raise self._error
         self.begin()
+        assert self._source is not None
         while True:
-            item = self._chunks.get()
+            item = self._source.get()
             if isinstance(item, Exception):
                 self._error = item
                 raise item
@@ -174,71 +237,63 @@ class LogicalStream:
             self._skipped -= len(windows)
 
 
-class _Chunks:
-    """What the thread has read and nobody has taken: a queue that is full at so many chunks and so many windows.
+class _Source:
+    """What has been read of a stream and nobody has taken, and its iterator, which a thread advances in its turn.
 
-    It is not a `queue.Queue`: a thread that waits there cannot be told to stop, and would have to look every so often.
+    It holds no `LogicalStream`, so that one can be freed. Full, it is in no queue of threads until something is taken.
     """
 
-    def __init__(self, windows: int) -> None:
-        self._least, self._waiting, self._ended = windows, 0, False
+    def __init__(self, open_windows: Callable[[], Iterator[Chunk]], least: int) -> None:
+        self._open_windows, self._least = open_windows, least
+        self._iterator: Iterator[Chunk] | None = None
+        self._queue: SimpleQueue[_Source | None] | None = None
+        self._waiting, self._full, self._ended = 0, False, False
         self._items: deque[Chunk | Exception] = deque()
-        self._changed = threading.Condition()  # reentrant: garbage may be collected, and end() called, inside
+        self._changed = threading.Condition()
 
-    def put(self, item: Chunk | Exception) -> bool:
-        """Waits for room; False: it has ended."""
+    def begin(self, queue: SimpleQueue[_Source | None]) -> None:
+        """Waits in a queue for its turns from now on."""
+        self._queue = queue
+        queue.put(self)
+
+    def read_a_chunk(self) -> bool:
+        """Reads on; False: it wants no turn for the present. In one thread at a time."""
+        item = None if self._ended else self._next()
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or not self._full())
+            if item is None or self._ended:
+                self._iterator = None  # closes its file
+                return False
             self._items.append(item)
             self._waiting += _windows_in(item)
+            self._full = self._waiting >= self._least
             self._changed.notify_all()
-            return not self._ended
+            return not self._full and not isinstance(item, Exception)
 
     def get(self) -> Chunk | Exception:
-        """Waits for an item."""
+        """Waits for what comes next."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._items))
             item = self._items.popleft()
             self._waiting -= _windows_in(item)
-            self._changed.notify_all()
+            if self._full and self._waiting < self._least and self._queue is not None:
+                self._full = False
+                self._queue.put(self)
             return item
 
     def end(self) -> None:
-        """Lets who waits in `put` go."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+        """Reads no more."""
+        self._ended = True
 
-    def _full(self) -> bool:
-        return len(self._items) >= _CHUNKS_AHEAD and self._waiting >= self._least
+    def _next(self) -> Chunk | Exception:
+        try:
+            if self._iterator is None:
+                self._iterator = self._open_windows()
+            return next(self._iterator)
+        except StopIteration:
+            return RuntimeError("the stream of windows ended, and it must be endless")
+        except Exception as error:  # raised again where the training loop can see it
+            return error
 
 
 def _windows_in(item: Chunk | Exception) -> int:
     return 0 if isinstance(item, Exception) else len(item[0])
-
-
-class _Reader:
-    """The background thread. It holds no `LogicalStream`, so that one can be freed."""
-
-    def __init__(self, open_windows: Callable[[], Iterator[Chunk]], chunks: _Chunks) -> None:
-        self._chunks = chunks
-        self._thread = threading.Thread(
-            target=_read_ahead, args=(open_windows, chunks), name="data-stream", daemon=True
-        )
-        self._thread.start()
-        # A daemon thread inside pyarrow while the interpreter tears down its modules would crash.
-        atexit.register(self.end)
-
-    def end(self) -> None:
-        self._chunks.end()
-        self._thread.join(_JOIN_SECONDS)
-
-
-def _read_ahead(open_windows: Callable[[], Iterator[Chunk]], chunks: _Chunks) -> None:
-    try:
-        for chunk in open_windows():
-            if not chunks.put(chunk):
-                return
-        chunks.put(RuntimeError("the stream of windows ended, and it must be endless"))
-    except Exception as error:  # raised again where the training loop can see it
-        chunks.put(error)

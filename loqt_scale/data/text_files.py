@@ -20,20 +20,24 @@ from loqt_scale.errors import UserError, explained, reason_of
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 1000  # by default a batch is a row group, which can be large, and which an empty file does not have
 _JSON_START_BYTES = 2**16
+_LINES_A_LOOK = 20  # after so many the place in the file is noted
 _WHITE = b" \t\r\n"
 
 
-def _open_zstd(path: Path) -> Any:
+_LONGEST_BLOCK = 100_000_000  # characters of a .txt file without a blank line that may be one document
+
+
+def _unzstd(file: IO[bytes]) -> Any:
     import pyarrow  # heavy: only who has such a file waits for it
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-_OPEN: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.GzipFile,
+_OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": _open_zstd,
+    ".zst": _unzstd,
 }
 
 
@@ -44,24 +48,124 @@ def kind_of(path: Path) -> str | None:
     return kind if kind in KINDS and not (compressed and kind == ".parquet") else None
 
 
-def documents_of(path: Path, text_field: str) -> Iterator[str]:
-    """Reads a file, streaming.
+class TextFile:
+    """One file, of which one pass is made at a time, streaming.
 
     Args:
         path: A file of one of `KINDS`.
         text_field: Column of rows that holds the text.
 
-    Yields:
-        Its documents, none of them empty.
-
-    Raises:
-        ValueError: It cannot be read, is not what its name says, is not UTF-8, or has no such column.
+    Attributes:
+        size: Bytes of the file, as it lies on the disk.
+        read: Bytes of it that the last pass has read.
     """
-    kind = kind_of(path)
-    if kind == ".txt":
-        return _paragraph_blocks(path)
-    rows = _parquet_rows(path, text_field) if kind == ".parquet" else _json_rows(path, text_field)
-    return row_texts(rows, text_field, str(path))
+
+    def __init__(self, path: Path, text_field: str) -> None:
+        self._path, self._text_field = path, text_field
+        self.size, self.read = path.stat().st_size, 0
+
+    def documents(self) -> Iterator[str]:
+        """Begins a new pass.
+
+        Yields:
+            The documents, none of them empty.
+
+        Raises:
+            ValueError: The file cannot be read, is not what its name says, is not UTF-8, or has no such column.
+        """
+        kind = kind_of(self._path)
+        if kind == ".txt":
+            return self._paragraph_blocks()
+        rows = self._parquet_rows() if kind == ".parquet" else self._json_rows()
+        return row_texts(rows, self._text_field, str(self._path))
+
+    def _lines(self) -> Iterator[str]:
+        """Lines of text with their ends; a byte order mark is no part of the first."""
+        path = self._path
+        try:
+            with path.open("rb") as raw, _uncompressed(raw, path) as file:
+                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig")):
+                    if number % _LINES_A_LOOK == 0:
+                        self.read = raw.tell()
+                    yield line
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            lzma.LZMAError,
+            ValueError,
+        ) as error:  # a disk that fails, an archive that is cut off
+            raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
+
+    def _paragraph_blocks(self) -> Iterator[str]:
+        # Not load_dataset("text", sample_by="paragraph"): it parts documents at "\n\n" only, and so glues together
+        # those parted by a line that holds spaces.
+        block: list[str] = []
+        size = 0
+        for line in self._lines():
+            if line.strip():
+                block.append(line)
+                size += len(line)
+                self._check_block(size)
+            elif block:
+                yield "".join(block)
+                block, size = [], 0
+        if block:
+            yield "".join(block)
+
+    def _check_block(self, size: int) -> None:
+        if size > _LONGEST_BLOCK:
+            raise UserError(
+                f"{self._path} has {size:,} characters without a blank line, which parts documents in .txt files; put "
+                "blank lines between them, or write one JSON object a line (.jsonl)"
+            )
+
+    def _json_rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of JSON lines, or of a list; the first as it is, of the others the text column, None if they have none.
+
+        Not load_dataset("json"): it takes the types of all columns from the beginning of a file, and ends where another
+        column appears, or one that nobody reads holds something else.
+        """
+        first = True
+        for row in self._listed() if _is_a_list(self._path) else self._parsed_lines():
+            yield row if first else {self._text_field: row.get(self._text_field)}
+            first = False
+
+    def _parsed_lines(self) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(self._lines(), start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(_no_json(self._path, f"line {number}: {error}")) from error
+                yield _object(row, self._path, f"line {number}")
+
+    def _listed(self) -> Iterator[dict[str, Any]]:
+        """A file that is one JSON list, held in memory whole, as its form demands."""
+        text = "".join(self._lines())
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(_no_json(self._path, str(error))) from error
+        return (_object(row, self._path, f"item {number}") for number, row in enumerate(rows, start=1))
+
+    def _parquet_rows(self) -> Iterator[dict[str, Any]]:
+        if self.size == 0:
+            return  # pyarrow would call an empty file malformed; here it is a file without documents
+        # Imported here: it takes seconds, which the embedded corpus need not pay.
+        import pyarrow.parquet
+
+        problem, advice = f"{self._path} cannot be read as parquet", "mend it, or leave it out of data.files"
+        with explained(problem, advice), pyarrow.parquet.ParquetFile(self._path) as file:
+            names, rows = file.schema_arrow.names, 0
+            if self._text_field not in names:
+                yield dict.fromkeys(names)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[self._text_field]):
+                yield from batch.to_pylist()
+                rows += len(batch)
+                self.read = self.size * rows // max(file.metadata.num_rows, 1)
 
 
 def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> Iterator[str]:
@@ -92,76 +196,14 @@ def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> I
             yield text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell
 
 
-def _open(path: Path) -> IO[bytes]:
+def _uncompressed(file: IO[bytes], path: Path) -> IO[bytes]:
     opener = _OPEN.get(path.suffix.lower())
-    return path.open("rb") if opener is None else opener(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file with their ends; a byte order mark is no part of the first."""
-    try:
-        with _open(path) as file:
-            yield from io.TextIOWrapper(file, encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it, or leave it out of data.files") from error
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        ValueError,
-    ) as error:  # a disk that fails, an archive that is cut off
-        raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
-
-
-def _paragraph_blocks(path: Path) -> Iterator[str]:
-    # Not load_dataset("text", sample_by="paragraph"): it parts documents at "\n\n" only, and so glues together those
-    # parted by a line that holds spaces.
-    block: list[str] = []
-    for line in _lines(path):
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield "".join(block)
-            block = []
-    if block:
-        yield "".join(block)
-
-
-def _json_rows(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
-    """Rows of JSON lines, or of a list; the first as it is, of the others the text column, None if they have none.
-
-    Not load_dataset("json"): it takes the types of all columns from the beginning of a file, and ends where another
-    column appears, or one that nobody reads holds something else.
-    """
-    first = True
-    for row in _listed(path) if _is_a_list(path) else _parsed_lines(path):
-        yield row if first else {text_field: row.get(text_field)}
-        first = False
-
-
-def _parsed_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(_no_json(path, f"line {number}: {error}")) from error
-            yield _object(row, path, f"line {number}")
-
-
-def _listed(path: Path) -> Iterator[dict[str, Any]]:
-    """A file that is one JSON list, held in memory whole, as its form demands."""
-    text = "".join(_lines(path))
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(_no_json(path, str(error))) from error
-    return (_object(row, path, f"item {number}") for number, row in enumerate(rows, start=1))
+    return file if opener is None else opener(file)
 
 
 def _is_a_list(path: Path) -> bool:
-    with explained(f"{path} cannot be read", "mend it, or leave it out of data.files"), _open(path) as file:
+    problem, advice = f"{path} cannot be read", "mend it, or leave it out of data.files"
+    with explained(problem, advice), path.open("rb") as raw, _uncompressed(raw, path) as file:
         return file.read(_JSON_START_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip(_WHITE).startswith(b"[")
 
 
@@ -173,18 +215,3 @@ def _object(row: Any, path: Path, where: str) -> dict[str, Any]:
 
 def _no_json(path: Path, reason: str) -> str:
     return f"{path} cannot be read as json: {reason}; write one JSON object a line, or leave it out of data.files"
-
-
-def _parquet_rows(path: Path, text_field: str) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size == 0:
-        return  # pyarrow would call an empty file malformed; here it is a file without documents
-    # Imported here: it takes seconds, which the embedded corpus need not pay.
-    import pyarrow.parquet
-
-    advice = "mend it, or leave it out of data.files"
-    with explained(f"{path} cannot be read as parquet", advice), pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            yield dict.fromkeys(names)
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_field]):
-            yield from batch.to_pylist()

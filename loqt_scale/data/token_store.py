@@ -21,19 +21,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from loqt_scale.data.cache import built_once, digests
 from loqt_scale.data.corpora import LocalText
-from loqt_scale.data.packing import Tokens, join_documents, text_groups
+from loqt_scale.data.packing import Tokens
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from loqt_scale.data.tokenizing import Encoder, document_hash, write_tokens
 from loqt_scale.errors import UserError
 
 _FORMAT_VERSION = 2  # raise it when the files or the way they are made change
-_ENCODE_CHARS = 1_000_000  # text tokenized at once: enough to amortise calls, little enough to stay small in memory
 _HASHES = 2**64
 
 
@@ -64,12 +63,6 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "loqt_scale"
 
 
-def document_hash(document: str) -> int:
-    """Return a 64-bit hash of a document that is the same in every process and on every machine."""
-    digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
 def holdout_threshold(text: LocalText, eval_fraction: float) -> int:
     """Choose the hash below which a document is held out.
 
@@ -78,10 +71,12 @@ def holdout_threshold(text: LocalText, eval_fraction: float) -> int:
     Raises:
         ValueError: The corpus is empty, or holds fewer than two different documents.
     """
-    lowest, highest = _HASHES, -1
+    lowest, highest, wanted = _HASHES, -1, int(eval_fraction * _HASHES)
     for document in text.documents():
         value = document_hash(document)
         lowest, highest = min(lowest, value), max(highest, value)
+        if lowest < wanted <= highest:
+            return wanted  # after a few documents; the rest would not move it
     if highest < 0:
         raise UserError(f"corpus is empty: {text.name} holds no text; write other data.files")
     if lowest == highest:
@@ -89,7 +84,7 @@ def holdout_threshold(text: LocalText, eval_fraction: float) -> int:
             f"corpus too small: {text.name} holds one document, and both training and evaluation need one; write more "
             "data.files (in .txt files, blank lines part documents)"
         )
-    return min(max(int(eval_fraction * _HASHES), lowest + 1), highest)
+    return min(max(wanted, lowest + 1), highest)
 
 
 def trained_bpe(text: LocalText, *, vocab_size: int, eval_fraction: float, cache_dir: Path) -> Tokenizer:
@@ -127,8 +122,9 @@ def tokenized(text: LocalText, tokenizer: Tokenizer, *, eval_fraction: float, ca
     key = _key("tokens", text.key, tokenizer.fingerprint, eval_fraction)
     folder = built_once(
         cache_dir / "tokens" / key,
-        lambda folder: _write_tokens(folder, text, tokenizer, eval_fraction),
+        lambda folder: _write_entry(folder, text, tokenizer, eval_fraction),
         what=f"tokenizing {text.name}",
+        goes_on=True,
     )
     known = digests(folder)
     facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
@@ -146,48 +142,13 @@ def _key(*facts: object) -> str:
     return hashlib.blake2b(json.dumps([_FORMAT_VERSION, *facts]).encode(), digest_size=16).hexdigest()
 
 
-def _write_tokens(folder: Path, text: LocalText, tokenizer: Tokenizer, eval_fraction: float) -> None:
-    threshold = holdout_threshold(text, eval_fraction)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    documents = {"train": 0, "eval": 0}
-    with (folder / "train.npy").open("wb") as train_file, (folder / "eval.npy").open("wb") as eval_file:
-        writers = {"train": _NpyWriter(train_file, dtype), "eval": _NpyWriter(eval_file, dtype)}
-        for group in text_groups(text.documents(), _ENCODE_CHARS):
-            sides = ["eval" if document_hash(document) < threshold else "train" for document in group]
-            encoded = tokenizer.encode_batch(group)
-            for side, writer in writers.items():
-                chosen = [ids for ids, where in zip(encoded, sides, strict=True) if where == side]
-                documents[side] += len(chosen)
-                writer.append(join_documents(chosen, tokenizer.eos_token_id))
-        for writer in writers.values():
-            writer.finish()
-    facts = {f"{side}_documents": count for side, count in documents.items()}
+def _write_entry(folder: Path, text: LocalText, tokenizer: Tokenizer, eval_fraction: float) -> None:
+    encoder = Encoder(tokenizer=tokenizer, threshold=holdout_threshold(text, eval_fraction))
+    written = write_tokens(folder, text, encoder)
+    facts = {f"{side}_documents": of.documents for side, of in written.items()}
     (folder / "corpus.json").write_text(json.dumps(facts | {"source": text.name}), encoding="utf-8")
 
 
 def _mapped(path: Path) -> Tokens:
     mapped: npt.NDArray[np.integer] = np.load(path, mmap_mode="r")
     return mapped
-
-
-class _NpyWriter:
-    """Writes a one-dimensional .npy file whose length is known only at the end."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype[np.integer]) -> None:
-        self._file, self._dtype, self._count = file, dtype, 0
-        self._write_header()
-        self._header_size = file.tell()
-
-    def append(self, tokens: Tokens) -> None:
-        self._file.write(tokens.astype(self._dtype).tobytes())
-        self._count += len(tokens)
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        # numpy pads the header so that the length can grow in place; data would be overwritten if it ever did not.
-        assert self._file.tell() == self._header_size
-
-    def _write_header(self) -> None:
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._count,)}
-        np.lib.format.write_array_header_1_0(self._file, header)

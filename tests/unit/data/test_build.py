@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loqt_scale.config import DataConfig
+from loqt_scale.config import DataConfig, RunConfig, TrainConfig
 from loqt_scale.data import AnotherTextError, Corpus, build_corpus, join_positions
+from loqt_scale.data.hub import open_splits
+from loqt_scale.data.logical import LogicalStreams
 from loqt_scale.data.packing import cut_windows
 from loqt_scale.data.tokenizers import ByteTokenizer
+from loqt_scale.errors import ConfigError
 from loqt_scale.functional.shares import share
 
 T = 8
@@ -223,6 +231,17 @@ def test_stream_with_an_empty_split_is_refused(tmp_path: Path, kind: str) -> Non
         build(dataset=str(tmp_path))
 
 
+def test_a_column_that_changes_its_type_in_the_middle_of_a_shard(tmp_path: Path) -> None:
+    """Behind the 10 MB from which the library takes its types."""
+    rows = [{"text": f"row {i} " + "x" * 500, "n": i} for i in range(24_000)]
+    rows += [{"text": "late", "n": {"a": ["b"]}}, {"n": "three", "text": "later", "url": None}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "validation.jsonl", HELD_OUT)
+    split, _ = open_splits(DataConfig(dataset=str(tmp_path)))
+    assert (tmp_path / "train.jsonl").stat().st_size > 12_000_000
+    assert list(split.texts(split.rows))[-2:] == ["late", "later"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder) -> None:
     """Another one in one shard, another type in one; blank lines and rows without text are no documents."""
@@ -246,28 +265,61 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str, re
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
 
 
-def test_ranks_read_their_own_documents_and_the_same_batches(folder: Path) -> None:
-    """1, 2, 3, 4 and 6 ranks, each with a corpus of its own; each goes on from the others' places at other numbers."""
-    batch, steps = 12, 9
-    whole = [
-        build(batch, dataset=str(folder), streams=12).train.sequences(step, 0, batch).input_ids for step in range(steps)
-    ]
-    places: dict[str, Any] | None = None
-    for first, ranks in ((0, 1), (2, 3), (3, 4), (5, 2), (7, 6)):
-        corpora = [build(batch, dataset=str(folder), streams=12) for _ in range(ranks)]
-        for corpus in corpora:
-            if places is not None:
-                corpus.train.seek(first, json.loads(json.dumps(places)))
-        for step in range(first, steps):
-            parts = [
-                corpus.train.sequences(step, *share(batch, rank, ranks)).input_ids
-                for rank, corpus in enumerate(corpora)
-            ]
-            assert torch.equal(torch.cat(parts), whole[step])
-            if step + 1 in (2, 3, 5, 7):
-                break
-        places = join_positions([corpus.train.position() for corpus in corpora])
-        assert places is not None and len(places["places"]) == 12
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Twelve logical streams over five files of very different sizes; epochs end within a few steps."""
+    folder = tmp_path_factory.mktemp("twelve")
+    sizes = [3, 20, 1, 6, 30]
+    for shard, size in enumerate(sizes):
+        write_jsonl(folder / f"train-{shard}.jsonl", TRAIN[sum(sizes[:shard]) : sum(sizes[:shard]) + size])
+    write_jsonl(folder / "validation.jsonl", HELD_OUT)
+    return build(12, dataset=str(folder), streams=12)
+
+
+def fresh(corpus: Corpus) -> LogicalStreams:
+    """Another rank's streams of the same data set."""
+    train = corpus.train
+    assert isinstance(train, LogicalStreams)
+    settings = {"streams": train.count, "text": train._text, "seq_len": T, "global_batch_size": 12}
+    return LogicalStreams(train._open_stream, **settings)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 3, 4, 5, 6])), min_size=1, max_size=4))
+def test_any_ranks_read_the_same_batches_and_go_on_at_any_step(twelve: Corpus, legs: list[tuple[int, int]]) -> None:
+    """Each leg goes on from the places of the ranks before it, with another number of ranks, for some steps more."""
+    whole, places, step = fresh(twelve), None, 0
+    for steps, ranks in [*legs, (2, 3)]:
+        streams = [fresh(twelve) for _ in range(ranks)]
+        for one in streams if places is not None else []:
+            one.seek(step, json.loads(json.dumps(places)))
+        for _ in range(steps):
+            shares = [one.sequences(step, *share(12, rank, ranks)).input_ids for rank, one in enumerate(streams)]
+            assert torch.equal(torch.cat(shares), whole.sequences(step, 0, 12).input_ids), (step, ranks)
+            step += 1
+        places = join_positions([one.position() for one in streams]) if steps else places
+        for one in streams:
+            one.close()
+    assert places is not None and len(places["places"]) == 12
+    whole.close()
+
+
+def stream_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "data-stream"}
+
+
+def test_a_rank_of_many_streams_has_few_threads_and_few_files(folder: Path) -> None:
+    """Sixty-four streams: eight threads, a file for each stream at most, and what has been read is bounded."""
+    this, batch = psutil.Process(), 64
+    before, threads = len(this.open_files()), stream_threads()
+    corpus = build(batch, dataset=str(folder), streams=64)
+    for step in range(3):
+        corpus.train.sequences(step, 0, batch)
+        assert len(stream_threads() - threads) == 8
+        assert len(this.open_files()) - before <= 64
+    corpus.train.close()  # type: ignore[attr-defined]
+    gc.collect()
+    assert len(this.open_files()) <= before + 1
 
 
 def test_a_place_of_another_kind_is_refused(folder: Path) -> None:
@@ -278,12 +330,32 @@ def test_a_place_of_another_kind_is_refused(folder: Path) -> None:
         build(dataset=str(folder)).train.seek(1, old)
     with pytest.raises(AnotherTextError, match="put the old files back"):
         build(dataset=str(folder)).train.seek(1, position | {"text": "5 files"})
+    with pytest.raises(AnotherTextError, match=r"with 2 logical streams, .* are 4; write --data\.streams 2 to"):
+        build(dataset=str(folder)).train.seek(1, position | {"streams": 2})
     with pytest.raises(ValueError, match="are not those of 4"):
         build(dataset=str(folder)).train.seek(1, position | {"places": {"0": {}}})
     with pytest.raises(ValueError, match="ends before row 4000"):
         moved = build(dataset=str(folder))
         moved.train.seek(1, position | {"places": {str(number): {"row": 4000} for number in range(4)}})
         moved.train.sequences(1, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "batch", "said"),
+    [
+        ({"dataset": "x", "streams": 0}, 4, r"data\.streams is 0; write 1 to \d+, or null"),
+        ({"files": ["x.txt"], "streams": 4}, 4, r"only a streamed data set .* write data\.streams: null"),
+        (
+            {"dataset": "x", "streams": 5},
+            12,
+            r"does not divide train\.global_batch_size 12; write one of 1, 2, 3",
+        ),
+        ({"dataset": "x", "streams": 24}, 12, r"data\.streams is 24, which does not divide"),
+    ],
+)
+def test_numbers_of_streams_that_cannot_be_are_refused(data: dict[str, Any], batch: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RunConfig(data=DataConfig(**data), train=TrainConfig(global_batch_size=batch))
 
 
 def test_fewer_documents_than_streams(tmp_path: Path) -> None:

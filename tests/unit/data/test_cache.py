@@ -87,6 +87,46 @@ def test_what_killed_builds_leave_is_removed(tmp_path: Path) -> None:
     assert all(folder.exists() for folder in living)
 
 
+def left_behind(folder: Path, host: str, seconds_ago: float) -> Path:
+    """What an interrupted build that can go on has left."""
+    left = folder.with_name(f"{folder.name}.kept@{host}.building")
+    left.mkdir()
+    for path in (left / "place.json", left):
+        path.is_dir() or path.write_text("12")
+        os.utime(path, (time.time() - seconds_ago,) * 2)
+    return left
+
+
+def going_on(folder: Path) -> None:
+    (folder / "a.bin").write_text((folder / "place.json").read_text() if (folder / "place.json").exists() else "new")
+
+
+@pytest.mark.parametrize(("host", "seconds_ago"), [(socket.gethostname(), 0.0), ("elsewhere", 200.0)])
+def test_a_build_that_can_go_on_does_on_this_host_or_another(tmp_path: Path, host: str, seconds_ago: float) -> None:
+    left_behind(tmp_path / "key", host, seconds_ago)
+    built_once(tmp_path / "key", going_on, what="", goes_on=True)
+    assert (tmp_path / "key" / "a.bin").read_text() == "12" and set(digests(tmp_path / "key")) == {"a.bin"}
+    assert not list(tmp_path.glob("*.building"))
+
+
+def test_a_build_that_another_host_is_at_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where locks are not shared, only its silence tells that it has ended."""
+    left, said = left_behind(tmp_path / "key", "elsewhere", 100.0), []
+    monkeypatch.setattr(time, "sleep", lambda _: (left / "train.npy").write_text("more"))
+    built_once(tmp_path / "key", going_on, what="", goes_on=True, say=said.append)
+    assert (tmp_path / "key" / "a.bin").read_text() == "new" and (left / "train.npy").exists()
+    assert len(said) == 1 and "waiting up to 20 s to see whether" in said[0]
+
+
+def test_what_could_go_on_is_removed_after_a_week(tmp_path: Path) -> None:
+    lately, long_ago = (
+        left_behind(tmp_path / "a", "here", 6 * 86400.0),
+        left_behind(tmp_path / "b", "here", 8 * 86400.0),
+    )
+    build(tmp_path / "key")
+    assert lately.exists() and not long_ago.exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -83,6 +83,17 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_text_file_without_blank_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be one document of any size; one of many short ones a line is meant for .jsonl."""
+    monkeypatch.setattr("loqt_scale.data.text_files._LONGEST_BLOCK", 40)
+    path = tmp_path / "a.txt"
+    path.write_text("a line\n" * 5 + "\n" + "a line\n" * 5)
+    assert len(read(path)) == 2
+    path.write_text("a line\n" * 6)
+    with pytest.raises(ValueError, match=r"a\.txt has 42 characters without a blank line.*one JSON object a line"):
+        read(path)
+
+
 @pytest.mark.parametrize("field", ["text", "content"])
 def test_json_lines_and_parquet_give_their_text_column(tmp_path: Path, field: str) -> None:
     expected = [ROWS[0], ROWS[1], ROWS[2]]

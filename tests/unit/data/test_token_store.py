@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loqt_scale.data import token_store
-from loqt_scale.data.corpora import LocalText, files_text
+from loqt_scale.data.corpora import HeldInMemory, LocalText, files_text
 from loqt_scale.data.token_store import (
     TokenStore,
     default_cache_dir,
@@ -28,7 +28,15 @@ DOCUMENTS = [f"document number {i} " + "x" * (i % 17) for i in range(200)]
 
 
 def text_of(documents: list[str], key: str = "key") -> LocalText:
-    return LocalText(name="a test", key=key, documents=lambda: iter(documents))
+    return LocalText(name="a test", key=key, parts=[HeldInMemory(documents)])
+
+
+class Generated(HeldInMemory):
+    """Documents of a function that is called for each pass."""
+
+    def __init__(self, documents: Callable[[], Iterator[str]]) -> None:
+        super().__init__([])
+        object.__setattr__(self, "documents", documents)
 
 
 def documents_of(tokens: np.ndarray) -> list[str]:
@@ -80,7 +88,7 @@ def test_second_build_reads_the_cache(tmp_path: Path) -> None:
         raise AssertionError("read again")
 
     first = build(DOCUMENTS, tmp_path)
-    text = LocalText(name="a test", key="key", documents=broken)
+    text = LocalText(name="a test", key="key", parts=[Generated(broken)])
     again = tokenized(text, ByteTokenizer(), eval_fraction=0.2, cache_dir=tmp_path)
     assert (again.train == first.train).all() and (again.eval == first.eval).all()
 
@@ -137,9 +145,8 @@ def test_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="on fire"):
-        tokenized(
-            LocalText(name="", key="key", documents=failing), ByteTokenizer(), eval_fraction=0.2, cache_dir=tmp_path
-        )
+        text = LocalText(name="", key="key", parts=[Generated(failing)])
+        tokenized(text, ByteTokenizer(), eval_fraction=0.2, cache_dir=tmp_path)
     assert [path.suffix for path in (tmp_path / "tokens").iterdir()] in ([".lock"], [])
     assert build(DOCUMENTS, tmp_path).train_documents > 0
 
@@ -188,7 +195,7 @@ def _build_slowly(cache_dir: str, barrier: object, results: object) -> None:
         return iter(DOCUMENTS)
 
     barrier.wait()  # type: ignore[attr-defined]
-    text = LocalText(name="", key="key", documents=documents)
+    text = LocalText(name="", key="key", parts=[Generated(documents)])
     made = tokenized(text, ByteTokenizer(), eval_fraction=0.2, cache_dir=Path(cache_dir))
     results.put((calls, made.train.tobytes()))  # type: ignore[attr-defined]
 
