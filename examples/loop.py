@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from report import Curve, means
 from torch import Tensor, nn
 
 from loqt_scale import LoQTConfig, attach, convert_to_loqt
-
-Curve = list[tuple[float, float]]
 
 
 def fit(
@@ -29,9 +28,11 @@ def fit(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     if low_rank:
         merges = attach(model, optimizer, low_rank, total_steps=steps, seed=seed, initial_weights=before)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    curve: Curve = []
-    for step in range(steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    losses: list[float] = []
+    for _ in range(steps):
         if low_rank:
             merges.prepare()  # before the forward pass
         loss = loss_of()
@@ -42,6 +43,5 @@ def fit(
             merges.finish()  # after the update, before gradients are zeroed
         optimizer.zero_grad()
         schedule.step()
-        if step % 10 == 0:
-            curve.append((step, loss.item()))
-    return optimizer, curve
+        losses.append(loss.item())
+    return optimizer, means(losses)
