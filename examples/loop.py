@@ -10,7 +10,14 @@ from loqt_scale import LoQTConfig, attach, convert_to_loqt
 
 
 def fit(
-    model: nn.Module, loss_of: Callable[[], Tensor], low_rank: LoQTConfig | None, *, steps: int, rate: float, seed: int
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    low_rank: LoQTConfig | None,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    cycled: bool = False,
 ) -> tuple[torch.optim.Optimizer, Curve]:
     """Trains a model by AdamW; returns the optimizer and the training losses.
 
@@ -21,6 +28,7 @@ def fit(
         steps: How many.
         rate: The highest learning rate of a cosine with warm-up.
         seed: Of LoQT's sketches.
+        cycled: Whether Adam's first beta moves against the rate.
     """
     if low_rank:
         before = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -29,7 +37,7 @@ def fit(
     if low_rank:
         merges = attach(model, optimizer, low_rank, total_steps=steps, seed=seed, initial_weights=before)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=cycled
     )
     losses: list[float] = []
     for _ in range(steps):
