@@ -12,6 +12,7 @@ and the optimizer's states; on a GPU the highest moment of a step too. Run it on
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -187,9 +188,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = QUICK if args.quick else LARGE if device.type == "cuda" else SMALL
-    rows = [row for shape in shapes for row in measure(shape, device, dtype, 2 if args.quick else args.turns)]
-    text = f"One step of {dtype}, AdamW; tokens {', '.join(str(s.tokens) for s in shapes)}.\n\n" + table(HEADER, rows)
-    publish("Layers of experts", "python benchmarks/experts.py", text, keep=not args.quick)
+    turns, load = 2 if args.quick else args.turns, os.getloadavg()[0]
+    rows = [row for shape in shapes for row in measure(shape, device, dtype, turns)]
+    tokens = ", ".join(str(shape.tokens) for shape in shapes)
+    text = f"One step of {dtype}, AdamW; tokens {tokens}; {turns} turns; the machine's load was {load:.0f} at the start.\n\n"
+    text += table(HEADER, rows)
+    publish("Layers of experts", f"python benchmarks/experts.py --turns {turns}", text, keep=not args.quick)
 
 
 if __name__ == "__main__":
