@@ -191,7 +191,7 @@ def main() -> None:
     turns, load = 2 if args.quick else args.turns, os.getloadavg()[0]
     rows = [row for shape in shapes for row in measure(shape, device, dtype, turns)]
     tokens = ", ".join(str(shape.tokens) for shape in shapes)
-    text = f"One step of {dtype}, AdamW; tokens {tokens}; {turns} turns; the machine's load was {load:.0f} at the start.\n\n"
+    text = f"One step of {dtype}, AdamW; tokens {tokens}; {turns} turns; the machine's load was {load:.0f}.\n\n"
     text += table(HEADER, rows)
     publish("Layers of experts", f"python benchmarks/experts.py --turns {turns}", text, keep=not args.quick)
 
