@@ -1,9 +1,9 @@
 """Memory and step time of a layer of experts: LoQT beside the dense layer, beside a module for each expert, and beside
 MLPs of as many weights and of as many as a token meets.
 
-A step is forward and backward of the experts and AdamW's update; the result is the median of several, after one that is
-not counted. Bytes are those of weights, gradients and the optimizer's states; on a GPU the
-highest moment of a step too. Run it on an idle machine.
+A step is forward and backward of the experts and AdamW's update. The layers take turns, the first turn is not counted;
+the last column is the median of the ratio to the dense experts of the same turn. Bytes are those of weights, gradients
+and the optimizer's states; on a GPU the highest moment of a step too. Run it on an idle machine.
 
     python benchmarks/experts.py           # shapes of OLMoE and Mixtral, smaller on a CPU
     python benchmarks/experts.py --quick   # a small shape, to see that it runs
@@ -12,10 +12,11 @@ highest moment of a step too. Run it on an idle machine.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,7 +27,19 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loqt_scale import LoQTConfig, convert_to_loqt
 
-HEADER = ["experts", "width", "inner", "rank", "layer", "weights, MB", "gradients, MB", "states, MB", "peak, MB", "ms"]
+HEADER = [
+    "experts",
+    "width",
+    "inner",
+    "rank",
+    "layer",
+    "weights, MB",
+    "gradients, MB",
+    "states, MB",
+    "peak, MB",
+    "ms",
+    "of dense",
+]
 
 
 @dataclass(frozen=True)
@@ -114,32 +127,56 @@ def step_of(layer: nn.Module, optimizer: torch.optim.Optimizer, shape: Shape, in
 
 
 def timed(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
-    """(milliseconds, highest bytes of device memory) of one call."""
+    """(milliseconds, device memory that it takes in passing, bytes) of one call."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     started = time.perf_counter()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return 1e3 * (time.perf_counter() - started), peak
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else held
+    return 1e3 * (time.perf_counter() - started), peak - held
+
+
+@dataclass
+class Contender:
+    """A layer, its optimizer, and what its steps took: (milliseconds, highest bytes) of each."""
+
+    name: str
+    layer: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: list[tuple[float, int]] = field(default_factory=list)
+
+
+def race(shape: Shape, device: torch.device, dtype: torch.dtype, turns: int) -> list[Contender]:
+    """Layers in turn, so that whatever else the machine does falls on all of them; the first turn is not counted."""
+    hidden = torch.randn(shape.tokens, shape.width, device=device, dtype=dtype)
+    weights, index = torch.rand(shape.tokens, shape.experts, device=device).topk(shape.choices, dim=-1)
+    inputs, contenders = (hidden, index, weights.to(dtype)), []
+    for name, layer in layers_of(shape, device, dtype).items():
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        contenders.append(Contender(name, layer, torch.optim.AdamW(trained, lr=1e-4)))
+    for turn in range(turns + 1):
+        for each in contenders:
+            step = timed(partial(step_of, each.layer, each.optimizer, shape, inputs), device)
+            each.steps += [step] if turn else []
+    return contenders
 
 
 def measure(shape: Shape, device: torch.device, dtype: torch.dtype, turns: int) -> list[list[object]]:
-    """A row for each layer. One layer at a time is on the device."""
-    hidden = torch.randn(shape.tokens, shape.width, device=device, dtype=dtype)
-    weights, index = torch.rand(shape.tokens, shape.experts, device=device).topk(shape.choices, dim=-1)
-    inputs, rows = (hidden, index, weights.to(dtype)), []
-    for name, layer in layers_of(shape, device, dtype).items():
-        trained = [p for p in layer.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        times = [timed(partial(step_of, layer, optimizer, shape, inputs), device) for _ in range(turns + 1)][1:]
-        states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-        sizes = [sum(t.nbytes for t in part) / 1e6 for part in (layer.parameters(), trained, states)]
-        peak = f"{max(peak for _, peak in times) / 1e6:.0f}" if device.type == "cuda" else "-"
-        cells = [*(f"{size:.1f}" for size in sizes), peak, f"{statistics.median(ms for ms, _ in times):.1f}"]
-        rows.append([shape.experts, shape.width, shape.inner, shape.rank, name, *cells])
+    """A row for each layer: bytes, the median time, and the median over turns of its time as a part of the first's."""
+    contenders, rows = race(shape, device, dtype, turns), []
+    for each in contenders:
+        trained = [p for p in each.layer.parameters() if p.requires_grad]
+        states = [v for s in each.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        sizes = [sum(t.nbytes for t in part) / 1e6 for part in (each.layer.parameters(), trained, states)]
+        peak = max(peak for _, peak in each.steps) / 1e6 + sizes[0] + sizes[2]
+        ratios = [mine / first for (mine, _), (first, _) in zip(each.steps, contenders[0].steps, strict=True)]
+        cells = [*(f"{size:.1f}" for size in sizes), f"{peak:.0f}" if device.type == "cuda" else "-"]
+        cells += [f"{statistics.median(ms for ms, _ in each.steps):.1f}", f"{statistics.median(ratios):.2f}"]
+        rows.append([shape.experts, shape.width, shape.inner, shape.rank, each.name, *cells])
     return rows
 
 
@@ -151,9 +188,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = QUICK if args.quick else LARGE if device.type == "cuda" else SMALL
-    rows = [row for shape in shapes for row in measure(shape, device, dtype, 2 if args.quick else args.turns)]
-    text = f"One step of {dtype}, AdamW; tokens {', '.join(str(s.tokens) for s in shapes)}.\n\n" + table(HEADER, rows)
-    publish("Layers of experts", "python benchmarks/experts.py", text, keep=not args.quick)
+    turns, load = 2 if args.quick else args.turns, os.getloadavg()[0]
+    rows = [row for shape in shapes for row in measure(shape, device, dtype, turns)]
+    tokens = ", ".join(str(shape.tokens) for shape in shapes)
+    text = f"One step of {dtype}, AdamW; tokens {tokens}; {turns} turns; the machine's load was {load:.0f}.\n\n"
+    text += table(HEADER, rows)
+    publish("Layers of experts", f"python benchmarks/experts.py --turns {turns}", text, keep=not args.quick)
 
 
 if __name__ == "__main__":

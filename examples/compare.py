@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from report import Result, draw, measured, table
+from report import Result, draw, means, measured, table
 
-__all__ = ["Result", "compare", "measured"]
+__all__ = ["Result", "compare", "folder_of", "means", "measured"]
 
 
 def compare(
@@ -29,14 +29,8 @@ def compare(
     rates: dict[str, list[float]],
 ) -> dict[str, list[Result]]:
     """Runs `train(method, seed, rate, short)` for all; `rates`: by method, the best first, the rest for `--sweep`."""
-    parser = argparse.ArgumentParser(description=name)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sweep", action="store_true", help="every learning rate, one seed")
-    parser.add_argument("--short", action="store_true", help="seconds")
-    parser.add_argument("--out", type=Path, default=Path("runs/examples"))
-    args, options = parser.parse_known_args()  # an example's own options are part of what a run is known by
-    folder = args.out / (f"{name}-short" if args.short else name)
-    folder.mkdir(parents=True, exist_ok=True)
+    args, options = arguments()  # an example's own options are part of what a run is known by
+    folder = folder_of(name)
     seeds = range(1 if args.sweep or args.short else args.seeds)
     runs = [
         [m, seed, rate, *options]
@@ -51,6 +45,24 @@ def compare(
     print(table(found, score))
     draw(found, curve, args.out / f"{folder.name}.png")
     return found
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """What all examples take, and the rest."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sweep", action="store_true", help="every learning rate, one seed")
+    parser.add_argument("--short", action="store_true", help="seconds")
+    parser.add_argument("--out", type=Path, default=Path("runs/examples"))
+    return parser.parse_known_args()
+
+
+def folder_of(name: str) -> Path:
+    """Where an example keeps its runs and pictures."""
+    args, _ = arguments()
+    folder = args.out / (f"{name}-short" if args.short else name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _kept_or_run(file: Path, train: Callable[..., Result], run: list, short: bool) -> Result:

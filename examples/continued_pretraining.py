@@ -49,9 +49,9 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(OPTIONS.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(OPTIONS.model)
-    training, held_out = windows(OPTIONS.text, tokenizer, 16 if short else 128)
-    held_out = held_out[: 2 if short else 16]
-    print(f"before: {held_out_loss(model, held_out):.4f} nats | {write(model, tokenizer)!r}", flush=True)
+    training, held_out = windows(OPTIONS.text, tokenizer, 16 if short else 64)
+    held_out = held_out[: 2 if short else 32]
+    text = f"before: {held_out_loss(model, held_out):.4f} nats | {write(model, tokenizer)!r}"
     width = model.config.hidden_size
     config = LoQTConfig(rank=width // 4, merge=MergeConfig(gap=10))
 
@@ -62,14 +62,15 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     low_rank = config if method == "loqt" else None
     optimizer, curve = fit(model.train(), loss_of, low_rank, steps=3 if short else OPTIONS.steps, rate=rate, seed=seed)
     score = held_out_loss(model, held_out)
-    print(f"after:  {score:.4f} nats | {write(model, tokenizer)!r}", flush=True)
-    return measured(score, curve, model, optimizer)
+    text += f"\nafter: {score:.4f} nats | {write(model, tokenizer)!r}"
+    print(text, flush=True)
+    return measured(score, curve, model, optimizer, text)
 
 
 parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M")
 parser.add_argument("--text", type=Path, required=True)
-parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--characters", type=int, default=1_000_000)
 OPTIONS, _ = parser.parse_known_args()
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ velocity from noise in 20 steps. Prints the held-out loss, writes two rows of sa
 
 import matplotlib.pyplot as pyplot
 import torch
-from compare import Result, compare, measured
+from compare import Result, compare, folder_of, measured
 from digits import digits
 from loop import fit
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from loqt_scale import LoQTConfig, MergeConfig
 
+NAME = "diffusion_transformer"
 WIDTH, PATCH, DEPTH = 64, 4, 3
 CONFIG = LoQTConfig(rank=48, merge=MergeConfig(gap=40), exclude_modules=["embed", "out"])
 
@@ -26,6 +27,7 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
         self.condition = nn.Linear(WIDTH, 6 * WIDTH)
+        nn.init.zeros_(self.condition.weight), nn.init.zeros_(self.condition.bias)
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
         shift, scale, gate, shift_2, scale_2, gate_2 = self.condition(F.silu(known)).unsqueeze(1).chunk(6, -1)
@@ -84,11 +86,10 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     optimizer, curve = fit(model, loss_of, low_rank, steps=4 if short else 400, rate=rate, seed=seed)
     with torch.no_grad():
         score = flow_loss(model, held_out, held_out_labels, torch.Generator().manual_seed(0)).item()
-    if not short:
-        pyplot.imsave(f"runs/examples/digits-{method}-{seed}.png", sample(model), cmap="gray")
+    pyplot.imsave(folder_of(NAME) / f"{method}-{rate:g}-{seed}.png", sample(model), cmap="gray")
     return measured(score, curve, model, optimizer)
 
 
 if __name__ == "__main__":
-    rates = {"loqt": [1e-2, 5e-3, 2e-2], "full": [2e-3, 1e-3, 4e-3]}
-    compare(train, name="diffusion_transformer", score="held-out loss", curve="training loss", rates=rates)
+    rates = {"loqt": [4e-2, 1e-2, 2e-2, 8e-2], "full": [4e-3, 2e-3, 8e-3, 1.6e-2]}
+    compare(train, name=NAME, score="held-out loss", curve="training loss", rates=rates)

@@ -3,15 +3,21 @@
 from collections.abc import Callable
 
 import torch
+from report import Curve, means
 from torch import Tensor, nn
 
 from loqt_scale import LoQTConfig, attach, convert_to_loqt
 
-Curve = list[tuple[float, float]]
-
 
 def fit(
-    model: nn.Module, loss_of: Callable[[], Tensor], low_rank: LoQTConfig | None, *, steps: int, rate: float, seed: int
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    low_rank: LoQTConfig | None,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+    cycled: bool = False,
 ) -> tuple[torch.optim.Optimizer, Curve]:
     """Trains a model by AdamW; returns the optimizer and the training losses.
 
@@ -22,6 +28,7 @@ def fit(
         steps: How many.
         rate: The highest learning rate of a cosine with warm-up.
         seed: Of LoQT's sketches.
+        cycled: Whether Adam's first beta moves against the rate.
     """
     if low_rank:
         before = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -29,9 +36,11 @@ def fit(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     if low_rank:
         merges = attach(model, optimizer, low_rank, total_steps=steps, seed=seed, initial_weights=before)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    curve: Curve = []
-    for step in range(steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=cycled
+    )
+    losses: list[float] = []
+    for _ in range(steps):
         if low_rank:
             merges.prepare()  # before the forward pass
         loss = loss_of()
@@ -42,6 +51,5 @@ def fit(
             merges.finish()  # after the update, before gradients are zeroed
         optimizer.zero_grad()
         schedule.step()
-        if step % 10 == 0:
-            curve.append((step, loss.item()))
-    return optimizer, curve
+        losses.append(loss.item())
+    return optimizer, means(losses)

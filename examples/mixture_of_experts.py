@@ -38,7 +38,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
         return model(input_ids=rows, labels=rows).loss
 
     low_rank = CONFIG if method == "loqt" else None
-    optimizer, curve = fit(model, loss_of, low_rank, steps=5 if short else 300, rate=rate, seed=seed)
+    optimizer, curve = fit(model, loss_of, low_rank, steps=5 if short else 300, rate=rate, seed=seed, cycled=True)
     return measured(held_out_loss(model, held_out), curve, model, optimizer)
 
 

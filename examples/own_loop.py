@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 from statistics import mean
 
 import torch
-from compare import Result, compare, measured
+from compare import Result, compare, means, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,7 +68,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def train(method: str, seed: int, rate: float, short: bool) -> Result:
     torch.manual_seed(seed)
-    (training, held_out), model, generator, curve = text(), Model(), torch.Generator().manual_seed(seed), []
+    (training, held_out), model, generator, losses = text(), Model(), torch.Generator().manual_seed(seed), []
     low_rank, before = method.startswith("loqt"), model.state_dict()
     matrices = convert_to_loqt(model if low_rank else deepcopy(model), CONFIG)  # their names
     if method.endswith("AdamW"):
@@ -77,7 +77,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
         optimizer = muon(model, lr=rate, dense_layers=[] if low_rank else matrices)
     if low_rank:
         merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed)
-    for step in range(4 if short else 400):
+    for _ in range(4 if short else 400):
         if low_rank:
             merges.prepare()
         loss = loss_of(model, batch(training, generator))
@@ -86,15 +86,14 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
         if low_rank:
             merges.finish()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            curve.append((step, loss.item()))
+        losses.append(loss.item())
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(0)
         score = mean(loss_of(model, batch(held_out, fixed)).item() for _ in range(10))
-    return measured(score, curve, model, optimizer)
+    return measured(score, means(losses), model, optimizer)
 
 
 if __name__ == "__main__":
     rates = {"loqt, Muon": [4e-2, 5e-3, 1e-2, 2e-2, 8e-2], "full, Muon": [1e-2, 5e-3, 2e-2]}
-    rates |= {"loqt, AdamW": [8e-3, 2e-3, 4e-3], "full, AdamW": [4e-3, 1e-3, 2e-3]}
+    rates |= {"loqt, AdamW": [8e-3, 2e-3, 4e-3, 1.6e-2, 3.2e-2], "full, AdamW": [4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2]}
     compare(train, name="own_loop", score="held-out loss, nats a byte", curve="training loss", rates=rates)

@@ -47,7 +47,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
                 if method == "loqt":
                     merges.finish()
                 optimizer.zero_grad()
-        curve.append(((round_ + 1) * len(batch[0]), float(numpy.mean(finished[-50:] or [0]))))
+        curve.append(((round_ + 1) * len(batch[0]), float(numpy.mean(finished[-50:] or [numpy.nan]))))
     return measured(curve[-1][1], curve, model, optimizer)
 
 

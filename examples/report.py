@@ -7,18 +7,27 @@ from statistics import mean, stdev
 import torch
 from torch import nn
 
+Curve = list[tuple[float, float]]
+
 
 @dataclass
 class Result:
-    """One run: its score, a curve of (step, value), bytes of the weights and the optimizer's states."""
+    """One run: its score, a curve of (step, value), bytes of the weights and the optimizer's states, what it wrote."""
 
     score: float
-    curve: list[tuple[float, float]]
+    curve: Curve
     weight_bytes: int
     state_bytes: int
+    text: str = ""
 
 
-def measured(score: float, curve: list[tuple[float, float]], model: nn.Module, optimizer) -> Result:
+def means(losses: list[float], width: int = 10) -> Curve:
+    """Means of so many steps each."""
+    parts = [losses[at : at + width] for at in range(0, len(losses), width)]
+    return [(at * width + len(part), mean(part)) for at, part in enumerate(parts)]
+
+
+def measured(score: float, curve: Curve, model: nn.Module, optimizer, text: str = "") -> Result:
     """A result, with the bytes of a model and its optimizer."""
     states = [
         tensor
@@ -27,7 +36,7 @@ def measured(score: float, curve: list[tuple[float, float]], model: nn.Module, o
         for tensor in ([value] if torch.is_tensor(value) else value.tensors())  # `muon` keeps its moments in chunks
     ]
     weights, moments = (sum(t.numel() * t.element_size() for t in part) for part in (model.parameters(), states))
-    return Result(score, curve, weights, moments)
+    return Result(score, curve, weights, moments, text)
 
 
 def table(found: dict[str, list[Result]], score: str) -> str:
@@ -42,18 +51,19 @@ def table(found: dict[str, list[Result]], score: str) -> str:
 
 
 def draw(found: dict[str, list[Result]], curve: str, file: Path) -> None:
-    """One line for each run, one colour for each method."""
+    """A line for the mean over seeds, a band from the lowest to the highest."""
     import matplotlib
+    import numpy
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    for index, (label, results) in enumerate(found.items()):
-        for result in results:
-            axes.plot(
-                *zip(*result.curve, strict=True), color=f"C{index}", label=label if result is results[0] else None
-            )
+    for label, results in found.items():
+        steps = [step for step, _ in results[0].curve]
+        values = numpy.array([[value for _, value in result.curve] for result in results])
+        axes.plot(steps, values.mean(0), label=label)
+        axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
     axes.set(xlabel="steps", ylabel=curve)
     axes.legend()
     figure.savefig(file, dpi=80, bbox_inches="tight")
