@@ -68,7 +68,7 @@ def times_test_matrix(matrix_TC: Tensor, omega: Tensor, width: int) -> Tensor:
         width: l, of `sketch_width`.
     """
     omega = omega.to(matrix_TC.dtype)
-    signs, used = omega[:, 0], width - VALIDATION_COLUMNS
+    signs, used = omega[:, 0].contiguous(), width - VALIDATION_COLUMNS  # a strided row would not vectorize
     total = matrix_TC[:, :used] * signs[:used]
     for start in range(used, matrix_TC.shape[1], used):
         part = matrix_TC[:, start : start + used]
