@@ -75,7 +75,9 @@ def run_dirs(
     # widths that bitsandbytes' own CPU kernel takes, for the 4-bit form
     even = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     tied = {**SMALL_RUN["model.overrides"], "tie_word_embeddings": True}
-    masked = {"data.mask_documents": True, "data.seq_len": 512}
+    words, short = text_file.read_text(encoding="utf-8").split()[:6000], folder / "short.txt"
+    short.write_text("\n\n".join(" ".join(words[i : i + 6]) for i in range(0, len(words), 6)), encoding="utf-8")
+    masked = {"data.mask_documents": True, "data.files": [str(short)]}
     runs: dict[str, dict[str, Any]] = {
         "single": {"model.overrides": even},
         "full": {"method": "full", "optim.lr": 1e-3, "train.steps": 5, "optim.warmup_steps": 1, **masked},

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import CONFIG_MAPPING
 
-from loqt_scale.config import LoQTConfig, ModelConfig, RunConfig
-from loqt_scale.config import DataConfig
+from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.data.packing import IGNORED_LABEL, evaluation_windows, join_documents
 from loqt_scale.errors import UserError
 from loqt_scale.model.attention import ARCHITECTURES, MASKED
