@@ -134,7 +134,7 @@ def show(options: argparse.Namespace) -> None:
         "Masked documents: quality",
         "python benchmarks/documents.py --quality --files short.txt --seeds 0 1 2",
         table(header, list(quality_rows(lines)))
-        + "\n\nHeld-out nats a token of text in bytes. short.txt: documents of fewer than 1,200 bytes (540 on average).",
+        + "\n\nHeld-out nats a token of text in bytes. short.txt: documents of fewer than 1,200 bytes (mean 540).",
         keep=options.publish,
     )
 

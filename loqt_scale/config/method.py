@@ -24,13 +24,14 @@ class SubspaceConfig:
     Args:
         method: sketch = one pass, no dense gradient ever exists (the default); randomized = randomized SVD of the dense
             gradient; svd = exact SVD of the dense gradient (the oracle).
-        oversampling: Extra sketch columns as a fraction of the rank; 0.25 means l = 1.25 r. More keeps a little more of
-            the gradient's energy; less saves time and memory on merge steps (each layer's sketch is F x l float32).
+        oversampling: Extra sketch columns as a fraction of the rank; 1.0 means l = 2 r. Less saves time and memory on
+            merge steps (each layer's sketch is F x l float32); but then rounding, so the number of ranks too, has a say
+            in P's weakest columns.
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 
     method: SubspaceMethod = "sketch"
-    oversampling: float = 0.25
+    oversampling: float = 1.0
     power_iterations: int = 2
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def found_or_given(model: nn.Module, optimizer: Any, editing: Editing | None) ->
         require_kind(editing, Editing, "editing", "give what loqt_scale.strategies.replicas or alone returns")
     if next(loqt_layers(model), None) is None:
         raise UserError("the model has no LoQT layer; call convert_to_loqt(model, config) first")
-    if any(layer.factor.is_meta for _, layer in loqt_layers(model)):
+    if editing is None and any(layer.factor.is_meta for _, layer in loqt_layers(model)):
         raise UserError(
             "the model is on the meta device, so its layers have no values; model.to_empty(device=...) and "
             "model.load_state_dict(...) come first, then the optimizer"

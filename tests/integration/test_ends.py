@@ -86,7 +86,7 @@ def names(settings: dict[str, Any]) -> list[str]:
     [
         (StoredSequences, "sequences", 6, ConnectionError("the hub is away"), UnreadableDataError),
         (loss_module, "summed_loss", 8, torch.OutOfMemoryError("no memory left"), torch.OutOfMemoryError),
-        (trainer_module, "evaluate", 1, RuntimeError("an evaluation that fails"), RuntimeError),
+        (trainer_module, "evaluate_corpus", 1, RuntimeError("an evaluation that fails"), RuntimeError),
     ],
 )
 def test_an_error_between_two_updates_is_saved_first(
@@ -161,16 +161,16 @@ def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(
 def test_told_to_stop_in_an_evaluation_on_the_way(
     settings: dict[str, Any], unbroken: list[float], monkeypatch: pytest.MonkeyPatch, numbers: list[int]
 ) -> None:
-    config, whole = small_config({**settings, "train.eval_every": 2}), trainer_module.evaluate
+    config, whole = small_config({**settings, "train.eval_every": 2}), trainer_module.evaluate_corpus
     calls = iter(range(100))
 
-    def evaluate(*args: Any, **kwargs: Any) -> float:
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
         for number in numbers if next(calls) == 1 else []:
             os.kill(os.getpid(), number)
         return whole(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
-        patch.setattr(trainer_module, "evaluate", evaluate)
+        patch.setattr(trainer_module, "evaluate_corpus", evaluate)
         train(config)
     assert stopped.value.code == 128 + numbers[0] and latest(settings) == "step-00000004"
     train(config)
@@ -181,8 +181,13 @@ def test_told_to_stop_in_an_evaluation_on_the_way(
     ("owner", "name", "call", "told"),
     [
         (trainer_module, "build_model", 0, "before training: nothing had to be saved"),
-        (trainer_module, "evaluate", 0, "before training: nothing had to be saved"),
-        (trainer_module, "evaluate", 1, "after step 8, the last; it is saved, and the same command goes on from there"),
+        (trainer_module, "evaluate_corpus", 0, "before training: nothing had to be saved"),
+        (
+            trainer_module,
+            "evaluate_corpus",
+            1,
+            "after step 8, the last; it is saved, and the same command goes on from there",
+        ),
     ],
 )
 def test_told_to_stop_where_nothing_is_to_be_saved(
@@ -279,7 +284,12 @@ def test_the_last_step_is_saved_before_it_is_evaluated(
         return whole(folder, step, manifest)
 
     monkeypatch.setattr(CheckpointFolder, "publish", full)
-    once(trainer_module, "evaluate", 1, Stopped(signal.SIGTERM) if end == "told to stop" else RuntimeError("no luck"))
+    once(
+        trainer_module,
+        "evaluate_corpus",
+        1,
+        Stopped(signal.SIGTERM) if end == "told to stop" else RuntimeError("no luck"),
+    )
     with pytest.raises((Stopped, RuntimeError)) as raised:
         train(small_config(settings))
     told = capsys.readouterr().err + "".join(getattr(raised.value, "__notes__", ()))

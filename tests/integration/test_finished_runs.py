@@ -25,7 +25,7 @@ def test_a_run_that_ended_before_its_last_evaluation_is_evaluated(runs: Runs, ki
     """By a kill in it, or after it, but before the mark; at every later start too."""
     from loqt_scale.training import job, trainer
 
-    killed(trainer, "evaluate", 2, runs)
+    killed(trainer, "evaluate_corpus", 2, runs)
     losses = runs.losses()
     assert list(losses) == list(range(1, STEPS + 1)) and not (runs.folder / "run" / "finished.json").exists()
     killed(job, "summary", 1, runs)
