@@ -126,9 +126,8 @@ def _starting_sum(optimizer: Optimizer, parameter: Tensor) -> float:
 
 
 def _is_like(state: Tensor, parameter: Tensor) -> bool:
-    """Whether a state is a tensor, plain or distributed, of its parameter's shape; torchao's packed ones are not."""
-    is_plain = type(state) in (Tensor, torch.nn.Parameter) or hasattr(state, "to_local")
-    return is_plain and state.shape == parameter.shape
+    """Whether a state is one of torch's tensors, of its parameter's shape; torchao's packed ones are not."""
+    return type(state).__module__.partition(".")[0] == "torch" and state.shape == parameter.shape
 
 
 def _kinds_of(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, StateKind]:
