@@ -18,8 +18,9 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def cost(options: argparse.Namespace) -> None:
                 mode: make_trainer(config_of(mode, seq_len, options.tokens // seq_len, folder, *more), device)
                 for mode in MODES
             }
-            taken = in_turns(MODES, options.repeats + 2, lambda mode, turn: timed_step(trainers[mode], turn))  # noqa: B023
+            taken = in_turns(MODES, options.repeats + 2, partial(timed_step, trainers))
         off, on = (times[2:] for times in taken.values())  # the first ones warm up
         ratio = statistics.median(masked / plain for plain, masked in zip(off, on, strict=True))
         rows.append(
@@ -79,8 +80,9 @@ def cost(options: argparse.Namespace) -> None:
     publish(f"Masked documents: a step ({device.type})", command, text, keep=options.publish)
 
 
-def timed_step(trainer: Trainer, turn: int) -> None:
+def timed_step(trainers: Mapping[str, Trainer], mode: str, turn: int) -> None:
     """A step from reading to update, waited for."""
+    trainer = trainers[mode]
     trainer.accumulate(900 + turn)
     trainer.update()
     if trainer.strategy.comm.device.type == "cuda":

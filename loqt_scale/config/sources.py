@@ -96,7 +96,7 @@ def read_sources(items: Sequence[Mapping[str, Any]]) -> tuple[SourceConfig, ...]
     require(twice is None, f"data.sources has two sources called '{twice}'; write another name for one of them")
     for step in _changes(sources):
         require(
-            not sources or any(source.weight_at(step) for source in sources),
+            any(source.weight_at(step) for source in sources),
             f"data.sources has no source with a weight from step {step} on; write a positive weight for one of them",
         )
     return sources
@@ -117,9 +117,9 @@ def run_shares(sources: Sequence[SourceConfig], steps: int) -> dict[str, float]:
     """Each source's share of the tokens of a run of so many steps."""
     found = [0.0] * len(sources)
     parts = [part for part in shares_of(sources) if part.from_step < steps]
-    for part, stop in zip(parts, [*(part.from_step for part in parts[1:]), steps], strict=True):
+    for part, following in pairwise([*parts, Shares(steps, ())]):
         for number, (low, high) in enumerate(pairwise(part.bounds)):
-            found[number] += (high - low) * (stop - part.from_step) / steps
+            found[number] += (high - low) * (following.from_step - part.from_step) / steps
     return {source.name: share for source, share in zip(sources, found, strict=True)}
 
 
@@ -168,7 +168,7 @@ def _source(item: Any, key: str) -> SourceConfig:
     for part in ("dataset_config", "split", "eval_split"):
         require(dataset is not None or texts[part] is None, f"{key}: {part} is of a dataset, and it has files")
     weight = _weight(item.get("weight", 1.0), f"{key}: weight")
-    return SourceConfig(**(texts | {"name": str(name), "weight": weight, "files": files, "dataset": dataset}))  # type: ignore[arg-type]
+    return SourceConfig(name=str(name), weight=weight, files=files, **(texts | {"dataset": dataset}))
 
 
 def _text(value: Any, key: str) -> str | None:

@@ -177,7 +177,7 @@ def _stored(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Portio
     held_out = _evaluation_batch(
         *evaluation_windows(store.eval, config.seq_len, config.max_eval_sequences, tokenizer.eos_token_id)
     )
-    scored = int((held_out.labels >= 0).sum())
+    scored = counted_tokens(held_out.labels)
     description = (
         f"{text.name}, tokenizer {tokenizer.name}: train {len(store.train):,} tokens in {store.train_documents:,} "
         f"documents; eval {len(store.eval):,} tokens in {store.eval_documents:,} documents, {scored:,} scored"
@@ -220,7 +220,7 @@ def _streamed(config: DataConfig, tokenizer: Tokenizer, seed: int, portion: Port
     description = (
         f"{name} (streamed), tokenizer {tokenizer.name}: train split {config.split!r}, {pieces.streams} logical "
         f"streams over {pieces.description}; eval split {config.eval_split!r}, "
-        f"{int((held_out.labels >= 0).sum()):,} tokens scored"
+        f"{counted_tokens(held_out.labels):,} tokens scored"
     )
     fingerprint = (_tokenizer_line(tokenizer), *split_lines(config, train_split, eval_split), _batch_line(held_out))
     return Corpus(

@@ -35,8 +35,10 @@ from loqt_scale.process.environment import job_label
 
 Say = Callable[[str], None]
 
+PLACE = "place.json"
+"""In a build that can go on: where it is. No part of the entry."""
+
 _ENTRY = "entry.json"
-_PLACE = "place.json"
 _BUILDING = re.compile(r"(?P<key>[^.]+)\.(?P<word>[0-9a-f]{32}|kept)@(?P<host>.+)\.building")
 _FIRST_WAIT, _NEXT_WAITS = 5.0, 300.0  # seconds after which a waiting process says for whom
 _FORGOTTEN = 86400.0  # seconds after which what another host has not touched is what a killed build left
@@ -63,7 +65,7 @@ def built_once(
         build: Writes the entry's files.
         what: For people: what is built.
         goes_on: `build` may find the temporary folder as an interrupted call has left it. It keeps its place there in
-            `place.json` (which is no part of the entry), and writes something every few seconds.
+            `PLACE`, and writes something every few seconds.
         say: Gets a line when an entry is damaged, or when another job holds things up.
 
     Raises:
@@ -130,10 +132,10 @@ def _build_and_rename(folder: Path, build: Callable[[Path], None], kept: Path | 
     keep = kept is not None
     try:
         build(temporary)
-        files = sorted(path for path in temporary.iterdir() if path.name not in (_PLACE, _ENTRY))
+        files = sorted(path for path in temporary.iterdir() if path.name not in (PLACE, _ENTRY))
         facts = {path.name: {"digest": _digest(path), "stamp": _stamp(path)} for path in files}
         (temporary / _ENTRY).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        (temporary / _PLACE).unlink(missing_ok=True)
+        (temporary / PLACE).unlink(missing_ok=True)
         try:
             temporary.replace(folder)
         except OSError:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loqt_scale.data.cache import InterruptedBuildError, say_on_stderr
+from loqt_scale.data.cache import PLACE, InterruptedBuildError, say_on_stderr
 from loqt_scale.data.corpora import LocalText
 from loqt_scale.data.packing import Tokens, join_documents
 from loqt_scale.data.reading_bar import reading_bar
@@ -144,7 +144,7 @@ def processes_for(size: int) -> int:
 
 def _opened(folder: Path, text: LocalText, dtype: np.dtype[np.integer]) -> tuple[Place, dict[str, TokenFile]]:
     """Where to begin, and the files of the sides."""
-    path = folder / "place.json"
+    path = folder / PLACE
     if path.exists():
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -161,9 +161,9 @@ def _save(folder: Path, place: Place, files: dict[str, TokenFile]) -> None:
     for file in files.values():
         file.sync()
     facts = {"place": asdict(place)} | {side: asdict(file.written) for side, file in files.items()}
-    fresh = folder / "place.json.new"
+    fresh = folder / f"{PLACE}.new"
     fresh.write_text(json.dumps(facts), encoding="utf-8")
-    fresh.replace(folder / "place.json")
+    fresh.replace(folder / PLACE)
 
 
 def _finish(folder: Path, files: dict[str, TokenFile]) -> None:
@@ -171,7 +171,7 @@ def _finish(folder: Path, files: dict[str, TokenFile]) -> None:
         for file in files.values():
             file.finish()
     except ValueError as error:
-        (folder / "place.json").unlink()
+        (folder / PLACE).unlink()
         raise InterruptedBuildError(f"{error}: another machine has, too; start it again, on one machine") from error
 
 

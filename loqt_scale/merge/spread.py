@@ -30,14 +30,18 @@ def found_or_given(model: nn.Module, optimizer: Any, editing: Editing | None) ->
         require_kind(editing, Editing, "editing", "give what loqt_scale.strategies.replicas or alone returns")
     if next(loqt_layers(model), None) is None:
         raise UserError("the model has no LoQT layer; call convert_to_loqt(model, config) first")
-    if editing is None and any(layer.factor.is_meta for _, layer in loqt_layers(model)):
+    if editing is None:
+        _refuse_meta(model)
+        return adopt(model, optimizer)
+    return Adopted("as given", unwrapped(model), unwrapped_optimizers(optimizer), editing)
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    if any(layer.factor.is_meta for _, layer in loqt_layers(model)):
         raise UserError(
             "the model is on the meta device, so its layers have no values; model.to_empty(device=...) and "
             "model.load_state_dict(...) come first, then the optimizer"
         )
-    if editing is None:
-        return adopt(model, optimizer)
-    return Adopted("as given", unwrapped(model), unwrapped_optimizers(optimizer), editing)
 
 
 def check_optimizers(layers: Mapping[str, LoQTLayer], optimizers: Sequence[Optimizer]) -> None:

@@ -81,14 +81,12 @@ def _strategy(config: RunConfig, ranks: int) -> str:
 def _texts(config: RunConfig) -> str:
     """A line on what a run reads of each source."""
     train, sources = config.train, config.data.mixture
-    if not sources:
-        return ""
     tokens = train.steps * train.global_batch_size * config.data.seq_len
     parts = (
         f"{name} {share:.1%} ({format_count(round(share * tokens))} tokens)"
         for name, share in run_shares(sources, train.steps).items()
     )
-    return f"\ntext  {', '.join(parts)}"
+    return f"\ntext  {', '.join(parts)}" if sources else ""
 
 
 def _memory_table(memory: RankMemory) -> str:

@@ -26,6 +26,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def common(world_size: int, run_dir: Path) -> dict[str, Any]:
+    """Settings of a run on so many ranks."""
+    return {
+        "train.run_dir": str(run_dir),
+        "train.global_batch_size": FILES,
+        "train.steps": 8,
+        "loqt.merge.gap": 5,
+        "parallel.strategy": "ddp" if world_size > 1 else "single",
+    }
+
+
 @pytest.mark.parametrize(
     ("numbers", "resumes"),
     [*seldom(((2,), [(1, "2", 3)]), ((3, 4), [(1, "1", 3), (4, "3", 6), (2, "4", 3)]))],
@@ -37,11 +48,7 @@ def test_losses_are_those_of_one_rank_and_go_on_at_another_number(
         settings = {
             "data.dataset": str(folder),
             "data.seq_len": 32,
-            "train.run_dir": str(tmp_path / name),
-            "train.global_batch_size": FILES,
-            "train.steps": 8,
-            "loqt.merge.gap": 5,
-            "parallel.strategy": "ddp" if world_size > 1 else "single",
+            **common(world_size, tmp_path / name),
             "checkpoint.every": 3,
             "checkpoint.keep_last": 9,
         }
@@ -75,11 +82,7 @@ def test_sources_by_weight_give_the_same_losses_on_any_number_of_ranks(
             ],
             "data.cache_dir": str(cache_dir),
             "data.streams": 6,
-            "train.run_dir": str(tmp_path / name),
-            "train.global_batch_size": FILES,
-            "train.steps": 8,
-            "loqt.merge.gap": 5,
-            "parallel.strategy": "ddp" if world_size > 1 else "single",
+            **common(world_size, tmp_path / name),
             "checkpoint.every": 6,
         }
         return ranks.run(world_size, TRAIN, **{**settings, **more})[0]

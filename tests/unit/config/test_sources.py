@@ -131,5 +131,6 @@ def test_what_may_change_when_a_run_goes_on_is_not_another_run() -> None:
 
 def test_shares_of_a_run_are_those_of_its_steps() -> None:
     sources = read_sources([WEB, MATH])
+    assert run_shares((), 9) == {}
     assert run_shares(sources, 9) == {"web": 1.0, "math": 0.0}
     assert run_shares(sources, 12) == pytest.approx({"web": 10 / 12, "math": 2 / 12})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,16 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def loss_of(model: nn.Module, step: int) -> Tensor:
     inputs, targets = batch(step)
     return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, merges: MergeCoordinator, data: int) -> Any:
+    """A step of a plain loop, which leaves its number to the merges."""
+    merges.prepare()
+    loss_of(model, data).backward()
+    optimizer.step()
+    report = merges.finish()
+    optimizer.zero_grad()
+    return report
 
 
 def train(model: nn.Module, merges: MergeCoordinator, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, attach, convert_to_loqt
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
-from tests.unit.merge.small import RANK, Small, config, loss_of
+from tests.unit.merge.small import RANK, Small, config, loss_of, step
 
 RARE = LoQTConfig(rank=RANK, merge=MergeConfig(gap=1000))
 pytestmark = pytest.mark.filterwarnings("ignore:LoQT. what quantization rounded away")
@@ -27,15 +26,6 @@ def made(settings: LoQTConfig = RARE) -> tuple[Small, torch.optim.Optimizer, Mer
     convert_to_loqt(model, settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return model, optimizer, attach(model, optimizer, settings, initial_weights=before)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, merges: MergeCoordinator, data: int) -> Any:
-    merges.prepare()
-    loss_of(model, data).backward()
-    optimizer.step()
-    report = merges.finish()
-    optimizer.zero_grad()
-    return report
 
 
 def without_basis(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge.one_layer import LayerMerge
-from tests.unit.merge.small import RANK, Small, config, loss_of
+from tests.unit.merge.small import RANK, Small, config, loss_of, step
 
 CONFIG = config("sketch")
 Optimizer = torch.optim.Optimizer
@@ -32,15 +32,6 @@ def made(
     convert_to_loqt(model, settings)
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
     return model, optimizer, attach(model, optimizer, settings)
-
-
-def step(model: nn.Module, optimizer: Optimizer, merges: MergeCoordinator, data: int) -> Any:
-    merges.prepare()
-    loss_of(model, data).backward()
-    optimizer.step()
-    report = merges.finish()
-    optimizer.zero_grad()
-    return report
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
