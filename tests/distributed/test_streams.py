@@ -66,7 +66,6 @@ def test_losses_are_those_of_one_rank_and_go_on_at_another_number(
         assert rest == (expected if saved_by == "1" else pytest.approx(expected, abs=2e-4))
 
 
-@pytest.mark.long
 def test_sources_by_weight_give_the_same_losses_on_any_number_of_ranks(
     ranks: RankPool, folder: Path, text_file: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
