@@ -7,11 +7,15 @@ whatever node. It names host, process and start time. Whether its holder still l
     another one                                      the holder touches the file every few seconds; a file that nobody
                                                      has touched while we watched belongs to a job that is gone
 
-It is made by an exclusive creation and taken over by a rename, both atomic on NFS too. No torch here.
+It is made by an exclusive creation. The lock of a job that is gone is taken over by a claim: a file named after what
+that lock says, made by an exclusive creation too, so that each has one heir. The claim is then renamed to the lock.
+A job that is killed between the two leaves its claim, which is taken over in the same way: locks and claims are a line,
+and its last one holds the folder. All of this is atomic on NFS too. No torch here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -20,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -145,17 +148,21 @@ class RunLock:
         for _ in range(_ATTEMPTS):
             if self._create(self.path):
                 return
-            holder = _read(self.path)
+            last = _line(self.path)[-1]
+            if (contents := _contents(last)) is None:  # it has gone in the meantime
+                continue
+            holder, heir = _holder(contents), _heir(last, contents)
             if holder is not None and holder.token == self._me.token:
                 return
-            if not self._gone(holder, self.path):
-                if self.path.exists():
-                    break
-            else:
-                self._replace(holder)
+            if self._gone(holder, last):
+                if self._inherit(heir):
+                    return
+            elif last.exists():
+                break
+        holder = _read(_line(self.path)[-1])
         raise RunInUse(
-            f"train.run_dir '{self.path.parent}' is in use by another job ({_read(self.path) or 'just started'}); wait "
-            "for its end, stop it, or write another --train.run_dir"
+            f"train.run_dir '{self.path.parent}' is in use by another job ({holder or 'just started'}); wait for its "
+            "end, stop it, or write another --train.run_dir"
         )
 
     def refuse_jobs_below(self, folder: Path) -> None:
@@ -168,8 +175,9 @@ class RunLock:
             path = Path(where, LOCK)
             if LOCK not in names or path.parent == folder:
                 continue
-            holder = _read(path)
-            if not self._gone(holder, path) and path.exists():
+            last = _line(path)[-1]
+            holder = _read(last)
+            if not self._gone(holder, last) and last.exists():
                 raise RunInUse(
                     f"train.run_dir '{folder}' holds another run, which cannot be moved aside while a job works in "
                     f"{path.parent} ({holder or 'just started'}); wait for its end, stop it, or write another "
@@ -217,24 +225,20 @@ class RunLock:
                 return False
         return True
 
-    def _replace(self, gone: Holder | None) -> None:
-        """Puts this process's lock in place of one whose holder is gone, unless another job has been faster."""
-        claim = self.path.with_name(LOCK + ".next")
-        if not self._create(claim):
-            self._clear(claim)
-        elif _read(self.path) == gone:
-            with suppress(FileNotFoundError):
-                claim.replace(self.path)
-        else:
-            claim.unlink(missing_ok=True)
+    def _inherit(self, heir: Path) -> bool:
+        """Whether this process is the one that takes over from the last of the line; then the lock names it.
 
-    def _clear(self, claim: Path) -> None:
-        """Removes the claim of a job that was killed between the two lines which make it and use it."""
-        other = _read(claim)
-        lives = None if other is None else other.lives()
-        if lives is False or (lives is None and self._is_silent(claim, min(2.0, self._silence))):
-            claim.unlink(missing_ok=True)
-        time.sleep(0.05)
+        Who has looked at a lock that is no longer there may still make its claim, but no line leads to that one.
+        """
+        if not self._create(heir):
+            return False
+        if _line(self.path)[-1] != heir:
+            heir.unlink(missing_ok=True)
+            return False
+        heir.replace(self.path)
+        for rest in self.path.parent.glob(f"{LOCK}.after-*"):
+            rest.unlink(missing_ok=True)
+        return True
 
     def _beat(self) -> None:
         while not self._ended.wait(self._beat_seconds):
@@ -254,11 +258,36 @@ class RunLock:
         os._exit(1)
 
 
+def _line(lock: Path) -> list[Path]:
+    """A lock and the claims on it: each but the first is the heir of the one before it."""
+    line = [lock]
+    while (contents := _contents(line[-1])) is not None and (heir := _heir(line[-1], contents)).exists():
+        line.append(heir)
+    return line
+
+
+def _heir(path: Path, contents: bytes) -> Path:
+    """The file that claims the place of a lock, or of a claim, with these contents."""
+    said = hashlib.blake2b(path.name.encode() + contents, digest_size=8).hexdigest()
+    return path.with_name(f"{LOCK}.after-{said}")
+
+
 def _read(path: Path) -> Holder | None:
     """Whom a lock names; None if there is none, or nothing whole in it."""
+    return _holder(_contents(path) or b"")
+
+
+def _contents(path: Path) -> bytes | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _holder(contents: bytes) -> Holder | None:
+    try:
+        return Holder(**json.loads(contents))
+    except (ValueError, TypeError):
         return None
 
 

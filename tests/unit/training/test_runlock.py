@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from loqt_scale.process import pids
+from loqt_scale.training import runlock
 from loqt_scale.training.runlock import LOCK, Holder, RunInUse, RunLock
 
 HOLD = """
@@ -138,29 +140,73 @@ def test_a_lock_that_was_not_finished_is_taken_over(tmp_path: Path, text: str) -
         assert holder(tmp_path).lives()
 
 
-@pytest.mark.parametrize("claimed", [False, True])
-def test_of_many_that_find_a_dead_ones_lock_one_gets_it(tmp_path: Path, claimed: bool) -> None:
-    """Also where one was killed while it took the lock over."""
-    for _ in range(10):
-        leave(tmp_path, pid=2**22 + 1, token="dead")
-        if claimed:
-            (tmp_path / f"{LOCK}.next").write_text(json.dumps(asdict(replace(Holder.here(), pid=2**22 + 1))))
-        locks, won = [RunLock(tmp_path) for _ in range(8)], []
-        start = threading.Barrier(len(locks))
-
-        def take(lock: RunLock, start: threading.Barrier = start, won: list[RunLock] = won) -> None:
-            start.wait()
-            with suppress(RunInUse):
-                lock.take()
-                won.append(lock)
-
-        threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1 and not (tmp_path / f"{LOCK}.next").exists()
+@pytest.mark.parametrize("claims", [0, 1, 2])
+def test_of_many_that_find_a_dead_ones_lock_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claims: int
+) -> None:
+    """Also where some were killed while they took it over; with pauses before and after each step on the disk."""
+    steps = ((runlock, "_contents"), (Path, "unlink"), (Path, "replace"))
+    for owner, name in steps:
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+    for turn in range(10):
+        last = tmp_path / LOCK
+        for number in range(1 + claims):
+            dead = replace(Holder.here(), pid=2**22 + 1, token=f"dead {turn} {number}")
+            last.write_text(json.dumps(asdict(dead)))
+            last = runlock._heir(last, last.read_bytes())
+        won = those_who_take([RunLock(tmp_path) for _ in range(8)])
+        assert len(won) == 1 and [path.name for path in tmp_path.iterdir()] == [LOCK]
         won[0].release(tmp_path / LOCK)
+
+
+def test_claims_that_were_not_finished_are_taken_over(tmp_path: Path) -> None:
+    """Both files are empty: who made them was killed before it had written its name."""
+    (tmp_path / LOCK).touch()
+    runlock._heir(tmp_path / LOCK, b"").touch()
+    with RunLock(tmp_path, silence=0.1):
+        assert holder(tmp_path).lives() and [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_who_takes_a_lock_over_holds_the_folder_already(tmp_path: Path) -> None:
+    """Between its claim and the lock; the refusal names it, and not the dead one."""
+    leave(tmp_path, pid=2**22 + 1, token="dead")
+    claim = runlock._heir(tmp_path / LOCK, (tmp_path / LOCK).read_bytes())
+    claim.write_text(json.dumps(asdict(Holder.here())))
+    with pytest.raises(RunInUse, match=rf"in use by another job \(process {os.getpid()} on"):
+        RunLock(tmp_path).take()
+    assert holder(tmp_path).token == "dead" and claim.exists()
+
+
+def slow(step: Callable[..., object]) -> Callable[..., object]:
+    """The same step with other jobs' steps before and after it."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        time.sleep(random.choice((0, 0.004, 0.03)) * random.random())
+        try:
+            return step(*args, **kwargs)
+        finally:
+            time.sleep(0.004 * random.random())
+
+    return run
+
+
+def those_who_take(locks: list[RunLock]) -> list[RunLock]:
+    """Which of these got the folder; all of them ask at once."""
+    won: list[RunLock] = []
+    start = threading.Barrier(len(locks))
+
+    def take(lock: RunLock) -> None:
+        start.wait()
+        with suppress(RunInUse):
+            lock.take()
+            won.append(lock)
+
+    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
 
 
 def test_a_job_whose_folder_was_taken_over_ends(tmp_path: Path) -> None:
