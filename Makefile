@@ -10,8 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed-run
 DEV_STAMP := .venv/.installed-dev
-# Files, not tests: a file's tests share runs and rank processes.
-SIDE_BY_SIDE := -n 2 --dist loadfile
+# Files, not tests: a file's tests share runs and rank processes. In order: the longest files come first.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-long clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,6 @@
-"""A pool of rank processes that live for the whole test session: a spawned rank costs seconds, a task on it does not.
+"""A pool of rank processes that live for the whole test session: starting a rank costs much more than a task on it.
+
+Ranks are forks of one process that has imported what they need, and has done nothing else.
 
 `RankPool.run(world_size, "module:function", **arguments)` gives the first `world_size` processes the environment that a
 launcher would (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), calls the function in each, and returns their
@@ -15,6 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+IMPORTED = ["loqt_scale.training.job", "deepspeed", "bitsandbytes"]
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -95,7 +98,8 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
