@@ -110,7 +110,7 @@ def _plan(argv: Sequence[str], prog: str) -> None:
     on = None
     if options.gpu is not None:
         on = find_machine(options.gpu, gpus=options.gpus, interconnect=options.interconnect, path=options.devices)
-    vocab_size, note = vocabulary_size(config, options.vocab_size)
+    vocab_size, note = vocabulary_size(config.data, config.model, options.vocab_size)
     tokens = None if options.tokens is None else int(options.tokens)
     said = describe_plan(
         config,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import Dtype, ParallelConfig, RunConfig, SubspaceConfig
 from loqt_scale.functional.compensation import CHUNK_VALUES
 from loqt_scale.functional.nf4_cpu import CHUNK_VALUES as TABLE_VALUES
 from loqt_scale.functional.shares import micro_steps
@@ -84,6 +84,7 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
     if spread.strategy == "zero":
         return _zero_memory(config, shapes, passes, spread)
     strategy, cut, offload = spread.strategy, spread.shard_size, config.parallel.offload
+    dtype, device = config.model.dtype, device_type(config.train)
     away, here = ([p for p in shapes.parameters if is_offloaded(p.trains, offload) is where] for where in (True, False))
     state = {kind: sum(p.nbytes(cut) for p in here if p.kind == kind) for kind in STATE_KINDS}
     state["moments"] = sum(moment_bytes(p, config.optim, cut) for p in here if p.trains)
@@ -96,13 +97,15 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
     host += sum(moment_bytes(p, config.optim, 1) + summed_bytes(p, passes_of_step) for p in away if p.trains)
     merges = config.method == "loqt"
     if strategy == "single":
-        gathered = gathered_bytes(config, away, cut)
+        gathered = gathered_bytes(away, cut, dtype, config.parallel)
         piles_up = one_pass and any(p.trains for p in here)
         passing = passes.gradients_pile_up if piles_up else passes.gradients_freed + waiting
         merge_passing = passes.merge_freed + waiting if merges else 0
     else:
         # ddp: gradients lie in its buckets in the last pass, and beside them in those before it
-        gathered = gradients if strategy == "ddp" else gathered_bytes(config, shapes.parameters, cut)
+        gathered = gradients
+        if strategy != "ddp":
+            gathered = gathered_bytes(shapes.parameters, cut, dtype, config.parallel)
         beside = 0 if strategy == "ddp" and one_pass else waiting
         if strategy == "fsdp" and not one_pass and config.parallel.kept_between_passes != "nothing":
             beside = sum(p.values() * FLOAT for p in here if p.trains)  # whole, until the last pass sums them
@@ -115,7 +118,8 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
         merge_passing += updating if merges else 0
     elif config.optim.name == "muon":  # whole matrices, when activations are gone
         passing, merge_passing = (max(p, gradients + updating) if p else 0 for p in (passing, merge_passing))
-    merge_passing += collected_bytes(config, shapes, spread.ranks, passes_of_step) if merges else 0
+    if merges:
+        merge_passing += collected_bytes(config.loqt.subspace, shapes, spread.ranks, passes_of_step, device)
     scratch = merge_scratch(shapes, spread.work_size) if shapes.layers else 0
     return RankMemory(state, gradients, passing, gathered, merge_passing, scratch, host)
 
@@ -123,15 +127,16 @@ def rank_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread:
 def _zero_memory(config: RunConfig, shapes: ModelShapes, passes: OnePass, spread: Spread) -> RankMemory:
     """Under DeepSpeed, which keeps its bucket and the reduced gradients beside what a pass takes."""
     count = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
-    gradients, bucket = zero_gradients(config, shapes, spread.ranks, count)
+    gradients, bucket = zero_gradients(shapes, spread, count)
     merges, beside = config.method == "loqt", gradients + bucket
-    merge_passing = passes.merge_freed + beside + collected_bytes(config, shapes, spread.ranks, count) if merges else 0
+    device = device_type(config.train)
+    collected = collected_bytes(config.loqt.subspace, shapes, spread.ranks, count, device) if merges else 0
     return RankMemory(
-        zero_state(config, shapes, spread.ranks),
+        zero_state(shapes, spread, config.model.dtype, config.optim),
         gradients,
         passes.gradients_freed + beside,
-        zero_gathered(config, shapes),
-        merge_passing,
+        zero_gathered(shapes, spread, config.model.dtype),
+        passes.merge_freed + beside + collected if merges else 0,
         merge_scratch(shapes, spread.ranks) + bucket if shapes.layers else 0,
     )
 
@@ -147,21 +152,21 @@ def joined_bytes(shapes: ModelShapes) -> int:
     return FLOAT * max(min(sum(values), BUCKET_VALUES), max(values, default=0))
 
 
-def gathered_bytes(config: RunConfig, parameters: Sequence[ParameterShape], ranks: int) -> int:
+def gathered_bytes(parameters: Sequence[ParameterShape], ranks: int, dtype: Dtype, parallel: ParallelConfig) -> int:
     """What FSDP2 fetches: the root's; the block in use and the next one, the embedding, or the head and the last block;
     and gradients on their way."""
-    compute = DTYPES[config.model.dtype] if ranks > 1 else None
+    compute = DTYPES[dtype] if ranks > 1 else None
 
     def gathered(unit: Iterable[ParameterShape]) -> int:
         return sum(p.gathered_bytes(ranks, compute) for p in unit)
 
-    apart = config.parallel.kept_between_passes == "trained" and ranks > 1  # B stays from the first pass to the last
+    apart = parallel.kept_between_passes == "trained" and ranks > 1  # B stays from the first pass to the last
     kept = [p for p in parameters if apart and p.of_layer]
     units = by_unit(p for p in parameters if not (apart and p.of_layer))
     blocks = [gathered(unit) for index, unit in units.items() if index >= 0]
     root, embedding, head = (gathered(units.get(index, [])) for index in (ROOT, EMBEDDING, HEAD))
     largest = max(blocks, default=0)
-    stays = largest if config.parallel.reshard_after_forward or ranks == 1 else sum(blocks)
+    stays = largest if parallel.reshard_after_forward or ranks == 1 else sum(blocks)
     resident = embedding + head + stays + largest if apart else max(embedding, stays + max(largest, head))
     reduced = [sum(p.values(ranks) * ranks * FLOAT for p in unit if p.trains) for unit in units.values()]
     return root + resident + gathered(kept) + max(reduced, default=0)
@@ -183,7 +188,7 @@ def merge_scratch(shapes: ModelShapes, ranks: int) -> int:
     return most
 
 
-def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: int) -> int:
+def collected_bytes(subspace: SubspaceConfig, shapes: ModelShapes, ranks: int, passes: int, device: str) -> int:
     """What was collected for a merge and is there when the last backward pass begins, whose activations are the peak.
 
     Of one pass nothing: its sketches come, a few at a time (`merge.collection`), while activations go. Of several, the
@@ -191,8 +196,8 @@ def collected_bytes(config: RunConfig, shapes: ModelShapes, ranks: int, passes: 
     """
     if passes == 1:
         return 0
-    sizes = [FLOAT * math.prod(probe_shape(spec, config.loqt.subspace)) for spec in shapes.layers]
-    wave = wave_size(shapes.layers, config.loqt.subspace, world_size=ranks, device_type=device_type(config.train))
+    sizes = [FLOAT * math.prod(probe_shape(spec, subspace)) for spec in shapes.layers]
+    wave = wave_size(shapes.layers, subspace, world_size=ranks, device_type=device)
     largest = max(sizes, default=0)
     air = min(sum(sizes), 2 * wave * largest, AIR_BYTES + largest) if ranks > 1 else 0
     return -(-sum(sizes) // ranks) + air

@@ -13,7 +13,7 @@ from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.memory import RankMemory, rank_memory
 from loqt_scale.plan.shapes import ModelShapes, model_shapes
 from loqt_scale.plan.speed import Speed, planned_speed
-from loqt_scale.plan.spread import planned_spread
+from loqt_scale.plan.spread import Spread, planned_spread
 from loqt_scale.plan.traffic import Traffic, merge_traffic, step_traffic
 
 
@@ -22,12 +22,14 @@ class Plan:
     """What a run will need on the rank that needs most.
 
     Args:
+        spread: How it is spread over ranks.
         memory: Bytes.
         step: On the wire, each step.
         merge: On the wire, each merge.
         speed: On the machine that was named, if one was.
     """
 
+    spread: Spread
     memory: RankMemory
     step: Traffic
     merge: Traffic
@@ -46,24 +48,23 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int, on: Machine | No
     Raises:
         ValueError: Settings that do not fit the model, or a strategy that is not planned.
     """
-    spread = planned_spread(config, ranks)
+    spread = planned_spread(config.parallel, config.train.global_batch_size, ranks)
     design = design_model(config, vocab_size=vocab_size)
     shapes = model_shapes(design)
     one_pass = OnePass(config, vocab_size=vocab_size)
     memory = rank_memory(config, shapes, one_pass, spread)
-    traffic = planned_traffic(config, shapes, ranks)
+    traffic = planned_traffic(config, shapes, spread)
     speed = None
     if on is not None:
         train, recomputes = config.train, config.model.activation_checkpointing
         size = min(train.micro_batch_size, train.global_batch_size)
         flops = pass_flops(design.model, sequences=size, seq_len=config.data.seq_len, recomputes=recomputes)
         speed = planned_speed(config, shapes, one_pass, flops, spread, traffic, on)
-    return Plan(memory, *traffic, speed)
+    return Plan(spread, memory, *traffic, speed)
 
 
-def planned_traffic(config: RunConfig, shapes: ModelShapes, ranks: int) -> tuple[Traffic, Traffic]:
+def planned_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread) -> tuple[Traffic, Traffic]:
     """Bytes on the wire of a step and of a merge."""
-    spread = planned_spread(config, ranks)
     passes = micro_steps(config.train.global_batch_size, spread.data_size, config.train.micro_batch_size)
     step = step_traffic(config, shapes, spread, passes=passes)
-    return step, merge_traffic(config, shapes, spread, passes=passes)
+    return step, merge_traffic(config.loqt, shapes, spread, passes=passes)

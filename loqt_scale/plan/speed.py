@@ -114,7 +114,7 @@ def planned_speed(
     train, compiled = config.train, config.model.compile
     passes = micro_steps(train.global_batch_size, spread.data_size, train.micro_batch_size)
     compute, memory = (passes * part for part in _device_seconds(one.operations, on, config.model))
-    update, launches = _update(config, shapes, spread, on)
+    update, launches = _update(shapes, spread, on, streams=config.streams_updates)
     kernels, launch = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()), _launch(on)
     network, busy = _wire_seconds(traffic[0], spread, on), max(compute + memory, kernels * launch)
     step = max(busy, network) + on.assumed.unhidden * min(busy, network) + max(update, launches * launch)
@@ -172,10 +172,9 @@ def _wire_seconds(traffic: Traffic, spread: Spread, on: Machine) -> float:
     return seconds / (GIGA * on.assumed.network)
 
 
-def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine) -> tuple[float, int]:
+def _update(shapes: ModelShapes, spread: Spread, on: Machine, *, streams: bool) -> tuple[float, int]:
     """(seconds, kernels beyond a few) of an update of this rank's share."""
     values = [p.values(spread.update_size) for p in shapes.parameters if p.trains]
-    streams = config.streams_updates
     chunks = sum(math.ceil(size / chunk_values("cuda")) for size in values) if streams else 0
     moved = sum(values) * (STREAMED_UPDATE_BYTES if streams else FUSED_UPDATE_BYTES)
     return moved / (on.gpu.bandwidth * GIGA * on.assumed.memory), STREAMED_KERNELS * chunks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import DataConfig, RunConfig, TrainConfig
 from loqt_scale.config.sizes import OUTSIDE, parse_size
 from loqt_scale.config.sources import run_shares
 from loqt_scale.metrics import format_count, format_span
@@ -16,7 +16,7 @@ from loqt_scale.plan.memory import RankMemory
 from loqt_scale.plan.planner import Plan, plan_run, planned_traffic
 from loqt_scale.plan.shapes import model_shapes
 from loqt_scale.plan.speed_table import describe_speed, full_rank
-from loqt_scale.plan.spread import planned_spread
+from loqt_scale.plan.spread import Spread, planned_spread
 from loqt_scale.plan.traffic import Traffic
 
 
@@ -42,19 +42,20 @@ def describe_plan(
         tokens: Of the whole run, for its days. Default: the run's steps.
     """
     plan = plan_run(config, ranks=ranks, vocab_size=vocab_size, on=on)
-    parts = [_title(config, ranks), _memory_table(plan.memory)]
+    parts = [_title(config, plan.spread), _memory_table(plan.memory)]
     if gpu_memory is not None:
         parts.append(_verdict(config, plan, gpu_memory, ranks=ranks, vocab_size=vocab_size))
     if on is not None:
         parts.append(describe_speed(config, plan, on, ranks=ranks, vocab_size=vocab_size, tokens=tokens))
     if ranks > 1:
         full = full_rank(config, ranks)
-        dense, _ = planned_traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), ranks)
-        parts.append(_wire_table(config, plan, dense))
+        spread = planned_spread(full.parallel, full.train.global_batch_size, ranks)
+        dense, _ = planned_traffic(full, model_shapes(design_model(full, vocab_size=vocab_size)), spread)
+        parts.append(_wire_table(plan, dense, merges=config.method == "loqt"))
     return "\n\n".join([*parts, note] if note else parts)
 
 
-def _title(config: RunConfig, ranks: int) -> str:
+def _title(config: RunConfig, spread: Spread) -> str:
     model, train, optim = config.model, config.train, config.optim
     method = "full-rank training"
     if config.method == "loqt":
@@ -62,31 +63,29 @@ def _title(config: RunConfig, ranks: int) -> str:
     kept = f"{model.trained_dtype} parameters, {optim.name}, {optim.states} states" + (
         ", updated per layer" if optim.per_layer else ""
     )
-    batch = min(train.micro_batch_size, -(-train.global_batch_size // ranks))
+    batch = min(train.micro_batch_size, -(-train.global_batch_size // spread.ranks))
     return (
         f"{model.path or model.preset}: {method}; {kept}\n"
-        f"{ranks} rank(s), {_strategy(config, ranks)}, "
+        f"{spread.ranks} rank(s), {_strategy(spread)}, "
         f"{batch} x {config.data.seq_len} tokens a pass in {model.dtype}"
         + (", activations recomputed" if model.activation_checkpointing else "")
         + f"\nrates {describe_rates(optim, train.steps)}"
-        + _texts(config)
+        + _texts(config.data, train)
     )
 
 
-def _strategy(config: RunConfig, ranks: int) -> str:
-    spread = planned_spread(config, ranks)
+def _strategy(spread: Spread) -> str:
     return spread.strategy + (f" in {spread.replicas} replicas of {spread.shard_size}" if spread.replicas > 1 else "")
 
 
-def _texts(config: RunConfig) -> str:
+def _texts(data: DataConfig, train: TrainConfig) -> str:
     """A line on what a run reads of each source."""
-    train, sources = config.train, config.data.mixture
-    tokens = train.steps * train.global_batch_size * config.data.seq_len
+    tokens = train.steps * train.global_batch_size * data.seq_len
     parts = (
         f"{name} {share:.1%} ({format_count(round(share * tokens))} tokens)"
-        for name, share in run_shares(sources, train.steps).items()
+        for name, share in run_shares(data.mixture, train.steps).items()
     )
-    return f"\ntext  {', '.join(parts)}" if sources else ""
+    return f"\ntext  {', '.join(parts)}" if data.mixture else ""
 
 
 def _memory_table(memory: RankMemory) -> str:
@@ -119,12 +118,12 @@ def _checker(limit: int, *, ranks: int, vocab_size: int) -> Callable[[RunConfig]
     return lambda config: plan_run(config, ranks=ranks, vocab_size=vocab_size).memory.peak <= limit
 
 
-def _wire_table(config: RunConfig, plan: Plan, dense: Traffic) -> str:
+def _wire_table(plan: Plan, dense: Traffic, *, merges: bool) -> str:
     lines = [f"  {'sent by a rank (ring)':<26}", f"  {'a step':<26}{_size(plan.step.sent):>12}"]
     lines += _between_replicas(plan.step)
     lines.append(f"  {'a step, full-rank FSDP2':<26}{_size(dense.sent):>12}   ratio {plan.step.sent / dense.sent:.3f}")
     lines += _between_replicas(dense)
-    if config.method == "loqt":
+    if merges:
         lines.append(f"  {'a merge, beyond its step':<26}{_size(plan.merge.sent):>12}")
         lines += _between_replicas(plan.merge)
     return "\n".join(lines)

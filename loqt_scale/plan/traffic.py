@@ -71,7 +71,7 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
         # and the loss with its two companions, the gradient's norm
         return _Rings(summed_everywhere=reduced + 4 * FLOAT).traffic(spread)
     if spread.strategy == "zero":
-        gathers, scatters, sums = zero_step(config, shapes, passes)
+        gathers, scatters, sums = zero_step(shapes, spread, config.model.dtype, passes)
         return _Rings(everywhere=gathers + scatters, summed_everywhere=sums).traffic(spread)
     size, parallel = spread.shard_size, config.parallel
     compute, gathered = DTYPES[config.model.dtype], 0
@@ -89,12 +89,12 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
     ).traffic(spread)
 
 
-def merge_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, passes: int) -> Traffic:
+def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, spread: Spread, *, passes: int) -> Traffic:
     """A merge with the sketches of its step's passes: under fsdp an upper bound that is met up to padding.
 
     Under HSDP each replica merges its own copy, and takes the first one's sums and rows.
     """
-    loqt, size = config.loqt, spread.work_size
+    size = spread.work_size
     if spread.ranks == 1:
         return Traffic(0, 0)
     layers = [_layer_merge(loqt, spec, size, passes) for spec in shapes.layers]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from loqt_scale.config import RunConfig
+from loqt_scale.config import DataConfig, ModelConfig
 from loqt_scale.data.tokenizers import load_tokenizer
 
 ASSUMED = 32128  # T5's and, rounded up, LLaMA's
 
 
-def vocabulary_size(config: RunConfig, given: int | None) -> tuple[int, str]:
+def vocabulary_size(data: DataConfig, model: ModelConfig, given: int | None) -> tuple[int, str]:
     """(rows of the embedding, a note for people if that is an assumption).
 
     Args:
-        config: The run.
+        data: Its tokenizer.
+        model: Whether it is a model by a name of ours, whose vocabulary follows the tokenizer's.
         given: What the user said, if anything.
     """
     if given is not None:
         return given, ""
-    tokenizer = config.data.tokenizer
+    tokenizer = data.tokenizer
     if tokenizer == "bpe":
-        return config.data.bpe_vocab_size, ""
+        return data.bpe_vocab_size, ""
     try:
         loaded = load_tokenizer(tokenizer)
-        return loaded.vocab_size if config.model.path is None else loaded.token_count, ""
+        return loaded.vocab_size if model.path is None else loaded.token_count, ""
     except (OSError, ValueError):
         return (
             ASSUMED,

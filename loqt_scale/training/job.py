@@ -20,7 +20,7 @@ from loqt_scale.checkpoint import (
     open_checkpoint,
     seek_text,
 )
-from loqt_scale.config import RunConfig
+from loqt_scale.config import OptimConfig, RunConfig, TrainConfig
 from loqt_scale.config.combinations import check_ranks
 from loqt_scale.config.yaml import dump_run_config
 from loqt_scale.data import Corpus, build_corpus
@@ -84,7 +84,7 @@ def _train(config: RunConfig, stop: StopRequest, *, store: Store | None) -> dict
     strategy = create_strategy(config, device=device, store=store)
     try:
         check_same(strategy.comm, dump_run_config(config).splitlines())
-        check_ranks(config, ranks=strategy.step.data_size, passes=_passes(config, strategy))
+        check_ranks(config, ranks=strategy.step.data_size, passes=_passes(config.train, strategy))
         with OpenRun(config, strategy.comm, tell=_say) as run:
             check_same(strategy.comm, [f"goes on from: {_place(run.start)}"])
             before, after = _train_in(run, config, strategy, stop)
@@ -97,7 +97,7 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     start = run.start
     if start.finished is not None:
         if strategy.comm.is_main:
-            for line in (*start.notes, already_finished(config, start.finished)):
+            for line in (*start.notes, already_finished(config.train.run_dir, start.finished)):
                 _say(line)
         return start.finished.loss_before, start.finished.loss_after
     checkpoint = None if start.checkpoint is None else open_checkpoint(start.checkpoint, strategy.comm)
@@ -107,7 +107,7 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
         check_ids(corpus.tokenizer, config.model.path)
     design = design_model(config, vocab_size=corpus.tokenizer.vocab_size, occurring=corpus.occurring)
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, design, corpus, config, strategy.comm)
+        _check_checkpoint(checkpoint, design, corpus, config.optim, strategy.comm)
     with stop.patience():  # what has been moved is said, whatever signal comes
         run.prepare()  # only now, when the settings have proved to fit, is an older run in this folder moved aside
     stop.check()
@@ -120,10 +120,10 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
 
 
 def _check_checkpoint(
-    checkpoint: Checkpoint, design: ModelDesign, corpus: Corpus, config: RunConfig, comm: Comm
+    checkpoint: Checkpoint, design: ModelDesign, corpus: Corpus, optim: OptimConfig, comm: Comm
 ) -> None:
     """Whether a run can go on from a checkpoint, before its folder is changed; goes to its place in the text."""
-    single = momentum_only(design.model, config.optim, design.dense_layers)
+    single = momentum_only(design.model, optim, design.dense_layers)
     check_tensors(checkpoint, design.model, moments=True, momentum_only=single)
     seek_text(checkpoint, corpus.train)
     check_numbers(checkpoint, design.model, comm)
@@ -155,7 +155,7 @@ def _train_design(
         before, after = trainer.run()
         writer.succeed(trainer.done)
         progress.close()
-        progress.line(summary(config, before, after))
+        progress.line(summary(train.run_dir, before, after))
     return before, after
 
 
@@ -163,8 +163,7 @@ def _say(line: str) -> None:
     Console().line(line)
 
 
-def _passes(config: RunConfig, strategy: Strategy) -> int:
-    train = config.train
+def _passes(train: TrainConfig, strategy: Strategy) -> int:
     return micro_steps(train.global_batch_size, strategy.step.data_size, train.micro_batch_size)
 
 

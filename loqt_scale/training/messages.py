@@ -11,7 +11,7 @@ from loqt_scale.metrics import format_count, format_perplexity, format_span, per
 
 if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
-    from loqt_scale.config import ModelConfig, RunConfig
+    from loqt_scale.config import DataConfig, ModelConfig, RunConfig
     from loqt_scale.data import Corpus
     from loqt_scale.merge import MergeReport, StartReport
     from loqt_scale.model.build import BuiltModel
@@ -48,7 +48,7 @@ def banner(
     ]
     for streams in sorted(set(corpus.streams)):
         lines += sharing_note(streams, train.global_batch_size, strategy.step.data_size)
-    lines += mixing_notes(corpus, config)
+    lines += mixing_notes(corpus, config.data, steps=config.train.steps)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
     lines += alignment_note(widths, model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
@@ -73,14 +73,14 @@ def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> lis
     ]
 
 
-def mixing_notes(corpus: Corpus, config: RunConfig) -> list[str]:
+def mixing_notes(corpus: Corpus, data: DataConfig, *, steps: int) -> list[str]:
     """Lines on sources that are read often, and on weights that no step of this run has."""
-    steps, lines = config.train.steps, []
+    lines = []
     planned = {} if corpus.mixed is None else corpus.mixed.epochs_of_each(steps)
     for name, epochs in planned.items():
         if corpus.mixed is not None and name not in corpus.mixed.streamed and epochs > MOST_EPOCHS:
             lines.append(f"note     {repeated_often(name, f'is read {epochs:.1f} times in this run')}")
-    for source in config.data.mixture:
+    for source in data.mixture:
         if (last := source.weight[-1][0]) >= steps:
             lines.append(
                 f"note     data.sources, '{source.name}': its weight changes when {last} steps are done, and this run "
@@ -138,9 +138,8 @@ def eval_line(step: int, loss: float, losses: Mapping[str, float], tokens: int, 
     return f"eval at step {step}: {said} ({tokens} tokens){each}"
 
 
-def summary(config: RunConfig, before: float, after: float) -> str:
+def summary(run_dir: str, before: float, after: float) -> str:
     """How it ended, where the numbers are, how to look at them."""
-    run_dir = config.train.run_dir
     return "\n".join(
         [
             "",
@@ -151,9 +150,9 @@ def summary(config: RunConfig, before: float, after: float) -> str:
     )
 
 
-def already_finished(config: RunConfig, finished: Finished) -> str:
+def already_finished(run_dir: str, finished: Finished) -> str:
     """That there is nothing to do, how it had ended, and what else can be done."""
-    run_dir, before, after = config.train.run_dir, finished.loss_before, finished.loss_after
+    before, after = finished.loss_before, finished.loss_after
     return "\n".join(
         [
             f"{run_dir} holds this run, finished after {finished.step} steps: held-out perplexity "

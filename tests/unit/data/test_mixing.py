@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loqt_scale.config import DataConfig, RunConfig, TrainConfig
+from loqt_scale.config import DataConfig
 from loqt_scale.config.sources import Shares, read_sources, shares_of
 from loqt_scale.data import Corpus, build_corpus, join_positions
 from loqt_scale.data.mixing import Mixing
@@ -223,7 +223,7 @@ def test_errors_name_the_source(texts: Path) -> None:
 def test_a_source_that_is_read_often_and_a_weight_that_never_comes_are_told(corpus: Corpus, texts: Path) -> None:
     def notes(steps: int) -> str:
         data = DataConfig(sources=sources(texts))
-        return "\n".join(mixing_notes(corpus, RunConfig(data=data, train=TrainConfig(steps=steps))))
+        return "\n".join(mixing_notes(corpus, data, steps=steps))
 
     assert "'b' is read 26.5 times" in notes(60) and "write a smaller weight" in notes(60)
     assert "'c'" not in notes(60)
