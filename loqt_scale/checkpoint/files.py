@@ -79,7 +79,7 @@ class ListedFiles:
             raise self.error(str(error)) from None
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of a document.
+        """The verified bytes of a side file.
 
         Raises:
             CheckpointError: As `open`; or it is too large, or does not have its checksum.

@@ -101,7 +101,7 @@ class Manifest(BaseModel):
         return sorted(name for name in self.files if name.endswith(_WEIGHTS))
 
     @property
-    def documents(self) -> list[str]:
+    def side_files(self) -> list[str]:
         """The other files."""
         return sorted(name for name in self.files if not name.endswith(_WEIGHTS))
 

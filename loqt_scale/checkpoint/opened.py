@@ -56,7 +56,7 @@ class Checkpoint:
         return find_pieces(self.files, self.manifest)
 
     @cached_property
-    def documents(self) -> Path:
+    def side_files(self) -> Path:
         """A private folder with verified copies of all files but the shards; it goes when this object does.
 
         Raises:
@@ -64,7 +64,7 @@ class Checkpoint:
         """
         folder = Path(tempfile.mkdtemp(prefix="loqt-scale-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        for name in self.manifest.documents:
+        for name in self.manifest.side_files:
             copy = folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(self.files.read(name))
@@ -79,9 +79,9 @@ class Checkpoint:
         if CONFIG not in self.files:
             raise CheckpointError(f"{self.path} has no {CONFIG}; {ELSEWHERE}")
         try:
-            return read_settings(self.documents / CONFIG)
+            return read_settings(self.side_files / CONFIG)
         except ConfigError as error:
-            reason = str(error).replace(str(self.documents / CONFIG), CONFIG)
+            reason = str(error).replace(str(self.side_files / CONFIG), CONFIG)
             raise CheckpointError(f"{self.path / CONFIG} cannot be read: {reason}; {ELSEWHERE}") from None
 
     def position(self) -> Any:

@@ -65,7 +65,7 @@ class CheckpointSaver:
     def save(
         self,
         manifest: Manifest,
-        write_documents: Callable[[Path], None],
+        write_side_files: Callable[[Path], None],
         model: nn.Module,
         optimizer: Optimizer,
         *,
@@ -75,14 +75,14 @@ class CheckpointSaver:
 
         Args:
             manifest: What it says about itself; tensors and files are filled in later.
-            write_documents: Writes what is not tensors into the folder it gets; one rank, perhaps in the background.
+            write_side_files: Writes what is not tensors into the folder it gets; one rank, perhaps in the background.
             model: The model, without its strategy's wrapper.
             optimizer: Its optimizer.
             keep_all: Remove no older checkpoint for it.
         """
         self.wait()
         shares = read_state(model, optimizer, self._editing)
-        arguments = (manifest, write_documents, shares, self._editing.comm.side_channel(), keep_all)
+        arguments = (manifest, write_side_files, shares, self._editing.comm.side_channel(), keep_all)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.background:
@@ -154,13 +154,13 @@ class CheckpointSaver:
     def _write(
         self,
         manifest: Manifest,
-        write_documents: Callable[[Path], None],
+        write_side_files: Callable[[Path], None],
         shares: Shares,
         channel: Channel,
         keep_all: bool,
     ) -> None:
         try:
-            save_checkpoint(self._folder, manifest, write_documents, shares, channel)
+            save_checkpoint(self._folder, manifest, write_side_files, shares, channel)
             self.saved = manifest.step
             if self._editing.comm.is_main and not keep_all:
                 self._prune()

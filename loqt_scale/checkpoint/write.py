@@ -27,7 +27,7 @@ from loqt_scale.strategies import Channel
 def save_checkpoint(
     folder: CheckpointFolder,
     manifest: Manifest,
-    write_documents: Callable[[Path], None],
+    write_side_files: Callable[[Path], None],
     shares: Shares,
     channel: Channel,
 ) -> None:
@@ -38,7 +38,7 @@ def save_checkpoint(
     Args:
         folder: Where the run's checkpoints lie.
         manifest: What it says about itself; tensors and files are filled in here.
-        write_documents: Writes what is not tensors (settings, tokenizer, ...) into the folder it gets; one rank.
+        write_side_files: Writes what is not tensors (settings, tokenizer, ...) into the folder it gets; one rank.
         shares: What `read_state` returned.
         channel: To the other ranks.
 
@@ -50,9 +50,9 @@ def save_checkpoint(
         digests: dict[str, str] = {}
         with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"):
             if channel.rank == 0:
-                write_documents(folder.begin(manifest.step))
-                documents = (path for path in partial.rglob("*") if path.is_file())
-                digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in documents}
+                write_side_files(folder.begin(manifest.step))
+                side_files = (path for path in partial.rglob("*") if path.is_file())
+                digests |= {path.relative_to(partial).as_posix(): file_digest(path) for path in side_files}
         with _all_or_none(channel, f"checkpoint of step {manifest.step} not saved"), _quiet():
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             save(shares, storage_writer=writer, process_group=channel.group, no_dist=channel.group is None)

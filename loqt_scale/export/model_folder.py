@@ -93,7 +93,7 @@ def export_checkpoint(
     with published(out) as folder:
         shutil.copytree(saved.files, folder, dirs_exist_ok=True)
         _drop_code(folder)
-        shutil.copy(opened.documents / CONFIG, folder / RUN_SETTINGS)
+        shutil.copy(opened.side_files / CONFIG, folder / RUN_SETTINGS)
         if format == "nf4":
             hf_config.quantization_config = _quantization(saved.design.model, torch_dtype)
             (folder / ADAPTER).mkdir()

@@ -47,7 +47,7 @@ class SavedModel:
     @property
     def files(self) -> Path:
         """Folder of the model's and the tokenizer's files, as transformers reads them, as long as this object lives."""
-        return self.checkpoint.documents / HUGGINGFACE
+        return self.checkpoint.side_files / HUGGINGFACE
 
     def load(self, strategy: Strategy) -> nn.Module:
         """The model with its values, spread as the strategy will have it, in eval mode. Every rank, once."""
@@ -71,9 +71,9 @@ def saved_settings(checkpoint: Checkpoint) -> RunConfig:
     """The settings of the run that saved a checkpoint, with model and tokenizer from the checkpoint. Local.
 
     Raises:
-        CheckpointError: It has no model and tokenizer files, or one of its documents is damaged.
+        CheckpointError: It has no model and tokenizer files, or one of its side files is damaged.
     """
-    files = checkpoint.documents / HUGGINGFACE
+    files = checkpoint.side_files / HUGGINGFACE
     if not (files / "config.json").is_file():
         raise CheckpointError(
             f"{checkpoint.path} has no {HUGGINGFACE}/config.json: it was saved before such files were; save anew"

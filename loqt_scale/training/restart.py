@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run besides tensors, and a trainer put back where one was saved.
 
 trainer -> manifest      counters: steps, updates, tokens, ...                                `manifest_of`
-trainer -> documents     settings, place in the text, the model's and the tokenizer's files   `documents_of`
+trainer -> side files    settings, place in the text, the model's and the tokenizer's files   `side_files_of`
 checkpoint -> trainer    tensors, moments, counters, learning rates, merges that are due      `restore`
 """
 
@@ -41,7 +41,7 @@ def manifest_of(trainer: Trainer) -> Manifest:
     )
 
 
-def documents_of(trainer: Trainer) -> Callable[[Path], None]:
+def side_files_of(trainer: Trainer) -> Callable[[Path], None]:
     """Writes a checkpoint's other files into the folder it gets, perhaps in the background. Every rank.
 
     The place in the text is that of this call: they are written while training reads on.

@@ -49,7 +49,7 @@ from loqt_scale.training.pending import HostCopy, PendingStep
 from loqt_scale.training.profiling import StepProfile
 from loqt_scale.training.reading import ShareReader
 from loqt_scale.training.rescue import saved_first
-from loqt_scale.training.restart import documents_of, manifest_of
+from loqt_scale.training.restart import manifest_of, side_files_of
 from loqt_scale.training.stopping import Stopped, StopRequest
 
 
@@ -363,7 +363,7 @@ class Trainer:
         self.finish_pending()
         self.save_again = False
         with self.rates.paused():
-            self.saver.save(manifest_of(self), documents_of(self), self.built.model, self.optimizer, keep_all=keep_all)
+            self.saver.save(manifest_of(self), side_files_of(self), self.built.model, self.optimizer, keep_all=keep_all)
 
     def save_if_unsaved(self) -> None:
         """Waits for the last save, and makes one more try if it has failed. Every rank."""

@@ -55,7 +55,7 @@ _FALSE = {
     "bytes and floats of a layer would be gathered in one buffer, which DeepSpeed cannot do": """
         zero_optimization.stage3_use_all_reduce_for_fetch_params zero_optimization.use_all_reduce_for_fetch_params""",
     "a merge carries over two moments of Adam, and this would be a third": "optimizer.params.amsgrad",
-    "there are no experts": "expert_parallel.enabled",
+    "experts are not shared out over ranks here": "expert_parallel.enabled",
     "batches come from this package's own data pipeline": "data_efficiency.enabled",
     "it is an engine for inference between steps": "hybrid_engine.enabled",
     "it ends the run to measure other settings": "autotuning.enabled",

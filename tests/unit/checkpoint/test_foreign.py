@@ -59,7 +59,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def write_documents(folder: Path) -> None:
+def write_side_files(folder: Path) -> None:
     save_run_config(RunConfig(), folder / "config.yaml")
     (folder / "data.json").write_text(DATA)
     (folder / "huggingface").mkdir()
@@ -71,7 +71,7 @@ def save(root: Path, scheme: str = "nf4") -> Path:
     position = {"step": 5, "updates": 4, "skipped_in_a_row": 1, "merge_is_due": False, "tokens": 70}
     who = {"world_size": 1, "strategy": "single", "eval_before": 2.5, "tensors": {}}
     shares = read_state(model, make_optimizer(model), ONE)
-    save_checkpoint(CheckpointFolder(root), Manifest(format=1, **position, **who), write_documents, shares, Channel())
+    save_checkpoint(CheckpointFolder(root), Manifest(format=1, **position, **who), write_side_files, shares, Channel())
     return root / "step-00000005"
 
 
@@ -315,7 +315,7 @@ def test_unlisted_files_are_told_and_never_read(
     told = capsys.readouterr().err
     assert "ignored: 'anything.safetensors', 'huggingface/notes.json'\n" in told
     checkpoint = Checkpoint(copy)
-    assert [path.name for path in (checkpoint.documents / "huggingface").iterdir()] == ["config.json"]
+    assert [path.name for path in (checkpoint.side_files / "huggingface").iterdir()] == ["config.json"]
 
 
 def keep_times(path: Path, change: Callable[[], object]) -> None:
@@ -349,7 +349,7 @@ def test_what_is_verified_is_what_is_loaded(copy: Path, tmp_path: Path, way: str
 def test_documents_are_read_once(copy: Path) -> None:
     """What libraries read is a copy of verified bytes: later edits of the folder change nothing."""
     checkpoint = Checkpoint(copy)
-    copies = checkpoint.documents
+    copies = checkpoint.side_files
     (copy / "huggingface" / "config.json").write_text('{"evil": true}')
     assert (copies / "huggingface" / "config.json").read_text() == "{}"
     assert checkpoint.settings() == RunConfig()
