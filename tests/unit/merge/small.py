@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig, convert_to_loqt
+from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig, attach, convert_to_loqt
 from loqt_scale.config import SubspaceMethod
+from loqt_scale.layers import loqt_layers
 
 RANK, SCALE = 8, 0.5
 
@@ -48,6 +49,28 @@ def config(method: SubspaceMethod = "svd", **merge: object) -> LoQTConfig:
         subspace=SubspaceConfig(method=method),
         merge=MergeConfig(gap=5, schedule="constant", **merge),  # type: ignore[arg-type]
     )
+
+
+SKETCH = config("sketch")
+
+
+def attached(
+    kind: Any = torch.optim.AdamW, settings: LoQTConfig = SKETCH, **how: Any
+) -> tuple[Small, torch.optim.Optimizer, MergeCoordinator]:
+    """A converted model, its optimizer (`kind`, with `how`) and its merges, as `attach` gives them."""
+    torch.manual_seed(0)
+    model = Small()
+    convert_to_loqt(model, settings)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
+    return model, optimizer, attach(model, optimizer, settings)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def bases(model: nn.Module) -> list[Tensor]:
+    return [layer.projection.dense() for _, layer in loqt_layers(model)]
 
 
 def make(settings: LoQTConfig, *, true_weights: bool = True) -> tuple[Small, MergeCoordinator, torch.optim.Optimizer]:

@@ -1,128 +1,27 @@
-"""Loops that freeze, average, roll back, fail in the middle, or set torch's defaults."""
+"""Loops that freeze, roll back, fail in the middle, or set torch's defaults."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import loqt_scale
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, SubspaceConfig, attach, convert_to_loqt, to_dense
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.merge.one_layer import LayerMerge
-from tests.unit.merge.small import RANK, Small, config, loss_of, step
+from tests.unit.merge.small import RANK, SKETCH, Small, attached, loss_of, same, step
 
-CONFIG = config("sketch")
-Optimizer = torch.optim.Optimizer
 pytestmark = pytest.mark.filterwarnings("ignore:LoQT. what quantization")
 
 
-def made(
-    kind: Any = torch.optim.AdamW, settings: LoQTConfig = CONFIG, **how: Any
-) -> tuple[Small, Optimizer, MergeCoordinator]:
-    torch.manual_seed(0)
-    model = Small()
-    convert_to_loqt(model, settings)
-    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2, **how)
-    return model, optimizer, attach(model, optimizer, settings)
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def test_averages_of_a_converted_model_are_told_and_those_of_dense_weights_are_right() -> None:
-    model, optimizer, merges = made()
-    ema = get_ema_multi_avg_fn(0.9)
-    packed, right = AveragedModel(model, multi_avg_fn=ema), AveragedModel(to_dense(model), multi_avg_fn=ema)
-    oracle: dict[str, torch.Tensor] = {}
-    with pytest.warns(UserWarning, match=r"AveragedModel\(to_dense\(model\)\)") as told:
-        for data in range(7):
-            step(model, optimizer, merges, data)
-            packed.update_parameters(model)
-            right.update_parameters(to_dense(model))
-            now = {name: p.detach().double() for name, p in to_dense(model).named_parameters()}
-            oracle = {name: 0.9 * oracle[name] + 0.1 * p for name, p in now.items()} if oracle else now
-    assert len([each for each in told if "AveragedModel" in str(each.message)]) == 1
-    for name, p in right.module.named_parameters():
-        torch.testing.assert_close(p.double(), oracle[name], rtol=1e-5, atol=1e-6)
-
-
-class ListAverage:
-    """An average as a list of clones of parameters: what diffusers' EMAModel and torch_ema keep."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.kept: list[torch.Tensor] = []
-        self.restart(parameters)
-
-    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.kept = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        for kept, now in zip(self.kept, parameters, strict=True):
-            kept.sub_(0.1 * (kept - now)) if now.requires_grad else kept.copy_(now)
-
-    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
-        for kept, now in zip(self.kept, parameters, strict=True):
-            now.data.copy_(kept)
-
-
-def test_averages_in_a_list_of_parameters_are_of_dense_weights_or_begin_anew_at_merges() -> None:
-    model, optimizer, merges = made()
-    dense, since, reports = ListAverage(to_dense(model).parameters()), ListAverage(model.parameters()), []
-    merges.on_merge.append(lambda report: since.restart(model.parameters()))
-    merges.on_merge.append(reports.append)
-    from_start, from_merge = ([p.detach().double() for p in to_dense(model).parameters()] for _ in range(2))
-    for data in range(9):
-        report = step(model, optimizer, merges, data)
-        assert (report is None) == (data not in (0, 5)) and (report is None or reports[-1] is report)
-        dense.step(to_dense(model).parameters())
-        since.step(model.parameters())
-        now = [p.detach().double() for p in to_dense(model).parameters()]
-        from_merge = now if report is not None else [0.9 * a + 0.1 * b for a, b in zip(from_merge, now, strict=True)]
-        from_start = [0.9 * a + 0.1 * b for a, b in zip(from_start, now, strict=True)]
-    other, before = to_dense(model), copy.deepcopy(model.state_dict())
-    dense.copy_to(other.parameters())
-    assert close(other, from_start) and not close(to_dense(model), from_start)
-    since.copy_to(model.parameters())  # into the model that trains, and out again
-    assert close(to_dense(model), from_merge)
-    model.load_state_dict(before)
-    assert not close(to_dense(model), from_merge)
-
-
-def close(model: nn.Module, wanted: list[torch.Tensor]) -> bool:
-    return all(torch.allclose(p.double(), w, 1e-4, 1e-5) for p, w in zip(model.parameters(), wanted, strict=True))
-
-
-def test_copies_that_are_kept_or_loaded_or_trained_are_nobodys_mistake() -> None:
-    model, optimizer, merges = made()
-    kept, target, twin = (copy.deepcopy(model) for _ in range(3))
-    own = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
-    its = attach(twin, own, CONFIG)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for data in range(12):
-            step(model, optimizer, merges, data)
-            step(twin, own, its, data)
-            if data % 3 == 0:
-                target.load_state_dict(model.state_dict())
-    assert same(model, twin) and not same(model, kept)
-    other = target.state_dict()
-    mean = {name: (value + other[name]) / 2 for name, value in kept.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"packed bytes.*Average the state dicts of to_dense\(model\)"):
-        model.load_state_dict(mean)
-
-
 def test_frozen_layers_rest_until_they_train_again() -> None:
-    model, optimizer, merges = made()
+    model, optimizer, merges = attached()
     for data in range(3):
         step(model, optimizer, merges, data)
     model.up.factor.requires_grad_(False)
@@ -140,10 +39,10 @@ def test_frozen_layers_rest_until_they_train_again() -> None:
 
 
 def test_a_layer_that_trains_again_and_that_no_optimizer_holds_is_refused() -> None:
-    model, _, _ = made()
+    model, _, _ = attached()
     model.up.factor.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    merges = attach(model, optimizer, CONFIG)
+    merges = attach(model, optimizer, SKETCH)
     model.up.factor.requires_grad_(True)
     with pytest.raises(UserError, match=r"factors of 1 of 3 LoQT layers \(up, say\)"):
         step(model, optimizer, merges, 0)
@@ -153,7 +52,7 @@ def test_finish_that_raised_is_taken_up_again_or_put_off(monkeypatch: pytest.Mon
     results = []
     run = LayerMerge.run
     for fails in (False, True):
-        model, optimizer, merges = made()
+        model, optimizer, merges = attached()
         merges.prepare()
         loss_of(model, 0).backward()
         optimizer.step()
@@ -173,7 +72,7 @@ def test_finish_that_raised_is_taken_up_again_or_put_off(monkeypatch: pytest.Mon
         results.append((merges.finish(), model))
     assert str(results[0][0].layers) == str(results[1][0].layers)
     assert same(results[0][1], results[1][1])
-    model, optimizer, merges = made()
+    model, optimizer, merges = attached()
     merges.prepare(backward_passes=1)
     for data in range(2):
         loss_of(model, data).backward()
@@ -184,7 +83,7 @@ def test_finish_that_raised_is_taken_up_again_or_put_off(monkeypatch: pytest.Mon
 
 
 def test_a_rollback_inside_a_merge_step_repeats_the_same_steps() -> None:
-    model, optimizer, merges = made()
+    model, optimizer, merges = attached()
     for data in range(4):
         step(model, optimizer, merges, data)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), merges.state_dict()))
@@ -209,11 +108,11 @@ def test_a_rollback_inside_a_merge_step_repeats_the_same_steps() -> None:
 
 
 def test_total_steps_are_checked_and_their_end_is_told_once() -> None:
-    model, optimizer, _ = made()
+    model, optimizer, _ = attached()
     for wrong in (0, -3, 2.5, "8", True):
         with pytest.raises(UserError, match=r"total_steps is .*1 or more"):
-            attach(model, optimizer, CONFIG, total_steps=wrong)  # type: ignore[arg-type]
-    merges = attach(model, optimizer, CONFIG, total_steps=2)
+            attach(model, optimizer, SKETCH, total_steps=wrong)  # type: ignore[arg-type]
+    merges = attach(model, optimizer, SKETCH, total_steps=2)
     with pytest.warns(UserWarning, match="step 2 comes after the 2 steps") as told:
         for data in range(7):
             step(model, optimizer, merges, data)
@@ -226,7 +125,7 @@ def test_torchs_defaults_change_nothing(dtype: torch.dtype) -> None:
 
     ends = []
     for changed in (False, True):
-        model, optimizer, merges = made()
+        model, optimizer, merges = attached()
         try:
             torch.set_default_dtype(dtype if changed else torch.float32)
             nf4_cpu._tables.cache_clear()
@@ -258,16 +157,16 @@ def test_torchs_defaults_change_nothing(dtype: torch.dtype) -> None:
     ],
 )
 def test_a_config_of_other_sizes_is_refused(settings: LoQTConfig, said: str) -> None:
-    model, optimizer, _ = made()
+    model, optimizer, _ = attached()
     with pytest.raises(UserError, match=said):
         attach(model, optimizer, settings)
 
 
 def test_arguments_of_another_kind_are_named() -> None:
-    model, optimizer, _ = made()
+    model, optimizer, _ = attached()
     wrong: Any
     for wrong, said in (("m", "the model is a str"), (Small, "the model is the class Small")):
-        for call in (lambda w: convert_to_loqt(w, CONFIG), lambda w: attach(w, optimizer, CONFIG)):
+        for call in (lambda w: convert_to_loqt(w, SKETCH), lambda w: attach(w, optimizer, SKETCH)):
             with pytest.raises(UserError, match=said):
                 call(wrong)
     for wrong in ({"rank": 8}, None):
@@ -275,19 +174,19 @@ def test_arguments_of_another_kind_are_named() -> None:
             MergeCoordinator(model, optimizer, wrong)
     for wrong, said in ((None, "is None"), (torch.optim.AdamW, "the class AdamW"), (model.parameters(), "a generator")):
         with pytest.raises(UserError, match=f"the optimizer .*{said}"):
-            attach(model, wrong, CONFIG)
+            attach(model, wrong, SKETCH)
     assert {"attach", "LoQTCallback", "to_dense"} <= set(dir(loqt_scale))
 
 
 def test_optimizers_with_states_of_their_own_kind() -> None:
     with pytest.raises(UserError, match=r"LBFGS .*AdamW"):
-        made(torch.optim.LBFGS)
-    _, optimizer, _ = run = made(torch.optim.Adagrad, initial_accumulator_value=0.1)
+        attached(torch.optim.LBFGS)
+    _, optimizer, _ = run = attached(torch.optim.Adagrad, initial_accumulator_value=0.1)
     step(*run, 0)
     assert all(float(state["sum"].min()) >= 0.0999 for state in optimizer.state.values())
     for flag in ("foreach", "fused"):
-        step(*made(**{flag: True}), 0)
-    model, optimizer, merges = made()
+        step(*attached(**{flag: True}), 0)
+    model, optimizer, merges = attached()
     for data in range(6):
         merges.prepare()
 
@@ -305,7 +204,7 @@ def test_optimizers_with_states_of_their_own_kind() -> None:
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_second_derivatives_are_right_or_refused(side: Any) -> None:
     settings = LoQTConfig(rank=RANK, side=side, merge=MergeConfig(gap=5))
-    model, optimizer, merges = made(settings=settings)
+    model, optimizer, merges = attached(settings=settings)
     for data in range(2):
         step(model, optimizer, merges, data)
     model.double()
@@ -341,7 +240,7 @@ def test_second_derivatives_are_right_or_refused(side: Any) -> None:
 def test_probes_see_a_penalty_on_gradients_by_inputs(side: Any, method: Any) -> None:
     """Of energies and forces, say; beside the dense model's gradients, and the sketch of the same gradient alone."""
     settings = LoQTConfig(rank=RANK, side=side, subspace=SubspaceConfig(method=method))
-    model, optimizer, merges = made(settings=settings)
+    model, optimizer, merges = attached(settings=settings)
     step(model, optimizer, merges, 0)
     model.double()
     dense = to_dense(model)
@@ -364,7 +263,7 @@ def test_probes_see_a_penalty_on_gradients_by_inputs(side: Any, method: Any) -> 
 
 
 def test_whole_numbers_are_no_input() -> None:
-    model, _, _ = made()
+    model, _, _ = attached()
     with pytest.raises(UserError, match=r"torch\.int64.*x\.float\(\)"):
         model.square(torch.ones(2, 48, dtype=torch.int64))
 
@@ -372,7 +271,7 @@ def test_whole_numbers_are_no_input() -> None:
 def test_a_loop_that_is_wholly_under_autocast_merges_in_float32() -> None:
     states = []
     for enabled in (False, True):
-        model, optimizer, merges = made()
+        model, optimizer, merges = attached()
         merges.prepare()
         loss_of(model, 0).backward()
         optimizer.step()
@@ -384,24 +283,24 @@ def test_a_loop_that_is_wholly_under_autocast_merges_in_float32() -> None:
 
 def test_a_model_that_is_a_linear_itself_is_refused() -> None:
     with pytest.raises(UserError, match=r"give nn\.Sequential\(model\)"):
-        convert_to_loqt(nn.Linear(64, 64), CONFIG)
+        convert_to_loqt(nn.Linear(64, 64), SKETCH)
 
 
 def test_a_run_without_an_end_merges_on() -> None:
     settings = LoQTConfig(rank=RANK, merge=MergeConfig(gap=3, growth=1.2))
-    model, optimizer, endless = made(settings=settings)
+    model, optimizer, endless = attached(settings=settings)
     ending = attach(model, optimizer, settings, total_steps=200)
     assert [step for step in range(200) if endless.is_merge_step(step)] == ending.steps
     with pytest.raises(UserError, match="last_step_fraction"):
-        made(settings=LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9)))
+        attached(settings=LoQTConfig(rank=RANK, merge=MergeConfig(last_step_fraction=0.9)))
 
 
 def test_data_parallel_and_arguments_of_another_type_are_refused() -> None:
-    model, optimizer, _ = made()
+    model, optimizer, _ = attached()
     wrapped = nn.DataParallel(model)
     wrapped.device_ids = [0, 1]  # as with two GPUs
     with pytest.raises(UserError, match=r"in DataParallel.*DistributedDataParallel"):
-        attach(wrapped, optimizer, CONFIG)
+        attach(wrapped, optimizer, SKETCH)
     with pytest.raises(UserError, match="the model is"):
         to_dense("m")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the config is"):
@@ -412,7 +311,7 @@ def test_a_discriminator_that_was_prepared_too_early_is_told() -> None:
     """Its probes would hold the generator's gradients, which zero_grad takes out of everything else."""
 
     def found(late: bool) -> list[torch.Tensor]:
-        model, optimizer, merges = made()
+        model, optimizer, merges = attached()
         if not late:
             merges.prepare()
         (-loss_of(model, 7)).backward()  # the generator's pass
@@ -424,7 +323,7 @@ def test_a_discriminator_that_was_prepared_too_early_is_told() -> None:
         merges.finish()
         return [layer.projection.dense() for _, layer in loqt_layers(model)]
 
-    model, optimizer, merges = made()
+    model, optimizer, merges = attached()
     step(model, optimizer, merges, 0)
     right = [layer.projection.dense() for _, layer in loqt_layers(model)]
     with warnings.catch_warnings():

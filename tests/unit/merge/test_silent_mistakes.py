@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, attach, convert_to_loqt
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.layers.layer import BLANK_PASSES
-from tests.unit.merge.small import RANK, Small, config, loss_of
+from tests.unit.merge.small import RANK, SKETCH, Small, bases, loss_of
 
-CONFIG = config("sketch")
 Optimizer = torch.optim.Optimizer
 
 
@@ -25,7 +23,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def converted(settings: LoQTConfig = CONFIG) -> Small:
+def converted(settings: LoQTConfig = SKETCH) -> Small:
     torch.manual_seed(0)
     model = Small()
     convert_to_loqt(model, settings)
@@ -34,10 +32,6 @@ def converted(settings: LoQTConfig = CONFIG) -> Small:
 
 def adamw(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(trained(model), lr=1e-2)
-
-
-def bases(model: nn.Module) -> list[Tensor]:
-    return [layer.projection.dense() for _, layer in loqt_layers(model)]
 
 
 def step(model: nn.Module, merges: MergeCoordinator, optimizer: Optimizer, number: int | None, data: int) -> Any:
@@ -52,16 +46,16 @@ def step(model: nn.Module, merges: MergeCoordinator, optimizer: Optimizer, numbe
 def test_an_optimizer_from_before_the_conversion_is_refused() -> None:
     model = Small()
     optimizer = adamw(model)
-    convert_to_loqt(model, CONFIG)
+    convert_to_loqt(model, SKETCH)
     with pytest.raises(UserError, match=r"(?s)factors of 3 of 3 LoQT layers .* torch\.optim\.AdamW\(\[p for p in"):
-        attach(model, optimizer, CONFIG)
-    attach(model, torch.optim.AdamW(model.parameters()), CONFIG)  # frozen ones in it do no harm
+        attach(model, optimizer, SKETCH)
+    attach(model, torch.optim.AdamW(model.parameters()), SKETCH)  # frozen ones in it do no harm
     factors = [layer.factor for _, layer in loqt_layers(model)]
     rest = [p for p in trained(model) if all(p is not factor for factor in factors)]
     both = [torch.optim.Muon(factors, lr=1e-2), torch.optim.AdamW(rest)]
-    attach(model, both, CONFIG)
+    attach(model, both, SKETCH)
     with pytest.raises(UserError, match="factors"):
-        attach(model, both[1], CONFIG)
+        attach(model, both[1], SKETCH)
 
 
 def test_a_config_that_is_not_the_models_is_refused() -> None:
@@ -69,14 +63,14 @@ def test_a_config_that_is_not_the_models_is_refused() -> None:
     with pytest.raises(UserError, match=r"scale 0\.5, but the config says 0\.25"):
         attach(model, adamw(model), LoQTConfig(rank=RANK, scale=0.25))
     with pytest.raises(UserError, match="no LoQT layer"):
-        attach(Small(), adamw(Small()), CONFIG)
+        attach(Small(), adamw(Small()), SKETCH)
 
 
 @pytest.mark.parametrize("start", [1, 3])
 def test_a_run_that_counts_from_elsewhere_has_its_first_merge_all_the_same(start: int) -> None:
     model = converted()
     optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG, total_steps=50)
+    merges = attach(model, optimizer, SKETCH, total_steps=50)
     with pytest.warns(UserWarning, match="first merge, which belongs to step 0"):
         first = step(model, merges, optimizer, start, start)
     assert first is not None and all(bool(basis.any()) for basis in bases(model))
@@ -87,7 +81,7 @@ def test_a_run_that_counts_from_elsewhere_has_its_first_merge_all_the_same(start
 def test_steps_that_are_left_out_or_go_back() -> None:
     model = converted()
     optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG)
+    merges = attach(model, optimizer, SKETCH)
     step(model, merges, optimizer, 0, 0)
     with pytest.warns(UserWarning, match="merge of step 10 follows step 12"):
         assert step(model, merges, optimizer, 12, 1) is not None
@@ -99,7 +93,7 @@ def test_prepare_and_finish_that_are_forgotten() -> None:
     for number in (None, 1):  # counted here, and by the loop
         model = converted()
         optimizer = adamw(model)
-        merges = attach(model, optimizer, CONFIG)
+        merges = attach(model, optimizer, SKETCH)
         with pytest.raises(RuntimeError, match="call prepare"):
             merges.finish()
         merges.prepare()
@@ -118,7 +112,7 @@ def test_passes_that_do_not_come_as_they_were_told() -> None:
     for told in (None, 1, 3):
         model = converted()
         optimizer = adamw(model)
-        merges = attach(model, optimizer, CONFIG)
+        merges = attach(model, optimizer, SKETCH)
         merges.prepare(backward_passes=told)
         for data in (0, 1):
             loss_of(model, data).backward()
@@ -151,7 +145,7 @@ def test_a_merge_waits_for_gradients_that_are_finite_and_not_zero(poison: float)
     """As after a step that a gradient scaler skips: P stays, and the next step merges."""
     model = converted()
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
-    merges = attach(model, optimizer, CONFIG)
+    merges = attach(model, optimizer, SKETCH)
     for number in range(5):
         step(model, merges, optimizer, None, number)
     before = bases(model)
@@ -169,7 +163,7 @@ def test_a_merge_waits_for_gradients_that_are_finite_and_not_zero(poison: float)
 def test_a_merge_waits_for_the_optimizers_step() -> None:
     model = converted()
     optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG)
+    merges = attach(model, optimizer, SKETCH)
     for number in range(5):
         step(model, merges, optimizer, None, number)
     merges.prepare()
@@ -180,7 +174,7 @@ def test_a_merge_waits_for_the_optimizers_step() -> None:
 
 def test_a_merge_step_of_which_no_layer_saw_a_pass_is_an_error() -> None:
     model = converted()
-    merges = attach(model, adamw(model), CONFIG)
+    merges = attach(model, adamw(model), SKETCH)
     merges.prepare()
     with pytest.raises(RuntimeError, match="no LoQT layer was in a backward pass"):
         merges.finish()
@@ -189,16 +183,16 @@ def test_a_merge_step_of_which_no_layer_saw_a_pass_is_an_error() -> None:
 def test_factors_of_16_bits_without_float32_copies_are_said() -> None:
     torch.manual_seed(0)
     model = Small().bfloat16()
-    convert_to_loqt(model, CONFIG)
+    convert_to_loqt(model, SKETCH)
     with pytest.warns(UserWarning, match=r"factors are bfloat16 .* model\.float\(\) before convert_to_loqt"):
-        attach(model, adamw(model), CONFIG).prepare()
+        attach(model, adamw(model), SKETCH).prepare()
 
 
 def test_weights_that_are_lost_are_said_and_no_error_is_reported_of_them() -> None:
     model = converted()
     optimizer = adamw(model)
     with pytest.warns(UserWarning, match=r"lost.*before = model\.state_dict\(\)"):
-        merges = attach(model, optimizer, CONFIG)
+        merges = attach(model, optimizer, SKETCH)
     assert "error_before" not in step(model, merges, optimizer, None, 0).means()
 
 
@@ -212,87 +206,6 @@ def test_a_state_dict_says_by_which_scale_it_was_made(scale: float) -> None:
         with pytest.raises(RuntimeError, match=r"saved with scale 0\.5, but has 0\.25"):
             model.load_state_dict(saved)
     model.load_state_dict({name: tensor for name, tensor in saved.items()})
-
-
-# ---- optimizers ------------------------------------------------------------------------------------------------------
-
-
-def eight_bits(parameters: list[nn.Parameter]) -> Optimizer:
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=1)
-
-
-def adafactor(parameters: list[nn.Parameter]) -> Optimizer:
-    from transformers import Adafactor
-
-    return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False)
-
-
-CARRIED: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, amsgrad=True),
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
-    "adamax": lambda parameters: torch.optim.Adamax(parameters, lr=1e-2),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-2, momentum=0.9, centered=True),
-    "torch adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
-    "transformers adafactor": adafactor,
-    "adamw 8 bits": eight_bits,
-}
-
-
-def opened(optimizer: Optimizer, factor: nn.Parameter) -> list[tuple[str, Tensor]]:
-    from loqt_scale.optim import open_states
-
-    with open_states(optimizer, factor, lambda tensor: tensor) as states:
-        return [(kind, state.clone()) for kind, state in states]
-
-
-@pytest.mark.parametrize("name", CARRIED)
-def test_states_are_carried_by_their_rule(name: str) -> None:
-    """What a merge makes of each, beside its rule written out in float64."""
-    model = converted()
-    optimizer = CARRIED[name](trained(model))
-    merges = attach(model, optimizer, CONFIG)
-    for number in range(5):
-        step(model, merges, optimizer, None, number)
-    merges.prepare()
-    loss_of(model, 5).backward()
-    optimizer.step()
-    layers = dict(loqt_layers(model))
-    before = {key: (layer.projection.dense(), opened(optimizer, layer.factor)) for key, layer in layers.items()}
-    assert merges.finish() is not None
-    for key, layer in layers.items():
-        old, states = before[key]
-        turn = old.double().T @ layer.projection.dense().double()
-        after = opened(optimizer, layer.factor)
-        assert len(after) == len(states) >= 1
-        for (kind, was), (_, now) in zip(states, after, strict=True):
-            rule = {"first": turn, "absolute": turn.abs()}.get(kind, turn.square())
-            expected = was.double() if kind == "rows" else was.double() @ rule
-            coarse = {"atol": float(0.02 * expected.abs().max()), "rtol": 0.07}  # an 8-bit state is coded again
-            torch.testing.assert_close(
-                now.double(), expected, **(coarse if "8 bits" in name else {"atol": 1e-6, "rtol": 1e-4})
-            )
-    assert step(model, merges, optimizer, None, 6) is None  # and trains on
-
-
-@pytest.mark.parametrize("policy", ["transport", "reset"])
-def test_states_without_a_rule_are_refused_or_forgotten(policy: str) -> None:
-    settings = config("sketch", optimizer_state=policy)
-    model = converted(settings)
-    optimizer = torch.optim.Rprop(trained(model), lr=1e-2)
-    merges = attach(model, optimizer, settings)
-    before = bases(model)
-    if policy == "transport":
-        with pytest.raises(UserError, match=r"Rprop keeps 'prev' .*optimizer_state: reset"):
-            step(model, merges, optimizer, None, 0)
-        assert all(torch.equal(a, b) for a, b in zip(before, bases(model), strict=True))
-        return
-    assert step(model, merges, optimizer, None, 0) is not None
-    assert all(layer.factor not in optimizer.state for _, layer in loqt_layers(model))  # it begins anew
-    step(model, merges, optimizer, None, 1)
-    sizes = [optimizer.state[layer.factor]["step_size"] for _, layer in loqt_layers(model)]
-    assert all(float(size.min()) >= 5e-3 for size in sizes)  # lr 1e-2, halved at most
 
 
 # ---- a run that goes on ----------------------------------------------------------------------------------------------
@@ -349,8 +262,8 @@ def json_free(state: Any) -> Any:
 
 def test_a_state_of_other_settings_is_refused() -> None:
     model = converted()
-    state = attach(model, adamw(model), CONFIG, seed=1).state_dict()
-    other = attach(model, adamw(model), CONFIG, seed=2)
+    state = attach(model, adamw(model), SKETCH, seed=1).state_dict()
+    other = attach(model, adamw(model), SKETCH, seed=2)
     with pytest.raises(UserError, match="seed was 1 and is 2"):
         other.load_state_dict(state)
     with pytest.warns(UserWarning, match="seed was 1 and is 2"):
@@ -363,7 +276,7 @@ def test_a_state_of_other_settings_is_refused() -> None:
 def test_a_state_inside_a_merge_step_is_that_of_its_beginning_up_to_the_update() -> None:
     model = converted()
     optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG)
+    merges = attach(model, optimizer, SKETCH)
     for index in range(5):
         step(model, merges, optimizer, None, index)
     before = merges.state_dict()
@@ -386,19 +299,19 @@ def test_initial_weights_in_one_word(tmp_path: Any) -> None:
     for given in (before.state_dict(), before, tmp_path, str(tmp_path)):
         model = converted()
         optimizer = adamw(model)
-        report = step(model, attach(model, optimizer, CONFIG, initial_weights=given), optimizer, None, 0)
+        report = step(model, attach(model, optimizer, SKETCH, initial_weights=given), optimizer, None, 0)
         found.append(report.means()["error_before"])
     assert found[0] > 0.0 and found == found[:1] * 4
     model = converted()
     for wrong, said in ((model, "no square.weight"), (str(tmp_path / "no"), "no folder"), (3, "is a int")):
         with pytest.raises(UserError, match=said):
-            attach(model, adamw(model), CONFIG, initial_weights=wrong)  # type: ignore[arg-type]
+            attach(model, adamw(model), SKETCH, initial_weights=wrong)  # type: ignore[arg-type]
 
 
 def test_a_step_that_is_a_tensor_is_its_number_then() -> None:
     model, number = converted(), torch.tensor(0)
     optimizer = adamw(model)
-    merges = attach(model, optimizer, CONFIG, total_steps=50)
+    merges = attach(model, optimizer, SKETCH, total_steps=50)
     merged = []
     for n in range(11):
         merged += [n] if step(model, merges, optimizer, number, n) is not None else []  # type: ignore[arg-type]
