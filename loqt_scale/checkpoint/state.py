@@ -6,8 +6,9 @@
 
 A rank's share are the rows that it would work on in a merge (`Editing.rows`), on the host. FSDP2 stores just those;
 DDP, which has all, writes 1/N of each tensor from every rank; ZeRO's shards, cut by elements, are gathered one tensor
-at a time. What is saved is a DTensor sharded on dim 0, whose place in the whole torch.distributed.checkpoint writes
-down, so that any rows can be read by any number of ranks, under any editing.
+at a time where they are no whole rows, and moments in any case. What is saved is a DTensor sharded on dim 0, whose
+place in the whole torch.distributed.checkpoint writes down, so that any rows can be read by any number of ranks, under
+any editing.
 """
 
 from __future__ import annotations

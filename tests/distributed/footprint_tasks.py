@@ -176,6 +176,7 @@ def held_bytes(**settings: Any) -> dict[str, Any]:
     return {"held": dict(held), "rows": rows, "live": live, "start": _sent(start), "filled": filled}
 
 
+@torch.no_grad()
 def fill_again(trainer: Trainer) -> Sent:
     """Puts zeros, then the old values into all tensors of a run, as a loaded checkpoint does; its collectives.
 
