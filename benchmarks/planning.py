@@ -88,7 +88,7 @@ def main() -> None:
         f"{table(HEADER, rows)}\n\n**Planned, not measured.** The configs of these names with `model.compile: true`; a "
         "step is 131072 tokens where no other batch is written. Vocabulary 32128. Full rank: AdamW, FSDP2 on several "
         "GPUs, passes of fewer sequences, and then gradients sharded between passes, where that makes it fit. "
-        "Assumptions: `loqt_scale/plan/devices.yaml`."
+        "Assumptions: `loqt_scale/devices.yaml`."
     )
     publish("Planned: 7b and 13b on four machines", "python benchmarks/planning.py", text)
 

@@ -24,7 +24,7 @@ from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError
 from loqt_scale.checkpoint.folder import CONFIG, DATA
 from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.checkpoint.shards import read_rows
-from loqt_scale.checkpoint.state import expected_state, write_state
+from loqt_scale.checkpoint.state import MOMENTS, expected_state, write_state
 from loqt_scale.data import AnotherTextError, TrainStream
 from loqt_scale.functional.schemes import Scheme
 from loqt_scale.functional.shares import shard_range
@@ -93,17 +93,15 @@ def seek_text(checkpoint: Checkpoint, text: TrainStream) -> None:
 def check_tensors(
     checkpoint: Checkpoint,
     model: nn.Module,
-    editing: Editing | None = None,
     *,
     moments: bool = False,
     momentum_only: Collection[str] = (),
 ) -> list[str]:
-    """The names of a checkpoint's tensors that a model takes. Every rank; the model may be on the meta device.
+    """The names of a checkpoint's tensors that a model takes. Local; it may be on the meta device, or spread.
 
     Args:
         checkpoint: The checkpoint.
         model: The model, without its strategy's wrapper.
-        editing: How it is spread; default: it is not yet, on the meta device.
         moments: Whether the optimizer's moments are wanted too, if there are any.
         momentum_only: Parameters that have one moment instead of two (see `optim.momentum_only`).
 
@@ -112,7 +110,7 @@ def check_tensors(
     """
     theirs = {k: v for k, v in checkpoint.manifest.tensors.items() if moments or k.startswith("model.")}
     has_moments = any(name.startswith("moments.") for name in theirs)
-    ours = expected_state(model, editing, moments=has_moments, momentum_only=momentum_only)
+    ours = expected_state(model, moments=has_moments, momentum_only=momentum_only)
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         name = different[0]
@@ -163,16 +161,24 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimiz
     if optimizer is not None:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         single = [name for name, parameter in trained if len(moment_names(optimizer, parameter)) == 1]
-    names = check_tensors(checkpoint, model, editing, moments=optimizer is not None, momentum_only=single)
+    names = check_tensors(checkpoint, model, moments=optimizer is not None, momentum_only=single)
     shares, text = {}, ""
     try:
-        wanted = {name: editing.rows(checkpoint.manifest.tensors[name][0][0]) for name in names}
+        wanted = _wanted_rows(names, model, editing)
         shares = read_rows(checkpoint.files, checkpoint.manifest, checkpoint.pieces, wanted)
         refuse_not_finite(checkpoint, shares, model)
     except CheckpointError as error:
         text = str(error)
     _refuse_together(editing.comm, text)
     write_state(shares, model, optimizer, editing)
+
+
+def _wanted_rows(names: Iterable[str], model: nn.Module, editing: Editing) -> dict[str, tuple[int, int]]:
+    """Rows of each tensor that this rank brings: those of its parameter, which its moments are cut with. Local."""
+    rows = {name: editing.rows_to_fill(parameter) for name, parameter in model.named_parameters()}
+    moments = {f"moments.{name}.{key}": of for name, of in rows.items() for key in MOMENTS}
+    known = moments | {f"model.{name}": of for name, of in rows.items()}
+    return {name: known[name] for name in names}
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:

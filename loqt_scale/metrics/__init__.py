@@ -23,11 +23,12 @@ from loqt_scale.metrics.text import (
     format_span,
     perplexity,
 )
-from loqt_scale.metrics.throughput import Throughput, peak_tflops
+from loqt_scale.metrics.throughput import DEVICES, Throughput, peak_tflops
 from loqt_scale.metrics.wandb_run import check_wandb
 from loqt_scale.metrics.writer import METRICS_FILE, MetricsWriter, replay
 
 __all__ = [
+    "DEVICES",
     "METRICS_FILE",
     "Console",
     "MetricsWriter",

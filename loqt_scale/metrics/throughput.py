@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 
-# Dense tensor-core TFLOP/s of bfloat16 with float32 sums, and of float32 (no TF32, which torch leaves off), as makers
-# give them. The first name that a device's name contains, as words, counts; an A10G is no A10.
-PEAK_TFLOPS = {
-    "H100 PCIe": (756.0, 51.0),
-    "H100 NVL": (835.0, 60.0),
-    "H100": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "GH200": (989.0, 67.0),
-    "B200": (2250.0, 75.0),
-    "A100": (312.0, 19.5),
-    "A800": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "L40": (181.0, 90.5),
-    "L4": (121.0, 30.3),
-    "A40": (149.7, 37.4),
-    "A10": (125.0, 31.2),
-    "RTX 3090": (71.0, 35.6),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 5090": (209.5, 104.8),
-    "MI300X": (1307.4, 163.4),
-    "MI250X": (191.5, 23.9),
-}
+import yaml
+
+DEVICES = files("loqt_scale").joinpath("devices.yaml")
+"""GPUs as their makers sell them, and what `plan` assumes of them and of interconnects."""
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
-    """TFLOP/s that a device is sold with, for products in a dtype; None if it is not in `PEAK_TFLOPS`, or a laptop's.
+    """TFLOP/s that a device is sold with, for products in a dtype; None if it is not in `DEVICES`, or a laptop's.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` says it.
+        device_name: As `torch.cuda.get_device_name` says it. That name of the table counts whose words are all in it,
+            and of several the longest: an A10G is no A10.
         dtype: bfloat16 or float32.
     """
-    names = [] if "Laptop" in device_name else [n for n in PEAK_TFLOPS if re.search(rf"\b{n}\b", device_name)]
-    return PEAK_TFLOPS[names[0]][dtype == "float32"] if names else None
+    words = _words(device_name)
+    table = {} if "laptop" in words else yaml.safe_load(DEVICES.read_text(encoding="utf-8"))["gpus"]
+    names = [name for name in table if _words(name) <= words]
+    return float(table[max(names, key=lambda name: len(_words(name)))][dtype]) if names else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower().replace("rtx ", "rtx")))
 
 
 @dataclass(frozen=True)

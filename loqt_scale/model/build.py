@@ -34,7 +34,7 @@ from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
-from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy
+from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy, whole_shape
 
 MOST_SURPRISES = 0.1  # of the parameters, that stay in full precision though they are no embedding or head
 
@@ -187,7 +187,7 @@ def allocate(model: nn.Module, placement: Placement) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
-    """Gives every parameter its value; each rank reads and packs its work share of the rows only. Every rank.
+    """Gives every parameter its value; each rank reads and packs its part of the rows only. Every rank.
 
     LoQT layers get their packed base; P and B are zero (`loqt.init: loftq` sets them before the first step, and the
     first merge, at step 0, in any case).
@@ -199,12 +199,12 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
         with editing.open(parameters):
             _fill_base(name, layer, source, editing)
             for parameter in (*layer.projection.parameters(), layer.factor):
-                editing.store(parameter, torch.zeros(parameter.shape, dtype=parameter.dtype, device=editing.device))
+                editing.clear(parameter)
     for name, parameter in model.named_parameters():
         if id(parameter) not in filled:
             with editing.open([parameter]):
-                rows = source.rows(name, *editing.rows(parameter.shape[0]))
-                editing.write(parameter, rows.to(editing.device, parameter.dtype))
+                rows = source.rows(name, *editing.rows_to_fill(parameter))
+                editing.fill(parameter, rows.to(editing.device, parameter.dtype))
 
 
 def _chunks(spec: LowRankSpec, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -219,14 +219,14 @@ def _chunks(spec: LowRankSpec, first: int, last: int) -> Iterator[tuple[int, int
 
 def _fill_base(name: str, layer: LoQTLayer, source: WeightSource, editing: Editing) -> None:
     """Packs this rank's rows of one weight, a chunk of rows at a time, and hands them to whoever stores them."""
-    layout, base = layer.spec.base, layer.base
-    first, last = layout.rows_of_groups(*editing.rows(layout.groups))
+    layout, parts = layer.spec.base, list(layer.base.parameters())  # codes, and scales if there are any
+    spans = [editing.rows_to_fill(part) for part in parts]  # not the same, where they are cut by values
+    start, stop = min(first for first, _ in spans), max(last for _, last in spans)
     chunks = [
-        pack(initial_rows(source, name, layer, start, stop).to(editing.device), layout)
-        for start, stop in _chunks(layer.spec, first, last)
+        pack(initial_rows(source, name, layer, *rows).to(editing.device), layout)
+        for rows in _chunks(layer.spec, *layout.rows_of_groups(start, stop))
     ]
-    none = torch.empty(0, layout.codes_shape[1], dtype=torch.uint8, device=editing.device)  # more ranks than rows
-    editing.write(base.codes, torch.cat([none, *(codes for codes, _ in chunks)]))
-    if base.scales is not None and layout.scales_shape is not None:
-        none = torch.empty(0, layout.scales_shape[1], dtype=torch.uint8, device=editing.device)
-        editing.write(base.scales, torch.cat([none, *(scales for _, scales in chunks if scales is not None)]))
+    for index, (part, (first, last)) in enumerate(zip(parts, spans, strict=True)):
+        none = torch.empty(0, whole_shape(part)[1], dtype=part.dtype, device=editing.device)  # more ranks than rows
+        packed = [piece for chunk in chunks if (piece := chunk[index]) is not None]
+        editing.fill(part, torch.cat([none, *packed])[first - start : last - start])

@@ -56,6 +56,16 @@ class Fragment:
         """These values of a flat tensor that holds them; shares its memory."""
         return tensor[self.at : self.at + self.values]
 
+    @property
+    def covering_rows(self) -> tuple[int, int]:
+        """Rows [start, stop) of the parameter that hold all of these values, and others at either end."""
+        return self.first // self.columns, -(-(self.first + self.values) // self.columns)
+
+    def within_rows(self, rows: Tensor) -> Tensor:
+        """These values of the `covering_rows`, a contiguous tensor; shares its memory."""
+        first = self.first % self.columns
+        return rows.view(-1)[first : first + self.values]
+
     def within_whole(self, tensor: Tensor) -> Tensor:
         """These values of a contiguous tensor shaped as the whole parameter; shares its memory."""
         return tensor.view(-1)[self.first : self.first + self.values]

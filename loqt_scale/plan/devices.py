@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from loqt_scale.errors import ConfigError, explained
+from loqt_scale.metrics import DEVICES
 
 T = TypeVar("T")
 
@@ -107,8 +107,8 @@ def _known(name: str, names: dict[str, Any], said: str, where: str) -> str:
 
 
 def _read_table(path: str | None) -> dict[str, dict[str, Any]]:
-    source = files("loqt_scale.plan").joinpath("devices.yaml") if path is None else Path(path)
-    advice = "write a file such as loqt_scale/plan/devices.yaml"
+    source = DEVICES if path is None else Path(path)
+    advice = "write a file such as loqt_scale/devices.yaml"
     with explained(
         f"devices {path} cannot be read", advice, of=(OSError, yaml.YAMLError, UnicodeError), kind=ConfigError
     ):

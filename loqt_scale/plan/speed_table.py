@@ -10,6 +10,8 @@ from loqt_scale.plan.devices import Machine
 from loqt_scale.plan.planner import Plan, plan_run
 
 DAY = 24 * 3600
+GUESSED = ("attention", "network", "unhidden", "launch_us", "factorise")
+"""What `devices.yaml` says of machines that nobody has measured as it is now."""
 
 
 def describe_speed(
@@ -80,8 +82,10 @@ def _assumed(on: Machine, ranks: int, dtype: str) -> str:
     if ranks > 1:
         machine += f", {on.link} of {on.link_rate:g} GB/s a GPU"
     fractions = ", ".join(f"{name} {value:g}" for name, value in asdict(on.assumed).items())
+    guesses = f"{', '.join(GUESSED[:-1])} and {GUESSED[-1]} (of a merge) are guesses where the table is ours"
     return (
-        f"  assumed: {machine}\n  {fractions}\n  (loqt_scale/plan/devices.yaml explains; another table: --devices FILE)"
+        f"  assumed: {machine}\n  {fractions}\n  {guesses}\n"
+        "  (loqt_scale/devices.yaml explains; another table: --devices FILE)"
     )
 
 

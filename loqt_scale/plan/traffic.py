@@ -114,18 +114,17 @@ def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, spread: Spread, *, pass
 def _beyond_rows(shapes: ModelShapes, spread: Spread) -> tuple[int, int]:
     """(once, all-reduced) of a strategy that does not store the rows which a rank merges.
 
-    Replicas gather the new W; ZeRO sums B and its moments, of which ranks hold parts; its stage 3 gathers what is
-    packed for the merge and hands it on, and B, too.
+    Replicas gather the new W; ZeRO sums B and its moments, of which ranks hold parts. Its stage 3 gathers the moments,
+    and the old W and the new one where the ranks do not divide its row groups: they hold no whole rows then.
     """
-    weights, frozen, factors = (
-        sum(p.nbytes() for p in shapes.parameters if p.kind in kinds)
-        for kinds in (("codes of W", "scales of W"), ("codes of W", "scales of W", "P"), ("B",))
-    )
     if spread.strategy == "fsdp":
         return 0, 0
+    weights = [p for p in shapes.parameters if p.kind in ("codes of W", "scales of W")]
+    factors = sum(p.nbytes() for p in shapes.parameters if p.kind == "B")
     if spread.shard_size > 1:
-        return 3 * frozen + 4 * factors, 0
-    return weights, 3 * factors if spread.strategy == "zero" else 0
+        cut = sum(p.nbytes() for p in weights if p.shape[0] % spread.ranks)
+        return 2 * cut + 2 * factors, 0
+    return sum(p.nbytes() for p in weights), 3 * factors if spread.strategy == "zero" else 0
 
 
 def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ from loqt_scale.strategies.rendezvous import StoreLine, open_store
 from loqt_scale.strategies.roll_call import LostRankError, RollCall, StoppedElsewhere
 from loqt_scale.strategies.single import SINGLE, single_process
 from loqt_scale.strategies.step import OptimizerStep, Step
+from loqt_scale.strategies.whole import whole_shape
 from loqt_scale.strategies.zero.adopted import engine_of
 from loqt_scale.strategies.zero.strategy import ZERO
 
@@ -82,4 +83,5 @@ __all__ = [
     "unwrapped",
     "unwrapped_optimizers",
     "vocabulary_layers",
+    "whole_shape",
 ]

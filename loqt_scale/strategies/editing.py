@@ -6,7 +6,10 @@ The rows of a tensor are shared out over ranks, whoever stores them. A rank read
     single     all rows               all rows      copies
     ddp        all rows               1/N of them   gathers: all replicas get the same bits, whoever computed them
     fsdp       1/N of the rows        the same      copies
-    zero       1/N of the values      1/N of rows   gathers
+    zero       1/N of the values      1/N of rows   gathers; copies where N ranks divide the rows under stage 3
+
+Whoever can compute or read any rows, from a file say, need not send what somebody else stores: each rank brings the
+rows `rows_to_fill`, and `fill` puts them in their place.
 
 "Every rank" marks collective calls.
 """
@@ -36,6 +39,7 @@ from loqt_scale.optim import (
 )
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.placement import Placement
+from loqt_scale.strategies.whole import whole_shape
 
 EditStates = Callable[[int, Sequence[tuple[StateKind, Tensor]]], None]  # index of the first row, rows of each state
 
@@ -128,6 +132,18 @@ class Editing(ABC):
     def store(self, parameter: Tensor, whole: Tensor) -> None:
         """Replaces a parameter by a value that every rank holds whole: each keeps what it stores. No communication."""
 
+    def clear(self, parameter: Tensor) -> None:
+        """Sets a parameter to zero. Every rank. No communication."""
+        self.store(parameter, torch.zeros(whole_shape(parameter), dtype=parameter.dtype, device=self.device))
+
+    def rows_to_fill(self, parameter: Tensor) -> tuple[int, int]:
+        """Rows [start, stop) that this rank brings when a parameter is filled: its work share, as a rule. Local."""
+        return self.rows(whole_shape(parameter)[0])
+
+    def fill(self, parameter: Tensor, rows: Tensor) -> None:
+        """Replaces a parameter by what ranks bring of it, each its `rows_to_fill`. Every rank."""
+        self.write(parameter, rows)
+
     @abstractmethod
     def gather(self, parameter: Tensor) -> Tensor:
         """The whole parameter on every rank; for low-rank tensors only. Every rank."""
@@ -164,6 +180,10 @@ class Editing(ABC):
     @abstractmethod
     def write_moments(self, optimizer: Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]) -> None:
         """Replaces the moments of a parameter, which may have none yet, by every rank's work shares. Every rank."""
+
+    def fill_moments(self, optimizer: Optimizer, parameter: nn.Parameter, moments: Sequence[Tensor]) -> None:
+        """As `write_moments`, of the rows `rows_to_fill`. Every rank."""
+        self.write_moments(optimizer, parameter, moments)
 
 
 class ReplicaEditing(Editing):

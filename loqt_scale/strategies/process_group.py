@@ -74,11 +74,15 @@ class GroupComm(Comm):
 
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """See `Comm.gather_pieces`. Every rank. One all-gather of pieces padded to the largest."""
-        most = max(stop - start for start, stop in ranges)
-        padded = piece.new_zeros((most, *piece.shape[1:]))
-        padded[: piece.shape[0]] = piece
+        most, least = (of(stop - start for start, stop in ranges) for of in (max, min))
+        padded = piece.contiguous()
+        if least < most:
+            padded = piece.new_zeros((most, *piece.shape[1:]))
+            padded[: piece.shape[0]] = piece
         gathered = piece.new_empty((self.world_size * most, *piece.shape[1:]))
         _all_gather(gathered, padded, group=self._group)
+        if least == most:
+            return gathered
         return torch.cat([gathered[i * most : i * most + stop - start] for i, (start, stop) in enumerate(ranges)])
 
     def gather_objects(self, mine: Any) -> list[Any]:

@@ -29,6 +29,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole, of which this rank may hold a part only. Local."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 leaves an empty tensor in its place
+    return shape
+
+
 def is_in_fsdp(model: nn.Module) -> bool:
     """Whether FSDP has a model in its hands: `fully_shard`, or FSDP1, which is refused elsewhere. Local."""
     wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loqt_scale.checkpoint.state import MOMENTS, read_state, write_state
 from loqt_scale.config import RunConfig
 from loqt_scale.data import build_corpus
 from loqt_scale.functional import compensation
@@ -149,9 +150,17 @@ def one_row_each(trainer: Trainer) -> dict[str, int]:
 
 
 def held_bytes(**settings: Any) -> dict[str, Any]:
-    """Trains past the second merge; returns bytes per kind as `held`, `rows` and `live`, all new tensors' bytes."""
+    """Trains past the second merge, and measures.
+
+    Returns:
+        held, rows: Bytes per kind.
+        live: Those of all new tensors.
+        start: Collectives that have built the run.
+        filled: Under ZeRO those of `fill_again`.
+    """
     before = live_tensor_bytes()
-    trainer = make_trainer(small_config(settings))
+    with WireCounter() as start:
+        trainer = make_trainer(small_config(settings))
     last = trainer.merges.steps[1] if trainer.merges is not None else 2
     for step in range(last + 1):
         trainer.step(step)
@@ -160,10 +169,35 @@ def held_bytes(**settings: Any) -> dict[str, Any]:
     trainer.accumulate(last + 1)
     if isinstance(trainer.strategy, ZeroStrategy):
         held["gradients"] = live_tensor_bytes() - before - live
+        filled = fill_again(trainer)
     else:
-        held["gradients"] = kinds_held(trainer).get("gradients", 0)
+        held["gradients"], filled = kinds_held(trainer).get("gradients", 0), []
     trainer.strategy.close()
-    return {"held": dict(held), "rows": rows, "live": live}
+    return {"held": dict(held), "rows": rows, "live": live, "start": _sent(start), "filled": filled}
+
+
+@torch.no_grad()
+def fill_again(trainer: Trainer) -> Sent:
+    """Puts zeros, then the old values into all tensors of a run, as a loaded checkpoint does; its collectives.
+
+    Every rank. All values are back, to the bit.
+    """
+    model, optimizer, editing = trainer.built.model, trainer.optimizer, trainer.strategy.editing
+    before, shares = read_state(model, optimizer, editing), {}
+    for name, parameter in model.named_parameters():
+        rows = slice(*editing.rows_to_fill(parameter))
+        for key in (f"model.{name}", *(f"moments.{name}.{moment}" for moment in MOMENTS)):
+            if key in before:
+                shares[key] = before[key].full_tensor()[rows]
+        editing.clear(parameter)
+        if parameter.requires_grad:
+            editing.edit_moments(optimizer, parameter, lambda _, states: [state.zero_() for _, state in states])
+    assert not any(share.to_local().any() for share in read_state(model, optimizer, editing).values())
+    with WireCounter() as counter:
+        write_state(shares, model, optimizer, editing)
+    after = read_state(model, optimizer, editing)
+    assert all(torch.equal(after[key].to_local(), before[key].to_local()) for key in before)
+    return _sent(counter)
 
 
 # ---- what is allocated in passing --------------------------------------------------------------------------------

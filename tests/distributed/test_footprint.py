@@ -151,6 +151,7 @@ def test_a_rank_holds_what_its_zero_stage_says(
 ) -> None:
     """Stage 3: 1/N of every kind plus padding. Stages 1 and 2: states and masters; the packed base is whole.
 
+    Under stage 3 no parameter is sent when a run starts, nor when it takes a checkpoint's values.
     Moments in 8 bits are a quarter of those in float32, and a scale for every 32 values of B (256 of other rows).
     """
     call = run_on_three if world_size == 3 else run
@@ -175,6 +176,9 @@ def test_a_rank_holds_what_its_zero_stage_says(
         buffers = sizes["masters"] * (1 if stage < 3 else 1 + 1 / world_size)
         allowed = FLOAT * weights.CHUNK_ELEMENTS + 32 * 1024 + buffers
         assert extra <= allowed, f"rank {rank}: {extra} bytes beside the model, allowed {allowed}"
+        for begun, words in (("start", 8 * 1024), ("filled", 0)):  # a run's settings are compared in words
+            sent = sum(size for _, size, _ in result[begun])
+            assert sent <= words if stage == 3 else sent > sizes["codes"], f"{begun}: {sent} bytes"
 
 
 # ---- passing -----------------------------------------------------------------------------------------------------

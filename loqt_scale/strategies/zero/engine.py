@@ -16,7 +16,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.optim import Fragment, StreamedAdamW
 from loqt_scale.strategies.zero.config import deepspeed_config, size_buckets
-from loqt_scale.strategies.zero.flat import master_fragments
+from loqt_scale.strategies.zero.flat import master_fragments, shapes_only
 
 
 def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
@@ -106,9 +106,10 @@ class ZeroEngine(RunningEngine):
 
     def start(self, model: nn.Module, optimizer: Optimizer, rank: int) -> None:
         """Gives DeepSpeed the model, and the optimizer's parameters; its groups' settings stay. Every rank."""
-        self.running, _, _, self.scheduler = self.deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
-        )
+        with shapes_only(model):
+            self.running, _, _, self.scheduler = self.deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
+            )
         self.tell_fragments(optimizer, rank)
 
     def stop(self) -> None:

@@ -12,10 +12,14 @@ the names that are its own affair (those of 0.19); everything else goes by its p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from loqt_scale.optim import Fragment
 
@@ -56,12 +60,51 @@ def _in_stages_1_and_2(zero: Any, parameter: Any, rank: int) -> Fragment:
 
 
 def _in_stage_3(zero: Any, parameter: Any, rank: int) -> Fragment:
-    _, at, size = zero.grad_position[zero.get_param_id(parameter)]
-    first = rank * size
+    _, at, _ = zero.grad_position[zero.get_param_id(parameter)]
+    return replace(stored_fragment(parameter, rank), at=at)
+
+
+def stored_fragment(parameter: Any, rank: int) -> Fragment:
+    """What a rank keeps of a parameter under stage 3, in `ds_tensor`; no values, at its end, if all is padding."""
+    size = parameter.ds_tensor.numel()
+    first = min(rank * size, parameter.ds_numel)
     values = min(size, parameter.ds_numel - first)
-    if values <= 0:  # nothing but padding
-        return _fragment(parameter, parameter.ds_shape)
-    return _fragment(parameter, parameter.ds_shape, at=at, first=first, values=values)
+    return _fragment(parameter, parameter.ds_shape, first=first, values=values)
+
+
+def init_of_zeros(deepspeed: Any) -> Any:
+    """`deepspeed.zero.Init` for parameters that are zero on all ranks, which it would broadcast before it cuts them."""
+
+    def cut(self: Any, parameter: Any) -> None:
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    return type("InitOfZeros", (deepspeed.zero.Init,), {"_zero_init_param": cut})
+
+
+@contextmanager
+def shapes_only(model: nn.Module) -> Iterator[None]:
+    """Within it a parameter of stage 3 that is gathered by itself gets its shape, and no values. Local.
+
+    `deepspeed.initialize` gathers each one that trains, to hang a hook on it, and frees it at once.
+    """
+    methods = {parameter: parameter.all_gather for parameter in model.parameters() if hasattr(parameter, "ds_id")}
+    for parameter, method in methods.items():
+        parameter.all_gather = partial(_give_shape, parameter, method)
+    try:
+        yield
+    finally:
+        for parameter, method in methods.items():
+            parameter.all_gather = method
+            parameter.partition()
+
+
+def _give_shape(parameter: Any, gather: Callable[..., Any], *others: Any, **how: Any) -> Any:
+    if others or how:
+        return gather(*others, **how)
+    one = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+    parameter.data = one.expand(parameter.ds_shape)
+    parameter.ds_status = type(parameter.ds_status).AVAILABLE
 
 
 def _fragment(parameter: Tensor, shape: Sequence[int], *, at: int = 0, first: int = 0, values: int = 0) -> Fragment:

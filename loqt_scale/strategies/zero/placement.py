@@ -12,6 +12,7 @@ from loqt_scale.optim import RowShards
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.placement import Placement
 from loqt_scale.strategies.zero.engine import ZeroEngine
+from loqt_scale.strategies.zero.flat import init_of_zeros
 
 
 def master_shards(comm: Comm) -> RowShards:
@@ -44,8 +45,9 @@ class ZeroPlacement(Placement):
 
     def _allocate_shards(self, model: nn.Module) -> None:
         """Gives a meta-device model storage of which each rank keeps 1/N: never more than one module's whole."""
+        cut = init_of_zeros(self._engine.deepspeed)
         placed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept so that its id stays its own
-        for module in reversed(list(model.modules())):  # children first: `zero.Init` goes down from where it is called
+        for module in reversed(list(model.modules())):  # children first: it goes down from where it is called
             own = list(module.named_parameters(recurse=False))
             for name, parameter in own:
                 if id(parameter) not in placed:
@@ -54,7 +56,7 @@ class ZeroPlacement(Placement):
                     placed[id(parameter)] = parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad)
                 module.register_parameter(name, placed[id(parameter)][1])
             if own:
-                self._engine.deepspeed.zero.Init(module=module, config_dict_or_path=self._engine.settings)
+                cut(module=module, config_dict_or_path=self._engine.settings)
 
     def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
         """All: what a rank stores of a parameter are no rows, and what the optimizer has of it `adopt` says."""

@@ -20,14 +20,11 @@ from loqt_scale.config.commands import PlanOptions
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.flops import FORMULAS
-from loqt_scale.metrics.throughput import peak_tflops
+from loqt_scale.metrics import DEVICES, peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run
-from loqt_scale.plan import devices as devices_module
 from loqt_scale.plan.activations import OnePass, take_pass
 from loqt_scale.strategies import single_process
-
-TABLE = Path(devices_module.__file__).with_name("devices.yaml")
 
 
 def config_of(**settings: Any) -> RunConfig:
@@ -124,7 +121,7 @@ def test_plans_are_near_torchtitans_published_lines(
     tmp_path: Path, card: str, ranks: int, compiled: bool, published: int
 ) -> None:
     """Within 25 %, though they recompute selected operators only, and we whole blocks."""
-    table = yaml.safe_load(TABLE.read_text())
+    table = yaml.safe_load(DEVICES.read_text())
     table["gpus"]["H100 at 500 W"] = {**table["gpus"]["H100"], "bandwidth": 2400, "bfloat16": 912, "memory": 96}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(table))
     on = find_machine(card, gpus=ranks, path=str(tmp_path / "mine.yaml"))
@@ -150,12 +147,28 @@ def test_what_bounds_a_step_follows_the_machine() -> None:
     assert speed_of(config, few_flops, 8, 32000).bound == "compute"
 
 
-def test_peaks_are_those_that_a_run_on_the_device_takes() -> None:
-    """`metrics.throughput` knows devices by CUDA's names."""
-    for name, gpu in yaml.safe_load(TABLE.read_text())["gpus"].items():
-        words = name.replace("RTX", "RTX ").replace("-", " ")
-        assert peak_tflops(words, "bfloat16") == gpu["bfloat16"] and peak_tflops(words, "float32") == gpu["float32"]
-    assert peak_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312.0
+NAMES = {  # CUDA's, and the table's
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100-PCIe",
+    "NVIDIA H100 NVL": "H100-NVL",
+    "NVIDIA GH200 480GB": "GH200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100-40GB",
+    "NVIDIA GeForce RTX 4090": "RTX4090",
+    "NVIDIA L40S": "L40S",
+    "AMD Instinct MI250X/MI250": "MI250X",
+}
+
+
+def test_plans_and_runs_know_the_same_devices() -> None:
+    """One table: a run finds its device in it by CUDA's name, a plan by the table's own."""
+    table = yaml.safe_load(DEVICES.read_text())["gpus"]
+    for words, name in (NAMES | {name.replace("RTX", "RTX ").replace("-", " "): name for name in table}).items():
+        for gpus in (1, 9):
+            machine = find_machine(name, gpus=gpus)
+            assert [1e12 * (peak_tflops(words, dtype) or 0.0) for dtype in ("bfloat16", "float32")] == [
+                machine.gpu.peak("bfloat16"), machine.gpu.peak("float32")
+            ]  # fmt: skip
     for other in ("NVIDIA A10G", "NVIDIA RTX A4000", "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         assert peak_tflops(other, "bfloat16") is None
 
@@ -167,7 +180,7 @@ def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> N
         find_machine("h100", gpus=8, interconnect="token-ring")
     with pytest.raises(ConfigError, match="but there is no gpu"):
         PlanOptions(interconnect="ib400")
-    table = yaml.safe_load(TABLE.read_text())
+    table = yaml.safe_load(DEVICES.read_text())
     for change, message in (
         (lambda t: t["gpus"]["A100"].pop("memory"), "gpus.A100 in .*add or remove memory"),
         (lambda t: t["gpus"]["A100"].update(bandwidth="fast"), "bandwidth is 'fast'; write a number above 0"),
@@ -198,3 +211,4 @@ def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.Capt
     assert "text  a 75.0% (3.07M tokens), b 25.0% (1.02M tokens)" in said
     assert "16 x RTX4090: 82.6 TFLOP/s in float32" in said
     assert "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
+    assert "factorise 0.5" in said and "launch_us and factorise (of a merge) are guesses" in said
