@@ -1,0 +1,20 @@
+"""What `plan` says to write instead is a run that the settings' own rules allow."""
+
+from __future__ import annotations
+
+import pytest
+
+from loqt_scale.config import LoQTConfig, OptimConfig, RunConfig
+from loqt_scale.plan.advice import changes
+
+
+@pytest.mark.parametrize(("rank", "pattern"), [(64, {"*.up_proj": 5}), (160, {}), (224, {"*.down_proj": 96})])
+@pytest.mark.parametrize("states", ["float32", "int8"])
+def test_advice_is_made_of_settings_that_go_together(rank: int, pattern: dict[str, int], states: str) -> None:
+    """8-bit states want ranks that 32 divides; a rank that does not is in the pattern, or half of one that does."""
+    if states == "int8" and any(other % 32 for other in (rank, *pattern.values())):
+        pytest.skip("refused")
+    config = RunConfig(loqt=LoQTConfig(rank=rank, rank_pattern=pattern), optim=OptimConfig(states=states))
+    found = list(changes(config, ranks=1))
+    assert ("--optim.states=int8" in found[-1].words) == (states == "float32" and not pattern.get("*.up_proj"))
+    assert all(change.config.loqt.rank % 32 == 0 for change in found)
