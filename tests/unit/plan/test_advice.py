@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loqt_scale.config import LoQTConfig, OptimConfig, RunConfig
+from loqt_scale.config import LoQTConfig, OptimConfig, OptimizerStates, RunConfig
 from loqt_scale.plan.advice import changes
 
 
@@ -12,7 +12,9 @@ from loqt_scale.plan.advice import changes
     ("rank", "pattern", "states"),
     [(64, {"*.up_proj": 5}, "float32"), (160, {}, "int8"), (224, {"*.down_proj": 96}, "float32")],
 )
-def test_advice_is_made_of_settings_that_go_together(rank: int, pattern: dict[str, int], states: str) -> None:
+def test_advice_is_made_of_settings_that_go_together(
+    rank: int, pattern: dict[str, int], states: OptimizerStates
+) -> None:
     """8-bit states want ranks that 32 divides: one in the pattern is not, or half of one is not."""
     config = RunConfig(loqt=LoQTConfig(rank=rank, rank_pattern=pattern), optim=OptimConfig(states=states))
     found = list(changes(config, ranks=1))
