@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 from common import ROOT  # noqa: F401
+from quality_runs import OPTIONS
 
 from loqt_scale.optim import create_scheduler
 from loqt_scale.training.trainer import Trainer
-
-# as their authors recommend
-OPTIONS: dict[str, dict[str, Any]] = {
-    "muon": {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
-    "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
-    "apollo": {"update_proj_gap": 200, "scale": 1, "proj_type": "std", "proj": "random", "scale_type": "channel"},
-}
 
 
 class InParts(torch.optim.Optimizer):

@@ -25,9 +25,16 @@ METHODS = {
     "loqt": "the product's --method loqt",
 }
 PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch"}
-FREE = {"loqt.rank", "model.dtype", "data.max_eval_sequences"}  # of a run's own settings, a variant may say otherwise
+FREE = {"loqt.rank", "model.dtype"}  # of a run's own settings, a variant may say otherwise
 PLACED = {"data.files", "data.cache_dir", "model.compile", "train.run_dir", "train.device", "train.progress"}
 RANKED = ("galore", "apollo", "loqt")  # methods that have a rank
+# options of optimizers of other hands, as their authors recommend
+OPTIONS: dict[str, dict[str, Any]] = {
+    "muon": {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", "nesterov": True, "ns_steps": 5},
+    "galore": {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+    "apollo": {"update_proj_gap": 200, "scale": 1, "proj_type": "std", "proj": "random", "scale_type": "channel"},
+}
+OURS = {"optim.name", "optim.momentum", "optim.states", "optim.per_layer"}  # what the optimizers above do not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +138,17 @@ class Run:
         return {key.partition(".")[2]: _value(value) for key, value in self.variant if self._is_option(key)}
 
     def _is_option(self, key: str) -> bool:
-        return self.method in ("muon", "galore", "apollo") and key.startswith(f"{self.method}.")
+        return self.method in OPTIONS and key.startswith(f"{self.method}.")
+
+    def reads(self, key: str) -> bool:
+        """Whether a setting of its variant changes anything; if not, its result would have another one's name."""
+        if self._is_option(key):
+            return key.partition(".")[2] in OPTIONS[self.method]
+        if key.startswith("loqt."):
+            return self.method == "loqt" or (key == "loqt.rank" and self.method in RANKED)
+        if key == "optim.momentum" and dict(self.variant).get("optim.name") != "muon":
+            return False
+        return key not in (OURS if self.method in OPTIONS else {"optim.name"} if self.method == "adamw" else ())
 
     def config(self, *more: str) -> RunConfig:
         """The product's settings.
@@ -231,7 +248,8 @@ def parse_run(text: str, scale: Scale) -> Run:
     except ValueError as error:
         raise ConfigError(f"--run '{text}': {error}; write numbers for lr, rest and seed") from None
     run = Run(method=method, scale=scale, lr=lr, rest=rest, seed=seed)
-    if fixed := sorted(set(pairs) & (set(run.settings) - FREE | PLACED)):
+    decided = set(run.settings) - FREE | PLACED | {key for key in pairs if key.startswith("data.")}
+    if fixed := sorted(set(pairs) & decided):
         raise ConfigError(f"--run '{text}' sets {fixed[0]}, which lr, rest, seed and the scale's options decide")
     return checked(replace(run, variant=variant_of(pairs, scale)))
 
@@ -247,6 +265,12 @@ def checked(run: Run) -> Run:
         name = package.replace("_", "-")
         raise ConfigError(f"{name} is not installed, so there is no {run.method}; write pip install {name}")
     run.config()
+    if unread := [key for key, _ in run.variant if not run.reads(key)]:
+        own = f"{', '.join(f'{run.method}.{name}' for name in OPTIONS[run.method])}, " if run.method in OPTIONS else ""
+        raise ConfigError(
+            f"{run.label}: {run.method} does not read {unread[0]}, so it would be measured under a wrong name; write "
+            f"{own}full or loqt with optim.name=muon, or leave it out"
+        )
     return run
 
 

@@ -96,6 +96,7 @@ def follow(trainer: Trainer, tell: Callable[[int], object]) -> tuple[dict[int, f
     """Trains to the end: (held-out nats after each quarter, seconds of training alone, whether it diverged)."""
     steps, curve, seconds = trainer.config.train.steps, {}, 0.0
     quarters = sorted({max(1, steps * part // 4) for part in (1, 2, 3, 4)})
+    trainer.begin()
     with suppress(NonFiniteLossError):
         for first, last in pairwise([0, *quarters]):
             began = time.perf_counter()

@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,19 +101,19 @@ class CheckpointFolder:
         """Whether `latest` names this checkpoint, there or not."""
         return self._pointed() == checkpoint.relative_to(self.root).as_posix()
 
-    def prune(self, *, keep_last: int, keep_every: int, kept: int | None = None) -> None:
+    def prune(self, *, keep_last: int, keep_every: int, kept: Callable[[Path], bool] = lambda _: False) -> None:
         """Removes of the line that `latest` ends what need not be kept. One rank.
 
         Args:
             keep_last: The newest so many stay.
             keep_every: Those of a multiple of so many steps stay; 0: none.
-            kept: That of this step stays.
+            kept: Whether one stays all the same.
 
         Raises:
             OSError: One cannot be removed.
         """
         for step in self.line()[:-keep_last]:
-            if step != kept and not (keep_every and step % keep_every == 0):
+            if not (keep_every and step % keep_every == 0) and not kept(self.path(step)):
                 self._remove(step)
 
     def _remove(self, step: int) -> None:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from loqt_scale.checkpoint.manifest import Manifest
+from contextlib import suppress
+from pathlib import Path
+
+from loqt_scale.checkpoint.files import CheckpointError
+from loqt_scale.checkpoint.folder import CONFIG
+from loqt_scale.checkpoint.manifest import Manifest, read_manifest
+from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.config import RunConfig
+from loqt_scale.errors import ConfigError
 from loqt_scale.functional.schedule import planned_merges
 from loqt_scale.optim import LearningRates
+
+
+def begins_decay(checkpoint: Path) -> bool:
+    """Whether the run that saved it begins its decay there (`optim.schedule: wsd`): a longer one branches off there.
+
+    It is kept for good, also when the run has been made longer from its end and begins its decay elsewhere by now.
+    """
+    with suppress(CheckpointError, ConfigError, OSError):
+        config, manifest = read_settings(checkpoint / CONFIG), read_manifest(checkpoint)
+        rates = LearningRates.of_run(config.optim, config.train.steps, warmup_steps=manifest.warmup_steps)
+        return rates.branching_step == manifest.step
+    return False
 
 
 def describe_growth(manifest: Manifest, config: RunConfig, before: int) -> str:

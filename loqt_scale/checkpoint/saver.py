@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from loqt_scale.checkpoint.files import CheckpointError
 from loqt_scale.checkpoint.folder import CheckpointFolder
+from loqt_scale.checkpoint.growth import begins_decay
 from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 from loqt_scale.checkpoint.state import Shares, read_state
 from loqt_scale.checkpoint.write import save_checkpoint
@@ -41,7 +42,6 @@ class CheckpointSaver:
         config: What is kept, and whether files are written in the background.
         editing: How the model is spread.
         tell: Takes a line for people.
-        kept: A step whose checkpoint is kept for good, too.
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class CheckpointSaver:
         editing: Editing,
         *,
         tell: Callable[[str], None],
-        kept: int | None = None,
     ) -> None:
-        self.kept = kept
         self._folder, self._config, self._editing, self._tell = CheckpointFolder(root), config, editing, tell
         self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
         self.failure: CheckpointError | None = None  # of the last save
@@ -169,6 +167,7 @@ class CheckpointSaver:
 
     def _prune(self) -> None:
         try:
-            self._folder.prune(keep_last=self._config.keep_last, keep_every=self._config.keep_every, kept=self.kept)
+            keep_last, keep_every = self._config.keep_last, self._config.keep_every
+            self._folder.prune(keep_last=keep_last, keep_every=keep_every, kept=begins_decay)
         except OSError as error:
             self._tell(f"WARNING: an old checkpoint cannot be removed: {error}")

@@ -45,10 +45,17 @@ def muon(
         seed: Of what is rounded at random (parameters in bfloat16).
 
     Raises:
-        UserError: There are neither LoQT layers nor dense ones named; or a layer of fused experts.
+        UserError: There are neither LoQT layers nor dense ones named; a layer of fused experts; or 8-bit states of a
+            factor whose rows they cannot cut into blocks.
     """
     if not dense_layers and not any(True for _ in loqt_layers(model)):
         raise UserError("muon(): the model has no LoQT layer; convert_to_loqt(model, config) comes first")
+    uneven = [(name, layer.rank) for name, layer in loqt_layers(model) if layer.rank % 32]
+    if states == "int8" and uneven:
+        raise UserError(
+            f"muon(): states is 'int8', whose blocks are parts of a row, but {uneven[0][0]} has rank {uneven[0][1]}; "
+            "write ranks that 32 divides in LoQTConfig (rank, rank_pattern), or states='float32'"
+        )
     config = OptimConfig(
         name="muon", lr=lr, full_precision_lr=full_precision_lr, momentum=momentum, betas=betas, eps=eps,
         weight_decay=weight_decay, states=states,

@@ -81,7 +81,7 @@ def _checkpointing(config: RunConfig, ranks: int) -> Found:
 
 
 def _small_states(config: RunConfig, ranks: int) -> Found:
-    if config.optim.states == "int8" or (config.method == "loqt" and config.loqt.rank % 32):
+    if config.optim.states == "int8" or (config.method == "loqt" and any(rank % 32 for rank in config.loqt.ranks)):
         return None
     return replace(config, optim=replace(config.optim, states="int8")), ("--optim.states=int8",)
 
@@ -150,7 +150,8 @@ def _one_pass(config: RunConfig, size: int, ranks: int) -> tuple[RunConfig, tupl
 
 
 def _rank(config: RunConfig, ranks: int) -> Found:
+    """About half the rank, a multiple of 32 as 8-bit states want it."""
     if config.method != "loqt" or config.loqt.rank < 128:
         return None
-    rank = config.loqt.rank // 2
+    rank = config.loqt.rank // 64 * 32
     return replace(config, loqt=replace(config.loqt, rank=rank)), (f"--loqt.rank={rank}",)

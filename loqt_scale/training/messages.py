@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from loqt_scale.data.logical import ranks_that_share, streams_read_twice
 from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
+from loqt_scale.functional.blockwise import row_block
 from loqt_scale.metrics import format_count, format_perplexity, format_span, perplexity
 
 if TYPE_CHECKING:
     from loqt_scale.checkpoint import Finished
-    from loqt_scale.config import DataConfig, ModelConfig, RunConfig
+    from loqt_scale.config import DataConfig, ModelConfig, OptimConfig, RunConfig
     from loqt_scale.data import Corpus
     from loqt_scale.merge import MergeReport, StartReport
     from loqt_scale.model.build import BuiltModel
@@ -42,7 +45,8 @@ def banner(
     lines = [
         f"model    {name}; {method}; {trained} parameters train",
         f"data     {corpus.description}",
-        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {model.dtype}",
+        f"step     {train.global_batch_size} sequences x {config.data.seq_len} tokens, {model.dtype}; "
+        f"{optimizer_words(config.optim)}",
         f"ranks    {strategy.comm.world_size} ({strategy.description}, {strategy.comm.device.type})",
         f"rates    {rates}",
     ]
@@ -50,8 +54,18 @@ def banner(
         lines += sharing_note(streams, train.global_batch_size, strategy.step.data_size)
     lines += mixing_notes(corpus, config.data, steps=config.train.steps)
     widths = sorted({width for layer in layers for width in (layer.spec.each.base.rows, layer.spec.each.base.cols)})
+    dense = [layer for name, layer in built.model.named_modules() if name in built.dense_layers]
+    lines += states_note([layer.in_features for layer in dense if isinstance(layer, nn.Linear)], config.optim)
     lines += alignment_note(widths, model, device_type=strategy.comm.device.type)
     return "\n".join(lines)
+
+
+def optimizer_words(optim: OptimConfig) -> str:
+    """Which optimizer, for people: `Muon (momentum 0.9), AdamW for embeddings, norms, head; int8 states`."""
+    muon = f"Muon (momentum {optim.momentum:g}), AdamW for embeddings, norms, head"
+    words = [muon if optim.name == "muon" else "AdamW"]
+    words += [f"{optim.states} states"] if optim.states != "float32" else []
+    return "; ".join(words + (["updates inside the backward pass"] if optim.per_layer else []))
 
 
 def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> list[str]:
@@ -103,6 +117,22 @@ def alignment_note(widths: Iterable[int], model: ModelConfig, *, device_type: st
     return [
         f"note     linears of {odd[0]} features: bfloat16 rows that are not aligned to 16 bytes are several times "
         f"slower to multiply; write model.compile: true, or, in a model of your own, {odd[0] + -odd[0] % 8} features"
+    ]
+
+
+def states_note(rows: Sequence[int], optim: OptimConfig) -> list[str]:
+    """A line on moments that 8 bits were asked for and that are float32, if there are such.
+
+    Args:
+        rows: Values of a row of each weight that trains like a factor.
+        optim: The optimizer's settings.
+    """
+    odd = [values for values in rows if not row_block(values)]
+    if optim.states != "int8" or not odd:
+        return []
+    return [
+        f"note     optim.states is int8, but {len(odd)} of {len(rows)} linears have rows of {odd[0]} values, which "
+        "make no blocks of 32 or more: their moments are float32"
     ]
 
 

@@ -99,4 +99,3 @@ def _keep_warmup(trainer: Trainer, steps: int | None) -> None:
     if steps not in (None, trainer.learning_rates.warmup_steps):
         trainer.progress.line(f"the warm-up stays as the run began: {steps} step{'' if steps == 1 else 's'}")
     trainer.learning_rates = LearningRates.of_run(optim, train.steps, warmup_steps=steps)
-    trainer.saver.kept = trainer.learning_rates.branching_step

@@ -118,7 +118,6 @@ class Trainer:
             config.checkpoint,
             strategy.editing,
             tell=progress.line,
-            kept=self.learning_rates.branching_step,
         )
         self.stopping, self.save_again = False, False  # agreed by all ranks: end here; save, the last save has failed
 

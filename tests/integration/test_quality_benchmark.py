@@ -61,6 +61,7 @@ def test_loqt_has_packed_weights_and_factors(place: Place) -> None:
     assert 0.5 * LINEARS < packed < 1.0 * LINEARS  # half a byte a value of W and of P, and scales
     lean = do("loqt lr=1e-3 loqt.rank=32 optim.states=int8", place)
     assert lean["state_bytes"] < 0.6 * 8 * (2 * factors + REST)
+    assert do("loqt lr=1e-3 loqt.init=loftq", place)["nats"] != line["nats"]  # the start that it asks for takes place
     per_layer = do("loqt lr=1e-3 optim.per_layer=true optim.clip_norm=0", place)
     assert 4 * 320 * 64 <= per_layer["gradient_bytes"] < line["gradient_bytes"] / 2
 

@@ -129,11 +129,26 @@ def test_the_figure_names_every_method_and_is_the_same_again(tmp_path: Path) -> 
         ("loqt lr=1e-3 optim.states=int8 loqt.rank=20", "write a multiple of 32"),
         ("loqt lr=1e-3 optim.lr=5e-2", "sets optim.lr"),
         ("adamw lr=1e-3 train.device=cpu", "sets train.device"),
+        ("loqt lr=1e-3 data.max_eval_sequences=3", "sets data.max_eval_sequences"),
+        ("muon lr=1e-3 optim.momentum=0.9", "does not read optim.momentum.*write muon.momentum, "),
+        ("loqt lr=1e-3 optim.momentum=0.9", "does not read optim.momentum.*with optim.name=muon"),
+        ("adamw lr=1e-3 optim.name=muon", "does not read optim.name"),
+        ("full lr=1e-3 loqt.rank=32", "does not read loqt.rank"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(text: str, advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         parse_run(text, SCALE)
+
+
+def test_what_a_method_does_not_read_is_known() -> None:
+    muon = ("optim.name", "muon"), ("optim.momentum", "0.9")
+    assert all(
+        Run(method=name, scale=SCALE, lr=1.0, rest=1.0, variant=muon).reads(muon[1][0]) for name in ("loqt", "full")
+    )
+    galore = Run(method="galore", scale=SCALE, lr=1.0, rest=1.0)
+    assert galore.reads("loqt.rank") and galore.reads("galore.scale") and galore.reads("optim.clip_norm")
+    assert not any(map(galore.reads, ("galore.scal", "loqt.merge.gap", "optim.states")))
 
 
 def test_one_run_has_one_form() -> None:

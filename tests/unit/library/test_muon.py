@@ -36,5 +36,9 @@ def test_the_factors_take_muons_step_and_the_rest_adams() -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match=r"no LoQT layer; convert_to_loqt\(model, config\) comes first"):
         muon(Small(), lr=1e-2)
+    model = Small()
+    convert_to_loqt(model, config("none"))
+    with pytest.raises(UserError, match=r"has rank \d+; write ranks that 32 divides"):
+        muon(model, lr=1e-2, states="int8")
     dense = muon(Small(), lr=1e-2, dense_layers=["blocks.0.up"])
     assert [len(group["params"]) for group in dense.param_groups] == [1, 7]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loqt_scale.config import OptimConfig
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.metrics import (
     METRICS_FILE,
@@ -28,7 +29,7 @@ from loqt_scale.metrics import (
     replay,
 )
 from loqt_scale.metrics import events as event_files
-from loqt_scale.training.messages import alignment_note
+from loqt_scale.training.messages import alignment_note, optimizer_words, states_note
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -276,3 +277,17 @@ def test_widths_that_a_gpu_is_slow_with_are_said(words: list[str], device: str, 
     assert alignment_note([2048, 5464], config.model, device_type=device) == []
     lines = alignment_note([2048, 5461], config.model, device_type=device)
     assert bool(lines) == said and all("5461" in line and "5464" in line for line in lines)
+
+
+def test_moments_that_stay_float32_are_told() -> None:
+    """172 values are blocks of 4, which would not pay."""
+    eight_bits = OptimConfig(states="int8")
+    assert states_note([64, 64, 172], OptimConfig()) == states_note([64, 5472], eight_bits) == []
+    assert "1 of 3 linears have rows of 172 values" in states_note([64, 64, 172], eight_bits)[0]
+
+
+def test_the_optimizer_is_named() -> None:
+    """`--method full` after a config with Muon takes Muon, too."""
+    lean = OptimConfig(name="muon", momentum=0.9, states="int8", per_layer=True, clip_norm=0.0)
+    muon = "Muon (momentum 0.9), AdamW for embeddings, norms, head; int8 states; updates inside the backward pass"
+    assert (optimizer_words(OptimConfig()), optimizer_words(lean)) == ("AdamW", muon)
