@@ -88,13 +88,14 @@ def shapes_only(model: nn.Module) -> Iterator[None]:
 
     `deepspeed.initialize` gathers each one that trains, to hang a hook on it, and frees it at once.
     """
-    methods = {parameter: parameter.all_gather for parameter in model.parameters() if hasattr(parameter, "ds_id")}
-    for parameter, method in methods.items():
+    parts: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    methods = [(parameter, parameter.all_gather) for parameter in parts]
+    for parameter, method in methods:
         parameter.all_gather = partial(_give_shape, parameter, method)
     try:
         yield
     finally:
-        for parameter, method in methods.items():
+        for parameter, method in methods:
             parameter.all_gather = method
             parameter.partition()
 
