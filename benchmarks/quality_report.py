@@ -64,7 +64,9 @@ def row(best: Best, base: Best | None, scale: Scale) -> list[object]:
     record, perplexities = best.record, [own["perplexity"] for own in best.by_seed.values()]
     ratios = best.over(base) if base is not None else []
     share = f"{bytes_of(record) / bytes_of(base.record):.3f}" if base is not None else "-"
-    rates = f"{best.run.lr:g}, {best.run.rest:g} (of {best.tried}{', at the edge' if best.at_edge else ''})"
+    edges = [whose for whose, there in (("linears'", best.at_edge), ("rest's", best.rest_at_edge)) if there]
+    said = f", {' and '.join(edges)} at the edge" if edges else ""
+    rates = f"{best.run.lr:g}, {best.run.rest:g} (of {best.tried}{said})"
     bits = sum(own["bits_per_byte"] for own in best.by_seed.values()) / len(best.by_seed)
     cells: list[object] = [name_of(best.run.family, scale), rates, len(best.by_seed), spread(perplexities, 3)]
     cells += [f"**{spread(ratios, 3)}**" if ratios else "-", f"{bits:.4f}", megabytes(bytes_of(record))]
@@ -76,10 +78,11 @@ def notes(known: Table) -> str:
     return (
         "Perplexity: held-out text, 256 sequences, mean over seeds (lowest to highest). `/ full AdamW's`: over that of "
         "full-rank AdamW at its best rates, seed by seed. `rates`: of the linears, and of embeddings, norms and head; "
-        "the best, from the first seed, of so many pairs tried (at the edge: the best rate of the linears was the "
-        "lowest or highest tried, or fewer than three were). `state`: measured, storages of weights (packed ones "
-        "included), of all gradients at once, and of whatever the optimizer keeps; activations and a merge's working "
-        f"memory are not in it. tokens/s: of training alone, beside other runs. {len(known.records)} runs."
+        "the best, from the first seed, of so many pairs tried (at the edge: the best rate of the linears, or that of "
+        "the rest beside it, was the lowest or highest tried, or fewer than three were). `state`: measured, storages "
+        "of weights (packed ones included), of all gradients at once, and of whatever the optimizer keeps; activations "
+        "and a merge's working memory are not in it. tokens/s: of training alone, beside other runs. "
+        f"{len(known.records)} runs."
     )
 
 

@@ -92,13 +92,19 @@ class Table:
         run, _ = ranked[0]
         same = {other.seed: record for other, record in self.by_family[family] if _rates(other) == _rates(run)}
         lrs = {own.lr for own, _ in ranked}
-        at_edge = len(lrs) < 3 or run.lr in (min(lrs), max(lrs))
-        return Best(run, same, tried=len(ranked), rates=len(lrs), at_edge=at_edge)
+        rests = {own.rest for own, _ in ranked if own.lr == run.lr}
+        edges = {"at_edge": is_edge(run.lr, lrs), "rest_at_edge": is_edge(run.rest, rests)}
+        return Best(run, same, tried=len(ranked), rates=len(lrs), **edges)
 
     def every_best(self) -> list[Best]:
         """One a family, lowest perplexity first."""
         found = [best for family in self.by_family if (best := self.best(family)) is not None]
         return sorted(found, key=lambda best: best.nats)
+
+
+def is_edge(rate: float, tried: set[float]) -> bool:
+    """Whether a rate is the lowest or highest of those tried, or one of fewer than three."""
+    return len(tried) < 3 or rate in (min(tried), max(tried))
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Best:
         tried: Pairs of rates that were tried.
         rates: Of them, different ones of the linears: three or more are a sweep.
         at_edge: Whether its `lr` is the lowest or highest tried, so that a better one may lie beyond.
+        rest_at_edge: Whether its `rest` is, of those tried at this `lr`.
     """
 
     run: Run
@@ -118,6 +125,7 @@ class Best:
     tried: int
     rates: int
     at_edge: bool
+    rest_at_edge: bool
 
     @property
     def nats(self) -> float:

@@ -30,14 +30,21 @@ def low_rank_parameters(model: nn.Module, dense_layers: Iterable[str] = ()) -> l
 
 def dense_weight_of(model: nn.Module, name: str) -> nn.Parameter:
     """The weight of a layer that was left dense; of experts the name is the parameter's own."""
+    own = _own_parameter(model, name)
+    return model.get_parameter(f"{name}.weight") if own is None else own
+
+
+def _own_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of this name, if it is not a module's."""
     parent, _, leaf = name.rpartition(".")
     own = getattr(model.get_submodule(parent), leaf)
-    return own if isinstance(own, nn.Parameter) else model.get_parameter(f"{name}.weight")
+    return own if isinstance(own, nn.Parameter) else None
 
 
 def _refuse_experts(model: nn.Module, dense_layers: Iterable[str]) -> None:
     names = [name for name, layer in loqt_layers(model) if layer.spec.experts is not None]
-    names += [name for name in dense_layers if dense_weight_of(model, name).dim() != 2]
+    own = {name: _own_parameter(model, name) for name in dense_layers}  # a linear's is flat under ZeRO 3
+    names += [name for name, parameter in own.items() if parameter is not None and parameter.dim() != 2]
     if names:
         raise UserError(
             f"optim.name is muon, but {names[0]} holds the matrices of several experts, which Muon would take for one; "

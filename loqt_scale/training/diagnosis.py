@@ -2,7 +2,8 @@
 
     the subspace is frozen    P is the old P again: a merge only quantizes anew
     the update is lost        re-quantization rounds away most of what was folded into W
-    the loss rises            it is well above what it was between earlier merges: the learning rates are too high
+    the loss rises            it is well above what it was between earlier merges, or in the first step: the learning
+                              rates are too high
 
 The thresholds are from short runs, sound and spoilt on purpose (docs/training.md has the numbers); no sound one is told
 anything. What cannot be seen here is a rate that is too high, or too low, and trains all the same: neither overlap,
@@ -11,6 +12,7 @@ survival, gradient energy nor clipping tell it from a good one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from statistics import median
 
@@ -25,6 +27,7 @@ from loqt_scale.metrics import Reminder
 FROZEN, FROZEN_MERGES = 0.9, 3  # share of the old subspace beyond chance, in so many merges in a row
 LOST = 0.5  # survival below this
 RISE, WINDOW = 0.2, 20  # nats above the best mean of so many steps or more
+RISE_ABOVE_FIRST = 1.0  # nats above the first step's loss, which is that of one batch
 
 
 def subspace_is_frozen(reports: list[MergeReport], chance: Mapping[str, float]) -> bool:
@@ -55,9 +58,13 @@ def update_is_lost(report: MergeReport) -> bool:
     return bool(found) and median(found) < LOST
 
 
-def loss_rises(windows: list[float]) -> bool:
-    """Whether the last of the mean losses (nats, ascending in time) is well above the best one before it."""
-    return len(windows) > 1 and windows[-1] > min(windows[:-1]) + RISE
+def loss_rises(windows: list[float], first: float = math.inf) -> bool:
+    """Whether the last of the mean losses (nats, ascending in time) is well above the best one before it, or `first`.
+
+    A rate that is high enough has the first mean blown up already, which then is no measure for the others.
+    """
+    above_first = bool(windows) and windows[-1] > first + RISE_ABOVE_FIRST
+    return above_first or (len(windows) > 1 and windows[-1] > min(windows[:-1]) + RISE)
 
 
 def chance_overlaps(model: nn.Module) -> dict[str, float]:
@@ -82,11 +89,13 @@ class Diagnosis:
         self._reports: list[MergeReport] = []
         self._total, self._count = 0.0, 0  # of the losses since the last merge that was judged
         self._windows: list[float] = []
+        self._first = math.inf  # the first step's loss
         self._frozen, self._lost, self._rising = (Reminder(tell) for _ in range(3))
         self._tell, self._repeated = tell, set[str]()
 
     def take_loss(self, loss: float) -> None:
         """The loss of a step that was applied, in nats."""
+        self._first = loss if math.isinf(self._first) else self._first
         self._total, self._count = self._total + loss, self._count + 1
 
     def take_epochs(self, epochs: Mapping[str, float]) -> None:
@@ -105,7 +114,9 @@ class Diagnosis:
         if self._count >= WINDOW:
             self._windows = [*self._best(), self._total / self._count]
             self._total, self._count = 0.0, 0
-            self._judge(self._rising, loss_rises(self._windows), self._of_rising, "the loss has come down again")
+            self._judge(
+                self._rising, loss_rises(self._windows, self._first), self._of_rising, "the loss has come down again"
+            )
 
     def _best(self) -> list[float]:
         return [min(self._windows)] if self._windows else []
@@ -132,7 +143,7 @@ class Diagnosis:
         )
 
     def _of_rising(self) -> str:
-        before, now = self._windows
+        before, now = min(self._first, *self._windows), self._windows[-1]
         optim = self._optim
         rates = f"optim.lr {optim.lr:g}" + (
             "" if optim.full_precision_lr is None else f" or optim.full_precision_lr {optim.full_precision_lr:g}"

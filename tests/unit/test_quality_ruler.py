@@ -54,7 +54,7 @@ def test_a_sweep_finds_both_best_rates_wherever_they_are(shifts: list[int]) -> N
     runs = finish("sweep", known, loss)
     assert len(set(runs)) == len(runs)
     for best in Table(known).every_best():
-        assert best.rates >= 3 and not best.at_edge
+        assert best.rates >= 3 and not best.at_edge and not best.rest_at_edge
         assert best.run.lr == pytest.approx(loss[best.run.method])
         assert best.run.rest == pytest.approx(loss["rest"])
     finish("finalists", known, loss)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from loqt_scale.config import OptimConfig
 from loqt_scale.functional.orthogonal import (
     COEFFICIENTS,
     ITERATIONS,
@@ -21,7 +22,7 @@ from loqt_scale.functional.orthogonal import (
     update_scale,
 )
 from loqt_scale.functional.transport import apply_state_policy
-from loqt_scale.optim import Fragment, RowShards, StreamedMuon, muon, open_moments, step_if_finite
+from loqt_scale.optim import Fragment, RowShards, StreamedMuon, create_optimizer, muon, open_moments, step_if_finite
 from tests.unit.shards import Shards
 
 RATE, DECAY, MOMENTUM, STEPS = 0.02, 0.1, 0.9, 3
@@ -183,3 +184,12 @@ def test_triangles_hold_symmetric_matrices(count: int, size: int) -> None:
     triangles = pack_symmetric(matrices)
     assert triangles.shape == (count, size * (size + 1) // 2)
     assert torch.equal(unpack_symmetric(triangles, size), matrices)
+
+
+def test_dense_weights_that_zero_3_has_emptied_are_not_taken_for_experts() -> None:
+    """DeepSpeed leaves one dimension of a parameter, without values, before the optimizer is made."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    groups = create_optimizer(model, OptimConfig(name="muon"), ["0", "1"]).param_groups
+    assert [(group["muon"], len(group["params"])) for group in groups] == [(True, 2), (False, 1)]

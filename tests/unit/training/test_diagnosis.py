@@ -67,6 +67,7 @@ def test_the_loss_rises_above_the_best_of_before() -> None:
     assert not loss_rises([]) and not loss_rises([5.0])
     assert not loss_rises([3.0, 3.15])
     assert loss_rises([3.0, 3.3]) and loss_rises([9.0, 3.0, 3.3])
+    assert loss_rises([49.0], 5.8) and loss_rises([49.0, 20.0], 5.8) and not loss_rises([49.0, 6.5], 5.8)
 
 
 RUN = RunConfig(optim=OptimConfig(lr=0.02, full_precision_lr=0.01))
@@ -97,6 +98,12 @@ def test_it_says_once_what_to_change_and_when_it_is_over() -> None:
     assert rising[0].startswith("WARNING: the mean loss since the last merge is 3.500 and was 3.000 before")
     assert "lower optim.lr 0.02 or optim.full_precision_lr 0.01" in rising[0]
     assert rising[1:] == ["the loss has come down again"]
+    blown_up: list[str] = []  # from the first steps on: every mean is lower than the one before
+    diagnosis = Diagnosis(RUN.loqt, RUN.optim, CHANCE, blown_up.append)
+    for loss in (5.8, *[49.0] * WINDOW):
+        diagnosis.take_loss(loss)
+    diagnosis.take_merge(sound[0])
+    assert "is 46.943 and was 5.800 before" in blown_up[0]
     frozen = told(RUN, [3.0] * 4, merged(config(), lr=1e-7, same_batch=True)[1:])
     assert len([line for line in frozen if "loqt.merge.gap: 200 instead of 100" in line]) >= 1
 
