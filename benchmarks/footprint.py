@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 from loqt_scale.config import RunConfig
 from loqt_scale.config.yaml import parse_run_config
 from tests.distributed.footprint_tasks import (
-    allocations,
     kinds_held,
     make_trainer,
     measured_peaks,
     update_without_merge,
 )
+from tests.distributed.instruments import allocations
 from tests.distributed.pool import RankPool
 
 KINDS = {

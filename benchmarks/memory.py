@@ -27,12 +27,12 @@ import torch
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.plan import plan_run
 from tests.distributed.footprint_tasks import (
-    allocations,
     kinds_held,
     live_tensor_bytes,
     make_trainer,
     measured_peaks,
 )
+from tests.distributed.instruments import allocations
 from tests.distributed.pool import RankPool
 
 BF16 = ["--model.dtype=bfloat16"]

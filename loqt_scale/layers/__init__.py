@@ -1,4 +1,9 @@
-"""The layer and how it gets into a model."""
+"""The layer and how it gets into a model.
+
+a layer         layer (what all have in common), linear, experts; frozen (packed W_q and P), weight (what `.weight`
+                is), copies (averages of layers), saving (state dicts)
+a conversion    candidates (what could be one) -> select (which become one) -> convert -> report; names (no wrappers')
+"""
 
 from loqt_scale.layers.candidates import Candidate
 from loqt_scale.layers.convert import check_kinds, convert, convert_to_loqt, loqt_layers, select_linears

@@ -1,4 +1,13 @@
-"""The merge: factors folded into the quantized base, a fresh subspace, one layer at a time, every rank."""
+"""The merge: factors folded into the quantized base, a fresh subspace, one layer at a time, every rank.
+
+Read `coordinator`, which a loop calls, then
+
+what a loop does    schedule (which steps merge), order (of calls), beginning, settings (does a run go on as it
+                    was), spread (how the model lies on ranks), begun (a merge that an error has interrupted)
+the new P           probes -> collection -> basis, led by `subspace`
+the layer           one_layer, of a mixture's experts `experts`; placed (its rows here), diagnostics -> report
+the first merge     sources (weights before quantization), first_weights (are they this model's), start (`loqt.init`)
+"""
 
 from loqt_scale.merge.coordinator import MergeCoordinator
 from loqt_scale.merge.placed import InitialWeights

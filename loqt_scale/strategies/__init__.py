@@ -5,11 +5,12 @@ What a strategy is made of, each in a module of its own: `comm`, `placement`, `s
 
     SINGLE   single.py                one process; `offload.py`: some of it in the host's memory
     DDP      ddp.py                   everything replicated, gradients all-reduced
-    FSDP     fsdp.py                  every parameter sharded on dim 0, gathered around its use
+    FSDP     fsdp.py                  every parameter sharded on dim 0, gathered around its use; `hybrid.py`: in groups
     ZERO     zero/strategy.py         the model in a DeepSpeed engine
 
 `registry` finds them, and other packages', by name; `create` makes the one that a run names. How ranks meet and notice
 that one is lost: `rendezvous`, `roll_call`. To add a strategy: docs/strategies.md.
+How somebody else has spread a model, for loops of one's own: `adopt`.
 """
 
 from torch.distributed.distributed_c10d import Store

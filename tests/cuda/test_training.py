@@ -20,7 +20,8 @@ from loqt_scale.strategies import single_process
 from loqt_scale.training.trainer import Trainer
 from tests.cuda.conftest import Settings
 from tests.cuda.test_kernels import random, relative
-from tests.distributed.footprint_tasks import HostReads, device_peaks, make_trainer
+from tests.distributed.footprint_tasks import device_peaks, make_trainer
+from tests.distributed.instruments import HostReads
 from tests.distributed.pool import RankPool
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from transformers import (
 from loqt_scale import LoQTConfig, convert_to_loqt, save_merged, to_dense
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
-from tests.distributed.footprint_tasks import allocations
+from tests.distributed.instruments import allocations
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
