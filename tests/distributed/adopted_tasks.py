@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt, muon
-from loqt_scale.merge.one_layer import LayerMerge
-from loqt_scale.merge.sources import WeightsInMemory
 
 STEPS, SAVED, SEQUENCES, LENGTH, VOCABULARY = 12, 7, 8, 16, 64
 
@@ -272,60 +269,6 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micr
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-
-
-def shared_over_replicas() -> dict[str, Any]:
-    """HSDP: what this rank has merged and read; and the same loop whose second replica once cannot merge. Every rank.
-
-    The error comes in its second layer of the second merge. In the other loop the weights before quantization lie
-    elsewhere than the model.
-    """
-    dist.init_process_group("gloo")
-    merged: list[str] = []
-    read: list[int] = []
-    fails = [False] * 100
-    run, rows = LayerMerge.run, WeightsInMemory.rows
-
-    def noted(self: LayerMerge, name: str, *rest: Any) -> Any:
-        merged.append(name)
-        if fails[len(merged) - 1]:
-            raise MemoryError("no room")
-        return run(self, name, *rest)
-
-    def counted(self: WeightsInMemory, name: str, start: int, stop: int) -> Tensor:
-        read.append(stop - start)
-        return rows(self, name, start, stop)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerMerge, "run", noted)
-        patch.setattr(WeightsInMemory, "rows", counted)
-        loop = make_loop("hsdp", "nf4")
-        loop.steps(0, STEPS)
-        first, rows_read = list(merged), sum(read)
-        merged.clear()
-        fails[3] = dist.get_rank() >= 2
-        other = make_loop("hsdp", "nf4", scattered=True)
-        other.steps(0, 5)
-        try:
-            other.steps(5, 6)
-            told = "nothing"
-        except (MemoryError, RuntimeError) as error:
-            told = f"{type(error).__name__}: {error}"
-        other.reports.append(other.merges.finish())
-        other.optimizer.zero_grad()
-        other.steps(6, STEPS)
-    same = all(
-        torch.equal(a.to_local(), b.to_local())
-        for a, b in zip(loop.model.parameters(), other.model.parameters(), strict=True)
-    )
-    return {
-        "merged": first,
-        "merged with an error": merged,
-        "rows": rows_read,
-        "told": told,
-        "same": same and loop.losses[6:] == other.losses[5:],
-        "reports": str([r.layers for r in loop.reports if r]) == str([r.layers for r in other.reports if r]),
-    }
 
 
 def refusals() -> dict[str, str]:
