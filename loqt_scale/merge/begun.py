@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from loqt_scale.layers import LoQTLayer
-from loqt_scale.merge.one_layer import LayerMerge
+from loqt_scale.merge.one_layer import NUMBERS, LayerMerge
+from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.subspace import SubspaceSearch
+from loqt_scale.merge.turns import Change, in_turns
 from loqt_scale.strategies import Editing
 
 
@@ -32,18 +34,21 @@ class BegunMerge:
         self, layers: Mapping[str, LoQTLayer], search: SubspaceSearch, merging: LayerMerge, editing: Editing
     ) -> None:
         """Merges all layers that are not merged yet; those that do not train stay as they are. Every rank."""
-        for name, owner in search.owners.items():
-            if name in self.diagnostics:
-                continue
-            layer = layers[name]
-            if name not in search.live or not layer.factor.requires_grad:
-                merged, stayed = merging.rest(name)
-            else:
-                with editing.open(layer.merged_parameters()):
-                    merged, stayed = merging.run(name, owner, search.found(name))
+
+        def find(name: str, source: InitialWeights | None) -> Change:
+            return merging.run(name, search.owners[name], search.found(name), source)
+
+        def finish(name: str, replica: int, change: Change) -> None:
+            merging.carry(name, replica, change)
             search.forget(name)
-            self.kept += stayed
-            self.diagnostics[name] = merged
+            self.kept += merging.stays(name, change)
+            self.diagnostics[name] = change.numbers
+
+        rest = [name for name in search.owners if name not in self.diagnostics]
+        live = {name: search.owners[name] for name in rest if name in search.live and layers[name].factor.requires_grad}
+        for name in (name for name in rest if name not in live):
+            finish(name, 0, merging.rest(name))
+        in_turns(layers, live, merging.source, editing, numbers=NUMBERS, find=find, finish=finish)
 
     def read(self, editing: Editing) -> dict[str, list[float]]:
         """All layers' diagnostics on the host, their last two numbers summed over shards at once. Every rank."""

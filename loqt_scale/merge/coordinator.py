@@ -8,9 +8,10 @@ On a merge step u the trainer calls `prepare(u)` before the forward pass and `fi
 
 and in `finish`, layer by layer,
 
-    broadcast  P, packed as the layer will hold it, to all
-    merge      each rank folds, re-quantizes and compensates its own rows of W (functional.compensation);
+    broadcast  P, packed as the layer will hold it, to all ranks that store the model once
+    merge      each of them folds, re-quantizes and compensates its own rows of W (functional.compensation);
                nobody ever holds a whole W
+    hand on    what was found, where there are several copies of the model (HSDP): each merges other layers (`turns`)
     transport  the optimizer's moments of B into the new basis
 
 `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards):

@@ -9,7 +9,6 @@ keeps its P, B, W_q and moments; without a P it gets a random one, as any other 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,11 +20,12 @@ from loqt_scale.functional.loftq import Packed, Residual, loftq
 from loqt_scale.functional.quantization import unpack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.functional.transport import StateKind, basis_rotation, carry_states
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
-from loqt_scale.merge.sources import of_layer
-from loqt_scale.strategies import Editing, EditStates
+from loqt_scale.merge.turns import KEPT, NEW, TURNED, Change, Found
+from loqt_scale.strategies import Editing
 
 
 def expert_names(name: str, experts: int) -> list[str]:
@@ -33,28 +33,13 @@ def expert_names(name: str, experts: int) -> list[str]:
     return [f"{name}[{expert}]" for expert in range(experts)]
 
 
-@dataclass(frozen=True)
-class MergedExperts:
-    """What a merge of a layer of experts did.
-
-    Args:
-        diagnostics: As of one layer (see `coordinator`), means over the experts; None if all were kept.
-        kept: Which stay as they are.
-        edit: What to do to the rows of B's moments, beginning with row `first` (see `Editing.edit_moments`).
-    """
-
-    diagnostics: Tensor | None
-    kept: Collection[int]
-    edit: EditStates
-
-
 class ExpertsMerge:
-    """One merge of one layer. Every rank; inside `editing.open` of its parameters.
+    """One merge of one layer. Every rank of one replica; inside `editing.open` of its parameters.
 
     Args:
         name: The layer's.
         placed: The layer as it is spread.
-        found: The new P of all experts, on every rank.
+        found: The new P of all experts, on every rank of it.
         first_due: Experts whose first merge this is, whatever their P says.
         source: The weights before quantization, if they are known.
         config: The merge's settings.
@@ -82,29 +67,30 @@ class ExpertsMerge:
         self._kept = [expert for expert, pair in enumerate(zip(had, blank, strict=True)) if all(pair)]
         self._first = [not had[expert] or expert in first_due for expert in range(len(had))]
 
-    def run(self) -> MergedExperts:
-        """Merges all experts that are not kept."""
+    def run(self) -> Change | None:
+        """What becomes of the layer, nothing of which is changed yet; None: all of it stays as it is.
+
+        Its numbers are as those of one layer (see `coordinator`): means over the experts.
+        """
         live = [expert for expert in range(self._spec.expert_count) if expert not in self._kept]
         if not live:
-            return MergedExperts(None, self._kept, lambda *_: None)
-        self._gather_source(live)
+            return None
         self._keep_old_bases()
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
         results = in_step([self._start(e, weights, old_factor, new[e]) for e in live], self._editing.sum)
         rows = [self._describe(e, result, weights, old_factor, new[e]) for e, result in zip(live, results, strict=True)]
-        self._placed.store_basis(self._found.codes, self._found.scales)  # nothing has been changed up to here
-        self._store(live, results, old_factor)
-        rotations = {e: basis_rotation(self._old[e], new[e]) if self._had[e] else None for e in live}
-        edit = partial(_edit_moments, self._factor_rows, rotations, self._config.optimizer_state)
         table = torch.stack(rows)
-        diagnostics = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
-        return MergedExperts(diagnostics, self._kept, edit)
+        numbers = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
+        turned = [basis_rotation(self._old[expert], new[expert]) for expert in live if self._had[expert]]
+        packed = (self._found.codes, self._found.scales)
+        found = Found(packed, self._joined(live, results, old_factor), torch.stack(turned) if turned else None)
+        return Change([self._fate(expert) for expert in range(self._spec.expert_count)], numbers, found)
 
-    def _gather_source(self, live: Sequence[int]) -> None:
-        """Has the weights before quantization at hand if one of the experts needs them. Every rank."""
-        if self._source is not None and any(self._first[expert] for expert in live):
-            self._source = of_layer(self._source, self._name, self._placed.layer)
+    def _fate(self, expert: int) -> int:
+        if expert in self._kept:
+            return KEPT
+        return TURNED if self._had[expert] else NEW
 
     @property
     def _factor_rows(self) -> int:
@@ -185,7 +171,8 @@ class ExpertsMerge:
             is_known=self._source is not None,
         )
 
-    def _store(self, live: Sequence[int], results: Sequence[Compensated], old_factor: Tensor) -> None:
+    def _joined(self, live: Sequence[int], results: Sequence[Compensated], old_factor: Tensor) -> Compensated:
+        """W_q and B of all experts, this rank's rows."""
         codes, scales = (None if part is None else part.clone() for part in self._base)
         assert codes is not None
         for expert, result in zip(live, results, strict=True):
@@ -195,17 +182,26 @@ class ExpertsMerge:
                 own_scales.copy_(result.scales)
             self._factor(expert, old_factor).copy_(result.factor)
         nothing = old_factor.new_zeros(())
-        self._placed.store(Compensated(codes, scales, old_factor, nothing, nothing))
+        return Compensated(codes, scales, old_factor, nothing, nothing)
 
 
-def _edit_moments(
-    rows: int,
+def edit_moments(
+    layer: LoQTLayer,
     rotations: dict[int, Tensor | None],
     policy: StatePolicy,
     start: int,
     states: Sequence[tuple[StateKind, Tensor]],
 ) -> None:
-    """Carries each merged expert's states into its new basis: `rows` of B belong to an expert."""
+    """Carries each merged expert's states into its new basis.
+
+    Args:
+        layer: The layer.
+        rotations: P_old^T P_new of each expert that is not kept; None: there was no P_old.
+        policy: See `carry_states`.
+        start: First row of B of these states.
+        states: Their rows.
+    """
+    rows = layer.factor.shape[0] // layer.spec.expert_count
     for expert, rotation in rotations.items():
         for kind, state in states:
             edges = (min(max(edge - start, 0), state.shape[0]) for edge in (expert * rows, (expert + 1) * rows))
@@ -216,8 +212,8 @@ def _edit_moments(
 
 def start_experts(
     name: str, placed: PlacedLayer, source: InitialWeights, *, owner: int, rounds: int, seed: int, device: torch.device
-) -> Tensor:
-    """Gives each expert W_q, P and B of LoftQ; returns the errors of quantization and now, means (2,). Every rank.
+) -> Change:
+    """W_q, P and B of LoftQ of each expert, the errors of quantization and now, means. Every rank of one replica.
 
     Args:
         name: The layer's.
@@ -237,13 +233,13 @@ def start_experts(
         results.append(result)
         bases.append(packed)
         errors.append(torch.stack([result.error_before, result.error]))
-    placed.store_basis(*(_joined([packed[part] for packed in bases]) for part in (0, 1)))  # type: ignore[arg-type]
     factor = torch.cat([result.factor for result in results])
     nothing = factor.new_zeros(())
     codes, scales = _joined([result.codes for result in results]), _joined([result.scales for result in results])
-    assert codes is not None
-    placed.store(Compensated(codes, scales, factor, nothing, nothing))
-    return torch.stack(errors).mean(0)
+    basis, basis_scales = (_joined([packed[part] for packed in bases]) for part in (0, 1))
+    assert codes is not None and basis is not None
+    found = Found((basis, basis_scales), Compensated(codes, scales, factor, nothing, nothing))
+    return Change([NEW] * layer.spec.expert_count, torch.stack(errors).mean(0), found)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

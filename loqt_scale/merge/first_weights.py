@@ -64,7 +64,7 @@ def check_first_weights(layers: Mapping[str, LoQTLayer], source: InitialWeights,
     """
     editing.settle()
     sums = torch.stack([_squares(name, layer, source, editing) for name, layer in layers.items()])
-    difference, size = editing.sum(sums).unbind(1)
+    difference, size = editing.comm.sum(sums).unbind(1)  # over all replicas, which leaves their ratio
     relative = (difference / size.clamp_min(1e-30)).sqrt()
     if bool(relative.max() <= TOLERANCE):
         return

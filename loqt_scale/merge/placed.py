@@ -72,7 +72,7 @@ class PlacedLayer:
         def agree(packed: Packed) -> Packed:
             for part in packed:
                 if part is not None:
-                    self._editing.comm.broadcast(part, owner)
+                    self._editing.broadcast(part, owner)
             return packed
 
         if expert is None:

@@ -40,7 +40,9 @@ class WeightsInMemory:
         return self._tensors[name].detach()[start:stop].to(torch.float32, copy=True)
 
     def gathered(self, name: str) -> InitialWeights:
-        """A source that has this tensor whole. Every rank, if it is distributed."""
+        """A source that has this tensor whole, if it is there. Every rank, if it is distributed."""
+        if name not in self._tensors:
+            return self
         tensor: Any = self._tensors[name].detach()
         return WeightsInMemory({name: tensor.full_tensor()}) if hasattr(tensor, "full_tensor") else self
 

@@ -19,7 +19,7 @@ from loqt_scale.layers import LoQTLayer
 from loqt_scale.merge.experts import start_experts
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.report import StartReport
-from loqt_scale.merge.sources import of_layer
+from loqt_scale.merge.turns import NEW, Change, Found, in_turns
 from loqt_scale.strategies import Editing
 
 
@@ -43,23 +43,24 @@ def start_compensated(
         editing: How the model is spread.
         seed: Of the run.
     """
-    started, errors = time.perf_counter(), {}
-    for name, owner in owners.items():
-        layer = layers[name]
-        if layer.spec.base.kind.exact:
-            continue
-        with editing.open(layer.merged_parameters()):
-            placed, rounds = PlacedLayer(layer, editing), config.merge.compensation_rounds
-            weights = of_layer(source, name, layer)
-            if layer.spec.experts is not None:
-                how = {"owner": owner, "rounds": rounds, "seed": seed}
-                errors[name] = start_experts(name, placed, weights, **how, device=editing.device)
-                continue
-            weight = initial_rows(weights, name, layer, *placed.rows).to(editing.device)
-            result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
-            placed.store_basis(*packed)
-            placed.store(result)
-            errors[name] = torch.stack([result.error_before, result.error])
+    started, errors, rounds = time.perf_counter(), {}, config.merge.compensation_rounds
+
+    def find(name: str, weights: InitialWeights | None) -> Change:
+        layer, owner = layers[name], owners[name]
+        placed = PlacedLayer(layer, editing)
+        assert weights is not None
+        if layer.spec.experts is not None:
+            how = {"owner": owner, "rounds": rounds, "seed": seed}
+            return start_experts(name, placed, weights, **how, device=editing.device)
+        weight = initial_rows(weights, name, layer, *placed.rows).to(editing.device)
+        result, packed = loftq(weight, placed.shard(owner), rounds=rounds, seed=stable_seed(seed, name))
+        return Change([NEW], torch.stack([result.error_before, result.error]), Found(packed, result))
+
+    def finish(name: str, replica: int, change: Change) -> None:
+        errors[name] = change.numbers
+
+    rounded = {name: owner for name, owner in owners.items() if not layers[name].spec.base.kind.exact}
+    in_turns(layers, rounded, source, editing, numbers=2, find=find, finish=finish)
     values = torch.stack([*errors.values()]).tolist() if errors else []
     seconds = time.perf_counter() - started
     return StartReport(seconds, {name: (before, after) for name, (before, after) in zip(errors, values, strict=True)})

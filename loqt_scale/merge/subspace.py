@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from loqt_scale.strategies import Comm
 # time at 48 x 16, nine tenths at 256 x 64, nothing at 512 x 256); a GPU is left idle by matrices of any usual size.
 BATCH_VALUES = 2**16
 DEVICE_BATCH_VALUES = 2**22
+Name = TypeVar("Name")
 AIR_BYTES = 2**24  # of sketches on their way: enough to hide the way of the small ones
 
 
@@ -148,7 +150,7 @@ class SubspaceSearch:
         self._found |= find_bases(self._layers, collected, self._config, seed=seed)
 
 
-def deal(names: Mapping[str, LoQTLayer], world_size: int) -> dict[str, int]:
+def deal(names: Iterable[Name], world_size: int) -> dict[Name, int]:
     """Owner of each layer, last layer first, as backward passes complete them.
 
     Every `world_size` layers each rank gets one, and each time another one: layers repeat from block to block, and

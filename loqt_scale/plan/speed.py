@@ -206,4 +206,4 @@ def _merge_seconds(
         products = (1 + 2 * rounds) * 2 * values * spec.projection.cols
         shared += products / (on.gpu.float32 * TERA * assumed.merge_products)
         shared += (1 + rounds) * values * assumed.merge_bytes / (on.gpu.bandwidth * GIGA * assumed.memory)
-    return passes * max(0.0, sketched - plain) + factorised / spread.ranks + shared / spread.work_size
+    return passes * max(0.0, sketched - plain) + (factorised + shared) / spread.ranks

@@ -7,11 +7,13 @@ all-reduce.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from loqt_scale.config import LoQTConfig, RunConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
-from loqt_scale.merge import probe_shape
+from loqt_scale.functional.shares import shard_range
+from loqt_scale.merge import NUMBERS, deal, probe_shape
 from loqt_scale.plan.memory import summed_bytes
 from loqt_scale.plan.shapes import ModelShapes
 from loqt_scale.plan.spread import Spread
@@ -92,23 +94,45 @@ def step_traffic(config: RunConfig, shapes: ModelShapes, spread: Spread, *, pass
 def merge_traffic(loqt: LoQTConfig, shapes: ModelShapes, spread: Spread, *, passes: int) -> Traffic:
     """A merge with the sketches of its step's passes: under fsdp an upper bound that is met up to padding.
 
-    Under HSDP each replica merges its own copy, and takes the first one's sums and rows.
+    Under HSDP of the replica that sends most: each merges its layers, and hands them on to the others.
     """
-    size = spread.work_size
     if spread.ranks == 1:
         return Traffic(0, 0)
-    layers = [_layer_merge(loqt, spec, size, passes) for spec in shapes.layers]
-    found, once, reduced = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0, 0)
+    size = spread.work_size
+    sketches = sum(FLOAT * math.prod(probe_shape(spec, loqt.subspace)) for spec in shapes.layers)
+    turned = [_turned_bytes(loqt, spec, size) for spec in shapes.layers]
+    found, once, reduced = max(_merged_in_replicas(loqt, shapes, turned, spread), key=sum)
     more, summed = _beyond_rows(shapes, spread)
-    once, reduced = once + more, reduced + summed
-    written = sum(p.nbytes(size) for p in shapes.parameters if p.kind in ("codes of W", "scales of W", "B"))
+    kinds = ("codes of W", "scales of W", "P", "B")
+    across = sum(p.nbytes(size) for p in shapes.parameters if p.kind in kinds) + sum(turned) // size
+    heads = sum(FLOAT * (NUMBERS + spec.expert_count) for spec in shapes.layers)
     return _Rings(
-        inside=once,
-        summed_inside=reduced,
-        across=written + reduced,
-        everywhere=found,
+        inside=found + once + more,
+        summed_inside=reduced + summed + FLOAT * 2 * len(shapes.layers),  # survival
+        across=across + heads,
+        everywhere=passes * sketches,
         summed_everywhere=4 * FLOAT,  # whether there is something to merge
     ).traffic(spread)
+
+
+def _turned_bytes(loqt: LoQTConfig, spec: LowRankSpec, ranks: int) -> int:
+    """What carries the moments of B over, r x r of each matrix, in the largest shares of its rows."""
+    rows = spec.expert_count * spec.projection.cols
+    whole = shard_range(rows, 0, ranks)[1] * ranks * spec.projection.cols
+    return FLOAT * whole if loqt.merge.optimizer_state == "transport" else 0
+
+
+def _merged_in_replicas(
+    loqt: LoQTConfig, shapes: ModelShapes, turned: Sequence[int], spread: Spread
+) -> Iterator[tuple[int, int, int]]:
+    """(the new P, gathered, all-reduced) payloads of each replica: of the layers it merges, and has from others."""
+    owners = deal(range(len(shapes.layers)), spread.ranks)
+    for replica in range(spread.replicas):
+        mine = [index for index, owner in owners.items() if owner // (spread.ranks // spread.replicas) == replica]
+        own = [_layer_merge(loqt, shapes.layers[index], spread.work_size) for index in mine]
+        others = sum(turned) - sum(turned[index] for index in mine)
+        found, once, reduced = (sum(column) for column in zip(*own, strict=True)) if own else (0, 0, 0)
+        yield found, once + others, reduced
 
 
 def _beyond_rows(shapes: ModelShapes, spread: Spread) -> tuple[int, int]:
@@ -127,16 +151,14 @@ def _beyond_rows(shapes: ModelShapes, spread: Spread) -> tuple[int, int]:
     return sum(p.nbytes() for p in weights), 3 * factors if spread.strategy == "zero" else 0
 
 
-def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int, passes: int) -> tuple[int, int, int]:
-    """(found and told to all ranks, gathered, all-reduced) payloads of one layer whose rows so many ranks share out."""
+def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int) -> tuple[int, int, int]:
+    """(the new P, gathered, all-reduced) payloads of one layer whose rows so many ranks share out."""
     base, layout, rounds = spec.base, spec.projection, loqt.merge.compensation_rounds
     packed = (layout.groups + ranks) * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
     rank, experts, each = layout.cols, spec.expert_count, spec.each
     factor_rows = experts * (each.base.rows + each.base.cols - each.projection.rows)
     factor = FLOAT * (factor_rows + ranks * base.group_rows) * rank
-    # a sketch of each pass, the new P, energies
-    found = passes * FLOAT * math.prod(probe_shape(spec, loqt.subspace)) + packed + FLOAT * experts
-    reduced = FLOAT * (2 + 3 * rounds * experts)  # survival, three numbers a round
+    found, reduced = packed + FLOAT * experts, FLOAT * 3 * rounds * experts  # energies; three numbers a round
     if spec.side == "output":
         return found, packed + factor, reduced + rounds * factor
     aligned = base.rows % ranks == 0 and base.group_rows == 1

@@ -11,7 +11,10 @@ The rows of a tensor are shared out over ranks, whoever stores them. A rank read
 Whoever can compute or read any rows, from a file say, need not send what somebody else stores: each rank brings the
 rows `rows_to_fill`, and `fill` puts them in their place.
 
-"Every rank" marks collective calls.
+Under HSDP (`hybrid`) this is so inside of each *replica*, a group of ranks that stores the model once. What one replica
+has found is handed on to the others (`hand_on`).
+
+"Every rank" marks collective calls, "every rank of it" those of one replica.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +56,16 @@ class Editing(ABC):
 
     Attributes:
         work_rank: This rank's place among those that share out rows.
-        work_size: How many these are.
+        work_size: How many these are: the ranks of a replica.
+        replica: The replica that this rank has a part of.
+        replicas: How many there are, each of which could do all the work alone.
         keeps_masters: Whether what trains has float32 copies that are updated in its place.
         keeps_gradients: Whether `.grad` of what trains stays where autograd has put it until the loop takes it away.
     """
 
     keeps_masters = False
     keeps_gradients = False
+    replica, replicas = 0, 1
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
@@ -76,16 +83,20 @@ class Editing(ABC):
         return shard_range(total, self.work_rank if rank is None else rank, self.work_size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks that share out rows; the same on all ranks. Every rank. One all-reduce."""
+        """Sum over the ranks that share out rows; the same on all of them. Every rank of it. One all-reduce."""
         return self.comm.sum(tensor)
 
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """Concatenates work shares: the rank at place i holds rows ranges[i] of the result. Every rank."""
+        """Concatenates work shares: the rank at place i holds rows ranges[i] of the result. Every rank of it."""
         return self.comm.gather_pieces(piece, ranges)
 
     def gather_shares(self, piece: Tensor, total: int) -> Tensor:
-        """Concatenates work shares as `rows` cuts them out of `total` rows. Every rank."""
+        """Concatenates work shares as `rows` cuts them out of `total` rows. Every rank of it."""
         return self.gather_pieces(piece, [self.rows(total, rank) for rank in range(self.work_size)])
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Overwrites a tensor by that of rank `owner` of all, in place. Every rank of its replica."""
+        self.comm.broadcast(tensor, owner)
 
     def as_shard(self, piece: Tensor, shape: Sequence[int]) -> Tensor:
         """The work share that this rank writes to a checkpoint, with its place in the whole tensor.
@@ -110,6 +121,31 @@ class Editing(ABC):
         """The ranks that share out rows, on the host, in a row; copies of them below. Every rank, the first time."""
         return self.comm.host_mesh()
 
+    # ---- replicas ----------------------------------------------------------------------------------------------------
+
+    def replica_of(self, rank: int) -> int:
+        """The replica of a rank of all. Local."""
+        return 0
+
+    def hand_on(self, tensor: Tensor, replica: int) -> None:
+        """Overwrites what this rank stores of a tensor by what its like in a replica does, in place. Every rank."""
+        return
+
+    def hand_on_whole(self, whole: Tensor | None, shape: Sequence[int], replica: int) -> Tensor:
+        """A tensor that each rank of a replica has whole, on all: a part is sent to each, and gathered. Every rank.
+
+        Args:
+            whole: The tensor, float32, in that replica; None elsewhere.
+            shape: Of it.
+            replica: Which.
+        """
+        assert whole is not None
+        return whole
+
+    def gather_from_replicas(self, mine: Any) -> list[Any]:
+        """What this rank's likes in all replicas hold, by replica; plain data only. Every rank."""
+        return [mine]
+
     # ---- parameters --------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
@@ -126,7 +162,10 @@ class Editing(ABC):
 
     @abstractmethod
     def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """Replaces this rank's work share of a parameter, and sends it to whoever stores it. Every rank."""
+        """Replaces this rank's work share of a parameter, and sends it to whoever stores it. Every rank of it.
+
+        Other replicas keep theirs: `hand_on` makes them the same.
+        """
 
     @abstractmethod
     def store(self, parameter: Tensor, whole: Tensor) -> None:

@@ -1,14 +1,15 @@
 """HSDP: groups of ranks that each store a whole model, sharded on dim 0 inside of the group.
 
-A 2-D mesh, replicas x shards: a column holds copies of one shard, a row holds one model. Sketches are summed over all
-ranks, for each reads its own sequences. Rows are shared out inside of a row of the mesh, and each row of it merges its
-own copy. The copies must not drift, whatever kernels the ranks have: what was summed over shards, and what a merge
-writes, is the first row's.
+A 2-D mesh, replicas x shards: a column holds copies of one shard, a row, a *replica*, holds one model. Sketches are
+summed over all ranks, for each reads its own sequences. Layers of a merge are shared out over replicas: the replica
+of the rank that has found a layer's P merges it, its ranks share out the rows, and hand on what they have written
+along their columns. So the copies cannot drift, whatever kernels the ranks have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,10 @@ def column_and_row(mesh: DeviceMesh, device: torch.device) -> tuple[Comm, Comm]:
 
 
 class HybridEditing(ShardEditing):
-    """See the module's docstring.
+    """See the module's docstring. "Every rank of it": of a replica.
 
     Args:
-        comm: All ranks of the mesh.
+        comm: All ranks of the mesh. Every rank.
         placement: Where the parameters lie: its shards are the work shares.
         shards: The ranks of this rank's row of the mesh.
         replicas: Those of its column.
@@ -66,17 +67,21 @@ class HybridEditing(ShardEditing):
         super().__init__(comm, placement)
         self._shards, self._replicas = shards, replicas
         self.work_rank, self.work_size = shards.rank, shards.world_size
+        self.replica, self.replicas = replicas.rank, replicas.world_size
+        self._places = comm.gather_objects((self.replica, self.work_rank))  # by rank of all
         self._host_mesh: DeviceMesh | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """See `Editing.sum`. Every rank. One all-reduce in the row, one broadcast in the column."""
-        summed = self._shards.sum(tensor).contiguous()
-        self._replicas.broadcast(summed, 0)
-        return summed
+        """See `Editing.sum`. One all-reduce in the row."""
+        return self._shards.sum(tensor)
 
     def gather_pieces(self, piece: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """See `Editing.gather_pieces`. Every rank. One all-gather in the row."""
+        """See `Editing.gather_pieces`. One all-gather in the row."""
         return self._shards.gather_pieces(piece, ranges)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """See `Editing.broadcast`. One broadcast in the row."""
+        self._shards.broadcast(tensor, self._places[owner][1])
 
     def host_mesh(self) -> DeviceMesh:
         """See `Editing.host_mesh`: one of the copies is saved."""
@@ -84,8 +89,29 @@ class HybridEditing(ShardEditing):
             self._host_mesh = init_device_mesh("cpu", (self._replicas.world_size, self._shards.world_size))
         return self._host_mesh
 
-    def write(self, parameter: Tensor, piece: Tensor) -> None:
-        """The work share is what is stored. Every rank. One broadcast in the column."""
-        agreed = piece.contiguous()
-        self._replicas.broadcast(agreed, 0)
-        super().write(parameter, agreed)
+    def fill(self, parameter: Tensor, rows: Tensor) -> None:
+        """See `Editing.fill`. One broadcast in the column: of the first replica's, whatever kernels packed it."""
+        super().fill(parameter, rows)
+        self.hand_on(parameter, 0)
+
+    def replica_of(self, rank: int) -> int:
+        """See `Editing.replica_of`."""
+        return int(self._places[rank][0])
+
+    def hand_on(self, tensor: Tensor, replica: int) -> None:
+        """See `Editing.hand_on`. One broadcast in the column."""
+        self._replicas.broadcast(self.placement.local(tensor), replica)
+
+    def hand_on_whole(self, whole: Tensor | None, shape: Sequence[int], replica: int) -> Tensor:
+        """See `Editing.hand_on_whole`. One broadcast in the column; an all-gather in the rows that had nothing."""
+        start, stop = self.rows(shape[0])
+        if whole is not None:
+            self._replicas.broadcast(whole[start:stop].contiguous(), replica)
+            return whole
+        piece = torch.empty((stop - start, *shape[1:]), dtype=torch.float32, device=self.device)
+        self._replicas.broadcast(piece, replica)
+        return self.gather_shares(piece, shape[0])
+
+    def gather_from_replicas(self, mine: Any) -> list[Any]:
+        """See `Editing.gather_from_replicas`."""
+        return self._replicas.gather_objects(mine)

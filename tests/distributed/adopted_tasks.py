@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -159,7 +160,14 @@ class Loop:
 
 
 def make_loop(
-    how: str, scheme: str, *, micro: int = 1, counted: bool = False, states: str = "", experts: bool = False
+    how: str,
+    scheme: str,
+    *,
+    micro: int = 1,
+    counted: bool = False,
+    states: str = "",
+    experts: bool = False,
+    scattered: bool = False,
 ) -> Loop:
     """A loop before its first step. Every rank.
 
@@ -170,10 +178,14 @@ def make_loop(
         counted: See `Loop`.
         states: Of our Muon's moments; "": torch's AdamW.
         experts: Whether the blocks are mixtures.
+        scattered: Whether the weights before quantization are given as rows of all ranks, whatever mesh the model has.
     """
     rank = 32 if states == "int8" else 8  # fewer columns are too few for a block of codes
     model, before, settings = converted(scheme, experts=experts, rank=rank)
     wrapped, optimizer = _spread(how, model, micro, states)
+    if scattered:
+        everybody = init_device_mesh("cpu", (dist.get_world_size(),))
+        before = {name: distribute_tensor(weight.clone(), everybody, [Shard(0)]) for name, weight in before.items()}
     merges = MergeCoordinator(wrapped, optimizer, settings, initial_weights=before)
     return Loop(how, model, wrapped, optimizer, merges, micro, counted)
 

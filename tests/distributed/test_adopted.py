@@ -77,12 +77,33 @@ def test_quantized_experts_in_a_loop_of_ones_own_train_as_in_one_process(ranks: 
     given: dict[str, Any] = {"scheme": "nf4", "experts": True}
     single = ranks.run(1, f"{TASKS}:train_own", how="single", **given)[0]
     assert single["losses"][-1] < single["losses"][0] - 0.1
-    for how in ("fsdp", "zero1", "zero2", "zero3"):
-        for result in ranks.run(2, f"{TASKS}:train_own", how=how, saved_in=str(tmp_path / how), **given):
+    for how in ("fsdp", "hsdp", "zero1", "zero2", "zero3"):
+        for result in ranks.run(
+            RANKS.get(how, 2), f"{TASKS}:train_own", how=how, saved_in=str(tmp_path / how), **given
+        ):
             assert result["losses"] == pytest.approx(single["losses"], abs=TOLERANCE["nf4"], rel=0), how
             assert result["again"] == result["losses"][7:], how
             for ours, theirs in zip(result["merges"], single["merges"], strict=True):
                 assert ours == pytest.approx(theirs, abs=20 * TOLERANCE["nf4"], rel=0), how
+
+
+def test_replicas_share_out_layers_and_errors(ranks: RankPool) -> None:
+    """HSDP, 2 x 2: each layer is merged in one replica; one that cannot ends the turn for all, and it is taken up."""
+    results = ranks.run(4, "tests.distributed.replica_tasks:shared_over_replicas")
+    a, b = results[0]["merged"], results[2]["merged"]
+    assert results[1]["merged"] == a and results[3]["merged"] == b and len(a) == len(b) == 3 * 2
+    assert [result["bits"] for result in results[:2]] == [result["bits"] for result in results[2:]], (
+        "copies are the same"
+    )
+    all_layers = {f"blocks.{index}.{name}" for index in (0, 1) for name in ("up", "down")}
+    assert not set(a) & set(b) and set(a) | set(b) == all_layers
+    assert sum(result["rows"] for result in results) == 2 * (86 + 48), "each row is read once"
+    for rank, result in enumerate(results):
+        assert result["same"], rank
+        first, second = result["merged"][2:4]
+        assert result["merged with an error"][2:5] == [first, second, second], "the turn before is not merged again"
+        expected = "MemoryError: no room" if rank >= 2 else f"RuntimeError: another replica could not merge {b[3]}: "
+        assert result["told"].startswith(expected) and "no room" in result["told"]
 
 
 def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:
