@@ -91,5 +91,5 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
 
 
 if __name__ == "__main__":
-    rates = {"loqt": [4e-2, 1e-2, 2e-2, 8e-2], "full": [4e-3, 2e-3, 8e-3, 1.6e-2]}
+    rates = {"loqt": [4e-2, 1e-2, 2e-2, 8e-2], "full": [3.2e-2, 4e-3, 8e-3, 1.6e-2, 6.4e-2]}
     compare(train, name=NAME, score="held-out loss", curve="training loss", rates=rates)

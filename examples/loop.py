@@ -17,7 +17,7 @@ def fit(
     steps: int,
     rate: float,
     seed: int,
-    cycled: bool = False,
+    compensated: bool = True,
 ) -> tuple[torch.optim.Optimizer, Curve]:
     """Trains a model by AdamW; returns the optimizer and the training losses.
 
@@ -28,16 +28,16 @@ def fit(
         steps: How many.
         rate: The highest learning rate of a cosine with warm-up.
         seed: Of LoQT's sketches.
-        cycled: Whether Adam's first beta moves against the rate.
+        compensated: Whether the first merge makes up for what quantization rounds away.
     """
     if low_rank:
-        before = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        before = {name: parameter.detach() for name, parameter in model.named_parameters()} if compensated else None
         print(convert_to_loqt(model, low_rank))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     if low_rank:
         merges = attach(model, optimizer, low_rank, total_steps=steps, seed=seed, initial_weights=before)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=cycled
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     losses: list[float] = []
     for _ in range(steps):

@@ -1,6 +1,6 @@
 """One's own DeepSpeed engine, ZeRO stage 1, 2 or 3; `own_loop.py`'s model and text.
 
-torchrun --nproc-per-node 2 examples/own_deepspeed.py [--stage 2] [--short]
+torchrun --nproc-per-node 2 examples/own_deepspeed.py [--stage 2] [--seed 0] [--short]
 """
 
 import argparse
@@ -16,12 +16,13 @@ import deepspeed
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
+from beside import compare_with_one_process
 from own_loop import CONFIG, SEQUENCES, Model, batch, loss_of, text
 
 from loqt_scale import attach, convert_to_loqt, muon
 
 
-def train(stage: int, steps: int) -> list[float]:
+def train(stage: int, steps: int, seed: int = 0) -> list[float]:
     """Losses, means over ranks. Every rank."""
     settings = {
         "train_micro_batch_size_per_gpu": SEQUENCES // int(os.environ["WORLD_SIZE"]),
@@ -32,7 +33,7 @@ def train(stage: int, steps: int) -> list[float]:
     }
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU gloo serves, without a compiler
     deepspeed.init_distributed()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Model()
     before = model.state_dict()
     convert_to_loqt(model, CONFIG)
@@ -42,7 +43,7 @@ def train(stage: int, steps: int) -> list[float]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         print(f"found: {merges.description}")
-    (data, _), generator, losses = text(), torch.Generator().manual_seed(0), []
+    (data, _), generator, losses = text(), torch.Generator().manual_seed(seed), []
     for step in range(steps):
         merges.prepare(backward_passes=1)
         loss = loss_of(engine, batch(data, generator)[rank::world_size].to(engine.device))
@@ -63,5 +64,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
     args, _ = parser.parse_known_args()
-    train(args.stage, 4 if args.short else 200)
+    found = train(args.stage, 4 if args.short else 200, args.seed)
+    if os.environ["RANK"] == "0":
+        compare_with_one_process(found, args.seed)

@@ -1,6 +1,6 @@
 """One's own FSDP2: `fully_shard` on the blocks and the model, one's own mesh; `own_loop.py`'s model and text.
 
-torchrun --nproc-per-node 2 examples/own_fsdp2.py [--short]
+torchrun --nproc-per-node 2 examples/own_fsdp2.py [--seed 0] [--short]
 """
 
 import argparse
@@ -14,13 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
+from beside import compare_with_one_process
 from own_loop import CONFIG, Model, batch, loss_of, text
 
 from loqt_scale import attach, convert_to_loqt, muon
 from loqt_scale.strategies import packed_bytes_may_be_sharded
 
 
-def train(steps: int) -> list[float]:
+def train(steps: int, seed: int = 0) -> list[float]:
     """Losses, means over ranks. Every rank."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":
@@ -28,7 +29,7 @@ def train(steps: int) -> list[float]:
     dist.init_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=("dp",))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Model()
     before = model.state_dict()  # on every rank, in host memory: for the first merge
     convert_to_loqt(model, CONFIG)
@@ -41,7 +42,7 @@ def train(steps: int) -> list[float]:
     merges = attach(model, optimizer, CONFIG, initial_weights=before)
     if rank == 0:
         print(f"found: {merges.description}")
-    (data, _), generator, losses = text(), torch.Generator().manual_seed(0), []
+    (data, _), generator, losses = text(), torch.Generator().manual_seed(seed), []
     for step in range(steps):
         merges.prepare(backward_passes=1)
         loss = loss_of(model, batch(data, generator)[rank::world_size].to(device_type))
@@ -61,4 +62,8 @@ def train(steps: int) -> list[float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true")
-    train(4 if parser.parse_args().short else 200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    found = train(4 if args.short else 200, args.seed)
+    if os.environ["RANK"] == "0":
+        compare_with_one_process(found, args.seed)

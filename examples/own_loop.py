@@ -95,5 +95,5 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
 
 if __name__ == "__main__":
     rates = {"loqt, Muon": [4e-2, 5e-3, 1e-2, 2e-2, 8e-2], "full, Muon": [1e-2, 5e-3, 2e-2]}
-    rates |= {"loqt, AdamW": [8e-3, 2e-3, 4e-3, 1.6e-2, 3.2e-2], "full, AdamW": [4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2]}
+    rates |= {"loqt, AdamW": [1.6e-2, 2e-3, 4e-3, 8e-3, 3.2e-2], "full, AdamW": [4e-3, 1e-3, 2e-3, 8e-3, 1.6e-2]}
     compare(train, name="own_loop", score="held-out loss, nats a byte", curve="training loss", rates=rates)

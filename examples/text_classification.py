@@ -46,6 +46,7 @@ def load(glue: str | None, folder: Path):
     tokenizer = make_tokenizer([text for text, _ in sets[0]])
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    shape["initializer_range"] = 0.1  # transformers' 0.02 is for wider models, as in `vit.py`
     kind = DebertaV2Config(vocab_size=len(tokenizer), num_labels=len(PACKAGES), pad_token_id=0, **shape, **relative)
     return DebertaV2ForSequenceClassification(kind), *(Passages(split, tokenizer) for split in sets)
 

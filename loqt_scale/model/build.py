@@ -110,7 +110,8 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     if not end_in_loss(model, chunk=config.model.loss_chunk_tokens) and config.model.loss_chunk_tokens:
         warnings.warn(
             f"model.loss_chunk_tokens is {config.model.loss_chunk_tokens}, but it is not known what a "
-            f"{hf_config.model_type} model does after its head, or the head is low-rank: all logits are held; "
+            f"{hf_config.model_type} model does after its head, or the head is low-rank, or output_router_logits wants "
+            "the model's own pass: all logits are held; "
             "write a smaller train.micro_batch_size to save memory",
             stacklevel=2,
         )

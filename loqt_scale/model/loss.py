@@ -6,6 +6,9 @@ holds all of them nothing is gained, and the loss is taken from the model's own 
 
 Chunks need to know what a model does between its last hidden state and its logits. That is written down for the
 architectures below; all others have their logits made whole, as before.
+
+A model of experts whose config says `output_router_logits` also learns to spread its tokens: gradients have
+transformers' own auxiliary loss of each micro-batch in them, the loss that is returned has not.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:
     Returns:
         Whether the loss can be taken by chunks.
     """
-    transform = logit_transform(model)
+    transform = None if _balance_weight(model.config) else logit_transform(model)
     if transform is not None and chunk != 0:
         model.set_output_embeddings(LossHead(model.get_output_embeddings(), transform))  # type: ignore[operator]
     model.forward = _EndingInLoss(model, chunk)
@@ -111,6 +114,22 @@ class _EndingInLoss:
         head: Any = None if self._chunk == 0 else self._model.get_output_embeddings()  # type: ignore[operator]
         chunk = (self._chunk or chunk_tokens(head.out_features)) if isinstance(head, LossHead) else targets.numel()
         if targets.numel() <= chunk:
-            return summed_loss(self._whole(*args, use_cache=False, **given).logits, targets)
+            found = self._whole(*args, use_cache=False, **given)
+            return self._balanced(summed_loss(found.logits, targets), found, targets)
         hidden = self._model.base_model(*args, use_cache=False, **given)[0]  # type: ignore[operator]
         return head(hidden, targets=targets, chunk=chunk)
+
+    def _balanced(self, loss: Tensor, found: Any, targets: Tensor) -> Tensor:
+        """The loss, to whose gradients the auxiliary loss adds as much for each counted token."""
+        auxiliary, weight = getattr(found, "aux_loss", None), _balance_weight(self._model.config)
+        if auxiliary is None or not weight:
+            return loss
+        added = weight * (targets != IGNORED_LABEL).sum() * auxiliary.float()
+        return loss + (added - added.detach())
+
+
+def _balance_weight(config: Any) -> float:
+    """Of the auxiliary loss of experts; 0 if the config does not ask for it."""
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None) or 0.0)

@@ -63,4 +63,4 @@ def test_continued_pretraining_of_a_folder(
     assert len(AutoTokenizer.from_pretrained(here / "model")) == len(tokenizer)
     run("continued_pretraining", monkeypatch, "--model", str(here / "model"), "--text", str(here / "text.txt"))
     printed = capsys.readouterr().out
-    assert printed.count("before:") == printed.count("after:") == 2 and "| loqt" in printed
+    assert printed.count("before:") == printed.count("after:") == 3 and "| loqt" in printed

@@ -83,3 +83,25 @@ def test_what_fits_a_chunk_keeps_its_bits() -> None:
         assert end_in_loss(model) == (kind == "llama")
         assert torch.equal(model(input_ids=tokens, targets=labels), expected)
     assert not isinstance(model.get_output_embeddings(), LossHead)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_learn_to_share_tokens_as_transformers_has_it(kind: str) -> None:
+    """Gradients of its own loss with `output_router_logits`; the value stays the cross-entropy."""
+    tokens, labels = batch()
+    counted = (labels != IGNORED_LABEL).sum()
+    model = model_of(kind, output_router_logits=True, router_aux_loss_coef=0.5)
+    found = model(input_ids=tokens, shift_labels=labels, labels=labels, use_cache=False)
+    (found.loss * counted).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert not end_in_loss(model, chunk=5)
+    loss = model(input_ids=tokens, targets=labels)
+    loss.backward()
+    assert loss.item() == pytest.approx((found.loss - 0.5 * found.aux_loss).item() * counted.item(), rel=1e-5)
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected, rtol=1e-5, atol=1e-6)
+    off = model_of(kind, output_router_logits=False)
+    end_in_loss(off, chunk=0)
+    off(input_ids=tokens, targets=labels).backward()
+    apart = [n for n, p in off.named_parameters() if not torch.allclose(p.grad, expected[n], rtol=1e-3, atol=1e-5)]
+    assert any("gate.weight" in name for name in apart)
