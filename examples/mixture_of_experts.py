@@ -57,6 +57,6 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--spread", type=float, default=0.05, help="of the initial weights; transformers has 0.02")
 OPTIONS, _ = parser.parse_known_args()
 if __name__ == "__main__":
-    rates = {"loqt": [1e-2, 5e-3, 2e-2, 4e-2], "full": [4e-3, 2e-3, 8e-3, 1.6e-2]}
+    rates = {"loqt": [2e-2, 1e-2, 4e-2], "full": [4e-3, 2e-3, 8e-3, 1.6e-2]}
     name = "mixture_of_experts"
     compare(train, name=name, score="held-out loss, nats a byte", curve="training loss", rates=rates)

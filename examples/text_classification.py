@@ -73,5 +73,5 @@ parser = argparse.ArgumentParser(add_help=False)
 parser.add_argument("--glue", help="a task of GLUE with one sentence: sst2, cola")
 OPTIONS, _ = parser.parse_known_args()
 if __name__ == "__main__":
-    rates = {"loqt": [5e-3, 2e-3, 1e-2], "full": [2e-3, 5e-4, 1e-3, 4e-3, 8e-3]}
+    rates = {"loqt": [5e-3, 2e-3, 1e-2], "full": [4e-3, 1e-3, 2e-3, 8e-3]}
     compare(train, name="text_classification", score="held-out accuracy, %", curve="training loss", rates=rates)
