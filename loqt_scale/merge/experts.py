@@ -94,8 +94,7 @@ class ExpertsMerge:
 
     @property
     def _factor_rows(self) -> int:
-        """Rows of B of one expert."""
-        return self._each.base.rows if self._each.side == "input" else self._each.base.cols
+        return factor_rows(self._placed.layer)
 
     def _bases(self, packed: Packed) -> Tensor:
         dense = unpack(*packed, self._spec.projection, torch.float32)
@@ -185,6 +184,12 @@ class ExpertsMerge:
         return Compensated(codes, scales, old_factor, nothing, nothing)
 
 
+def factor_rows(layer: LoQTLayer) -> int:
+    """Rows of B of one expert, whatever of B this rank holds."""
+    each = layer.spec.each
+    return each.base.rows if each.side == "input" else each.base.cols
+
+
 def edit_moments(
     layer: LoQTLayer,
     rotations: dict[int, Tensor | None],
@@ -201,7 +206,7 @@ def edit_moments(
         start: First row of B of these states.
         states: Their rows.
     """
-    rows = layer.factor.shape[0] // layer.spec.expert_count
+    rows = factor_rows(layer)
     for expert, rotation in rotations.items():
         for kind, state in states:
             edges = (min(max(edge - start, 0), state.shape[0]) for edge in (expert * rows, (expert + 1) * rows))
