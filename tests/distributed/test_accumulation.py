@@ -17,7 +17,7 @@ BFLOAT16 = {"model.dtype": "bfloat16", "model.trained_dtype": "bfloat16", "model
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [
-        pytest.param(1, {"strategy": "single"}, id="single"),
+        pytest.param(1, {"strategy": "single"}, id="single", marks=pytest.mark.long),
         pytest.param(1, {"offload": "all"}, id="offload", marks=pytest.mark.long),
         pytest.param(2, {"strategy": "ddp"}, id="ddp"),
         pytest.param(

@@ -79,6 +79,7 @@ def test_on_other_ranks_and_strategies(
     assert resumed[AT + 1] == pytest.approx(unbroken[AT + 1], abs=1e-5)
 
 
+@pytest.mark.long
 def test_bf16_masters_survive(saved: SavedRuns, tmp_path: Path) -> None:
     """What is saved is the float32 master, not its 16-bit copy: the same bits afterwards."""
     bf16 = {"model.dtype": "bfloat16", "checkpoint.every": AT, "checkpoint.keep_last": 9}

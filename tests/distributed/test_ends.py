@@ -35,7 +35,7 @@ def losses(run_dir: Path) -> list[float]:
     ("strategy", "step"),
     [
         ("fsdp", 7),
-        ("ddp", 6),  # after which a merge follows
+        pytest.param("ddp", 6, marks=pytest.mark.long),  # after which a merge follows
         pytest.param("ddp", 5, marks=pytest.mark.long),  # the step before that
         pytest.param("zero", 7, marks=pytest.mark.long),
         pytest.param("fsdp", 0, marks=pytest.mark.long),

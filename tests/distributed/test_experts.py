@@ -70,6 +70,7 @@ def test_an_export_is_the_model_that_was_trained(run_dir: Path, tmp_path: Path) 
     assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (3, 64, 48)
 
 
+@pytest.mark.long
 def test_the_plan_counts_what_experts_send(
     ranks: RankPool, runs: Runs, settings: dict[str, Any], tmp_path: Path
 ) -> None:

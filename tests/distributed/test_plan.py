@@ -95,7 +95,7 @@ SUMMED = [
         world_size,
         strategy,
         {**LEAN, "loqt.rank": 128, "train.micro_batch_size": 1, **more},
-        marks=[] if name == "ddp-summed" else [pytest.mark.long],
+        marks=pytest.mark.long,
         id=name,
     )
     for world_size, strategy, more, name in (
@@ -231,7 +231,8 @@ def test_masks_of_documents_cost_one_mask_a_pass() -> None:
     assert on - off == pytest.approx(4 * 4 * 1024**2, rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", [False, True])
 def test_two_shallow_models_stand_for_a_deep_one(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = {**WIDE["model.overrides"], "num_hidden_layers": 7}
     config = small_config({**WIDE, "model.overrides": overrides, "model.activation_checkpointing": recompute})
