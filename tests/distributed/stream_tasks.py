@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -31,6 +32,10 @@ def read_share(folder: str, steps: int, batch: int) -> tuple[int, int, list[int]
             for step in range(steps)
             for row in corpus.train.sequences(step, *share(batch, rank, ranks)).input_ids
         ]
+        before_rest = -1
+        while before_rest != tokens:  # threads read ahead until they have enough; then they rest
+            before_rest = tokens
+            time.sleep(0.5)
         corpus.train.close()  # type: ignore[attr-defined]
     return _bytes_read() - before, tokens, sums
 
