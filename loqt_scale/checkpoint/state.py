@@ -31,9 +31,8 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, editing: Edit
     shares: Shares = {}
     for name, parameter in model.named_parameters():
         shape = whole_shape(parameter)
-        with editing.open([parameter]):
-            mine = editing.read(parameter)
-            shares[f"model.{name}"] = _share(mine.float() if parameter.requires_grad else mine, shape, editing)
+        mine = editing.read(parameter)
+        shares[f"model.{name}"] = _share(mine.float() if parameter.requires_grad else mine, shape, editing)
         if parameter.requires_grad:
             moments = editing.read_moments(optimizer, parameter)
             for key, moment in zip(MOMENTS, moments or (), strict=False):
@@ -71,8 +70,7 @@ def write_state(shares: Shares, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     local: Callable[[str], Tensor] = lambda name: shares[name].to(editing.device)  # noqa: E731
     for name, parameter in model.named_parameters():
-        with editing.open([parameter]):
-            editing.fill(parameter, local(f"model.{name}"))
+        editing.fill(parameter, local(f"model.{name}"))
         if optimizer is not None and f"moments.{name}.{MOMENTS[0]}" in shares:
             keys = [f"moments.{name}.{key}" for key in MOMENTS]
             editing.fill_moments(optimizer, parameter, [local(key) for key in keys if key in shares])

@@ -61,9 +61,7 @@ class FirstBases:
     def has_basis(self, name: str) -> bool:
         """Whether a layer's P is not zero. Every rank."""
         self._editing.settle()
-        layer = self._layers[name]
-        with self._editing.open(layer.merged_parameters()):
-            return bool(PlacedLayer(layer, self._editing).basis().any())
+        return bool(PlacedLayer(self._layers[name], self._editing).basis().any())
 
     def have_merged(self, names: Set[str]) -> None:
         """Says which layers have taken part in a merge. Local."""

@@ -25,7 +25,7 @@ from loqt_scale.merge.basis import FoundBasis
 from loqt_scale.merge.diagnostics import describe_merge
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.turns import KEPT, NEW, TURNED, Change, Found
-from loqt_scale.strategies import Editing
+from loqt_scale.strategies import Editing, whole_shape
 
 
 def expert_names(name: str, experts: int) -> list[str]:
@@ -34,7 +34,7 @@ def expert_names(name: str, experts: int) -> list[str]:
 
 
 class ExpertsMerge:
-    """One merge of one layer. Every rank of one replica; inside `editing.open` of its parameters.
+    """One merge of one layer. Every rank of one replica.
 
     Args:
         name: The layer's.
@@ -186,8 +186,7 @@ class ExpertsMerge:
 
 def factor_rows(layer: LoQTLayer) -> int:
     """Rows of B of one expert, whatever of B this rank holds."""
-    each = layer.spec.each
-    return each.base.rows if each.side == "input" else each.base.cols
+    return whole_shape(layer.factor)[0] // layer.spec.expert_count
 
 
 def edit_moments(

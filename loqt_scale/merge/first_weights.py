@@ -94,17 +94,16 @@ def still_due(source: InitialWeights | None, layers: Mapping[str, LoQTLayer], du
 def _squares(name: str, layer: LoQTLayer, source: InitialWeights, editing: Editing) -> Tensor:
     """Squared norms of the difference between W_q and the source's W, quantized, and of the greater of both, (2,)."""
     layout = layer.spec.base
-    with editing.open(layer.merged_parameters()):
-        placed = PlacedLayer(layer, editing)
-        start, stop = placed.rows
-        count = min(stop - start, -(-SAMPLE_ROWS // layout.group_rows) * layout.group_rows)
-        codes, scales = placed.packed_base()
-        rows = initial_rows(of_layer(source, name, layer), name, layer, start, start + count).to(editing.device)
-        groups = -(-count // layout.group_rows)
-        part = None if scales is None else scales[:groups]
-        ours = unpack(codes[:groups], part, layout, torch.float32, rows=count)
-        theirs = unpack(*pack(rows, layout), layout, torch.float32, rows=count)
-        return torch.stack([(ours - theirs).square().sum(), torch.maximum(ours.square().sum(), rows.square().sum())])
+    placed = PlacedLayer(layer, editing)
+    start, stop = placed.rows
+    count = min(stop - start, -(-SAMPLE_ROWS // layout.group_rows) * layout.group_rows)
+    codes, scales = placed.packed_base()
+    rows = initial_rows(of_layer(source, name, layer), name, layer, start, start + count).to(editing.device)
+    groups = -(-count // layout.group_rows)
+    part = None if scales is None else scales[:groups]
+    ours = unpack(codes[:groups], part, layout, torch.float32, rows=count)
+    theirs = unpack(*pack(rows, layout), layout, torch.float32, rows=count)
+    return torch.stack([(ours - theirs).square().sum(), torch.maximum(ours.square().sum(), rows.square().sum())])
 
 
 def _kind(given: Any) -> str:

@@ -56,7 +56,7 @@ class LayerMerge:
         return self._source
 
     def run(self, name: str, owner: int, mine: FoundBasis | None, source: InitialWeights | None) -> Change:
-        """Finds what becomes of one layer, inside `editing.open` of its parameters, and changes nothing.
+        """Finds what becomes of one layer, and changes nothing.
 
         Every rank of one replica.
 

@@ -1,7 +1,7 @@
 """One layer's W_q, P and B as a strategy keeps them: read for the rows that this rank works on, and written back.
 
-All of it happens inside `editing.open(layer.merged_parameters())`. Nobody reads a whole W. `B` is exchanged only
-where its rows do not coincide with the rank's rows of W (a row group cut by uneven shards).
+Nobody reads a whole W. `B` is exchanged only where its rows do not coincide with the rank's rows of W (a row group cut
+by uneven shards).
 """
 
 from __future__ import annotations

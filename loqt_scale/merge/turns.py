@@ -14,7 +14,6 @@ somebody could not: then all of them raise, and no layer of the turn has been ch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -99,17 +98,15 @@ def in_turns(
         RuntimeError: What it raised in another replica. No layer of that turn has been changed.
     """
     for turn in turns(layers, owners, editing):
-        with ExitStack() as opened:
-            here: Callable[[], Change] | None = None
-            for name, replica in turn.items():
-                opened.enter_context(editing.open(layers[name].merged_parameters()))
-                weights = None if source is None else of_layer(source, name, layers[name])
-                if replica == editing.replica:
-                    here = partial(find, name, weights)
-                del weights
-            for name, change in _find_together(layers, turn, here, editing, numbers).items():
-                _store(layers[name], turn[name], change, editing)
-                finish(name, turn[name], change)
+        here: Callable[[], Change] | None = None
+        for name, replica in turn.items():
+            weights = None if source is None else of_layer(source, name, layers[name])
+            if replica == editing.replica:
+                here = partial(find, name, weights)
+            del weights
+        for name, change in _find_together(layers, turn, here, editing, numbers).items():
+            _store(layers[name], turn[name], change, editing)
+            finish(name, turn[name], change)
 
 
 def turns(layers: Mapping[str, LoQTLayer], owners: Mapping[str, int], editing: Editing) -> list[dict[str, int]]:

@@ -195,17 +195,14 @@ def fill(model: nn.Module, source: WeightSource, editing: Editing) -> None:
     """
     filled = set()
     for name, layer in loqt_layers(model):
-        parameters = layer.merged_parameters()
-        filled |= {id(parameter) for parameter in parameters}
-        with editing.open(parameters):
-            _fill_base(name, layer, source, editing)
-            for parameter in (*layer.projection.parameters(), layer.factor):
-                editing.clear(parameter)
+        filled |= {id(parameter) for parameter in layer.merged_parameters()}
+        _fill_base(name, layer, source, editing)
+        for parameter in (*layer.projection.parameters(), layer.factor):
+            editing.clear(parameter)
     for name, parameter in model.named_parameters():
         if id(parameter) not in filled:
-            with editing.open([parameter]):
-                rows = source.rows(name, *editing.rows_to_fill(parameter))
-                editing.fill(parameter, rows.to(editing.device, parameter.dtype))
+            rows = source.rows(name, *editing.rows_to_fill(parameter))
+            editing.fill(parameter, rows.to(editing.device, parameter.dtype))
 
 
 def _chunks(spec: LowRankSpec, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -151,10 +150,6 @@ class Editing(ABC):
     def settle(self) -> None:
         """Before a merge: puts parameters back to where they are stored, if they are elsewhere. Local."""
         return
-
-    def open(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
-        """Context in which these parameters can be read and replaced by the methods below. Every rank."""
-        return nullcontext()
 
     @abstractmethod
     def read(self, parameter: Tensor) -> Tensor:

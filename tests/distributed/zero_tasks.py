@@ -52,9 +52,8 @@ def packed_after_merge(**settings: Any) -> list[Tensor]:
             trainer.step(step)
         tensors = []
         for _, layer in loqt_layers(trainer.built.model):
-            with strategy.editing.open(layer.merged_parameters()):
-                packed = [p for p in layer.merged_parameters() if p.dtype == torch.uint8]
-                tensors.extend(strategy.editing.gather(parameter).clone() for parameter in packed)
+            packed = [p for p in layer.merged_parameters() if p.dtype == torch.uint8]
+            tensors.extend(strategy.editing.gather(parameter).clone() for parameter in packed)
         return tensors
     finally:
         strategy.close()
@@ -106,11 +105,8 @@ def whole_bases(trainer: Trainer) -> dict[str, Tensor]:
     editing, bases = trainer.strategy.editing, {}
     for name, layer in loqt_layers(trainer.built.model):
         projection = layer.projection
-        with editing.open(layer.merged_parameters()):
-            codes, *scales = editing.gather_together(
-                [t for t in (projection.codes, projection.scales) if t is not None]
-            )
-            bases[f"{name}.factor"] = unpack(codes, scales[0], layer.spec.projection, torch.float32).clone()
+        codes, *scales = editing.gather_together([t for t in (projection.codes, projection.scales) if t is not None])
+        bases[f"{name}.factor"] = unpack(codes, scales[0], layer.spec.projection, torch.float32).clone()
     return bases
 
 

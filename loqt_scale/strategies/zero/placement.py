@@ -63,5 +63,5 @@ class ZeroPlacement(Placement):
         return 0, parameter.shape[0]
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The tensor, which holds nothing under stage 3 unless it is gathered (`ZeroEditing.open`)."""
+        """The tensor, which holds nothing under stage 3 unless it is gathered."""
         return tensor
