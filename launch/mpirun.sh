@@ -24,4 +24,15 @@ options=(-np "$ranks" --bind-to none) # a rank has threads: do not tie it to one
 [[ -n ${HOSTFILE:-} ]] && options+=(--hostfile "$HOSTFILE")
 [[ -n ${MASTER_ADDR:-} ]] && options+=(-x MASTER_ADDR)
 [[ $(id -u) -eq 0 ]] && options+=(--allow-run-as-root) # containers
-exec "$mpirun" "${options[@]}" "$python" launch/train.py "$@"
+
+# mpirun kills the ranks a second after a SIGTERM or Ctrl-C, and passes SIGUSR1 on: told to stop, they may take their
+# time to save. A session of its own, since a terminal's Ctrl-C would reach mpirun too.
+export LOQT_SCALE_NOTICE_SECONDS=${LOQT_SCALE_NOTICE_SECONDS:-inf}
+setsid "$mpirun" "${options[@]}" "$python" launch/train.py "$@" &
+job=$!
+trap 'kill -USR1 $job' TERM INT HUP USR1
+while true; do
+    status=0
+    wait $job || status=$?
+    kill -0 $job 2>/dev/null || exit $status
+done

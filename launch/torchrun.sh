@@ -26,4 +26,5 @@ if [[ ${NODES:-1} -eq 1 ]]; then
 else
     where=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600} # told to stop, ranks may take their time to save
 exec "$torchrun" "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" launch/train.py "$@"

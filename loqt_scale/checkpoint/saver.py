@@ -55,6 +55,7 @@ class CheckpointSaver:
         self._folder, self._config, self._editing, self._tell = CheckpointFolder(root), config, editing, tell
         self.saved: int | None = None  # steps done in the newest checkpoint that the run can go on from
         self.failure: CheckpointError | None = None  # of the last save
+        self.seconds = 0.0  # that the last save which succeeded took, of this process; 0 = there was none
         self._reminder = Reminder(tell)
         self._pause, self._retry_at = FIRST_PAUSE, 0.0
         self._thread: threading.Thread | None = None
@@ -79,8 +80,9 @@ class CheckpointSaver:
             keep_all: Remove no older checkpoint for it.
         """
         self.wait()
+        began = time.monotonic()
         shares = read_state(model, optimizer, self._editing)
-        arguments = (manifest, write_side_files, shares, self._editing.comm.side_channel(), keep_all)
+        arguments = (manifest, write_side_files, shares, self._editing.comm.side_channel(), keep_all, began)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.background:
@@ -156,10 +158,11 @@ class CheckpointSaver:
         shares: Shares,
         channel: Channel,
         keep_all: bool,
+        began: float,
     ) -> None:
         try:
             save_checkpoint(self._folder, manifest, write_side_files, shares, channel)
-            self.saved = manifest.step
+            self.saved, self.seconds = manifest.step, time.monotonic() - began
             if self._editing.comm.is_main and not keep_all:
                 self._prune()
         except BaseException as error:  # told, or raised, where it is waited for

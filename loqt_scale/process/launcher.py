@@ -15,6 +15,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 
 from loqt_scale.errors import ConfigError
+from loqt_scale.process.notice import given_notice
 
 # set for each rank by: Open MPI; MPICH, Intel MPI and others that start with Hydra; MVAPICH
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -78,11 +79,12 @@ def _is_slurms_pmi(environment: Mapping[str, str]) -> bool:
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Checks those of torchrun's variables that are set.
+    """Checks those of torchrun's variables that are set, and LOQT_SCALE_NOTICE_SECONDS.
 
     Raises:
         ConfigError: One is no number, or they contradict each other.
     """
+    given_notice(environment)
     size, port = _number(environment, "WORLD_SIZE", 1), _number(environment, "MASTER_PORT", 1)
     rank, local = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
     local_size = _number(environment, "LOCAL_WORLD_SIZE", 1)
@@ -129,6 +131,7 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
     per_node = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
     node, job = _number(environment, "SLURM_NODEID", 0), _number(environment, "SLURM_JOB_ID", 0)
+    step = _number(environment, "SLURM_STEP_ID", 0)
     if not 0 <= node < len(per_node):
         raise ConfigError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE lists {len(per_node)} nodes")
     return {
@@ -137,7 +140,7 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(per_node[node]),
         "MASTER_ADDR": first["name"] + (first["number"] or ""),
-        "MASTER_PORT": str(20000 + job % 20000),  # two jobs may share a node
+        "MASTER_PORT": str(20000 + (job + 7919 * step) % 20000),  # two jobs may share a node, two steps of one job too
     }
 
 

@@ -1,4 +1,5 @@
-"""Being told to stop: SIGTERM (a scheduler wants the machine back), SIGINT (Ctrl-C), SIGHUP (the terminal has gone).
+"""Being told to stop: SIGTERM (a scheduler wants the machine back), SIGINT (Ctrl-C), SIGHUP (the terminal has gone),
+SIGUSR1 and SIGUSR2 (what batch systems send before the time is up, and mpirun passes on).
 
 Where there is nothing to save (start-up, the evaluations before and after training) the first signal ends the run by an
 exception, `Stopped`. While it trains (`patience`) the signal only sets a flag, which the next step adds up over the
@@ -103,8 +104,7 @@ class StopRequest:
 
 
 def _heard() -> list[signal.Signals]:
-    """nohup and its like ignore SIGHUP, and so do we then."""
-    wanted = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-    return wanted
+    """What nohup and its like ignore, SIGHUP above all, is ignored here as well."""
+    asking = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"))
+    also = (which for which in asking if which is not None and signal.getsignal(which) is not signal.SIG_IGN)
+    return [signal.SIGTERM, signal.SIGINT, *also]

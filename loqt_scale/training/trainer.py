@@ -38,6 +38,7 @@ from loqt_scale.model.build import ModelDesign, build_model
 from loqt_scale.model.documents import attend
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
 from loqt_scale.process.environment import node_size
+from loqt_scale.process.notice import launchers_notice
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
@@ -123,6 +124,7 @@ class Trainer:
 
         # what is told of it
         self.rates = RateMeter()
+        self.notice = launchers_notice()
         self.merge_seconds = 0.0  # of this process
         rank, device = strategy.comm.rank, strategy.comm.device
         self.profile = StepProfile(
@@ -328,6 +330,7 @@ class Trainer:
         self.progress.update(done, loss=values.get("train/loss"), tokens_per_second=rate)
         if not values:
             return
+        self.notice.compare(self.rates.seconds_per_step, self.saver.seconds, self.progress.line)
         values["train/perplexity"] = perplexity(values["train/loss"])
         values |= {
             "train/skipped_steps": self.health.skipped,

@@ -18,7 +18,7 @@ def send(*numbers: int) -> None:
         os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_before_training_a_signal_ends_the_run(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Stopped) as raised, StopRequest():
         send(number)
