@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 from loqt_scale.strategies import LostRankError, RollCall, StoppedElsewhere
 from tests.distributed.pool import RankPool, free_port
 from tests.distributed.test_faults import TRAIN
-from tests.distributed.test_launchers import OURS, ROOT
+from tests.distributed.test_launchers import BIN, OURS, ROOT, executable
+from tests.integration.test_run import words
 
 
 @pytest.fixture
@@ -102,8 +104,6 @@ def start(settings: dict[str, Any]) -> Iterator[Callable[..., list[subprocess.Po
         launched["MASTER_PORT"] = str(free_port())
         clean = {key: value for key, value in os.environ.items() if key not in OURS}
         for rank, own in enumerate(of_rank):
-            from tests.integration.test_run import words
-
             environment = {**clean, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, TRAIN, *words({**settings, **more, **own})]
             pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -162,6 +162,32 @@ def test_one_rank_told_to_stop_before_all_have_come_stops_all(
     processes[1].send_signal(signal.SIGTERM)
     (first, told), (other, _) = (finish(process) for process in processes)
     assert first == other == 128 + signal.SIGTERM and "stopped by SIGTERM before training" in told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_the_mpi_script_lets_the_ranks_save(
+    settings: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    """mpirun itself kills them a second after a SIGTERM; here they take two steps more, of over a second each."""
+    executable("mpirun")
+    asked = {**settings, "train.steps": 100_000, "train.global_batch_size": 1024, "train.log_every": 1}
+    clean = {key: value for key, value in os.environ.items() if key not in OURS} | {"RANKS": "2"}
+    clean["PATH"] = f"{BIN}:{clean['PATH']}"
+    command = [str(ROOT / "launch" / "mpirun.sh"), *words(asked)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, env=clean, **pipes) as process:
+        try:
+            while not (metrics.exists() and "train/loss" in metrics.read_text()):
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(number)
+            status, output = finish(process)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert status == 128 + signal.SIGUSR1 and "it is saved, and the same command goes on from there" in output, output
 
 
 def test_a_rank_that_outlives_the_store_is_silent() -> None:
