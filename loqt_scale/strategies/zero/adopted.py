@@ -16,8 +16,7 @@ from loqt_scale.strategies.placement import Replicated
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.zero.editing import ZeroEditing
 from loqt_scale.strategies.zero.engine import RunningEngine
-from loqt_scale.strategies.zero.json import flattened
-from loqt_scale.strategies.zero.keys import ENGINE_RULES, check_rules
+from loqt_scale.strategies.zero.keys import ENGINE_RULES, check_rules, flattened
 from loqt_scale.strategies.zero.placement import master_shards
 
 

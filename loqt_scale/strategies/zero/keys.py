@@ -1,132 +1,115 @@
 """What DeepSpeed takes, and this package must refuse: its engine would ignore it, or break a run unnoticed.
 
-Nothing else is listed: types, ranges and the names of keys are DeepSpeed's to check (`check`). Rules that come
-from a run's settings are made in `config`.
+Nothing else is listed: types, ranges and the names of keys are DeepSpeed's to check (`check`). What comes from a
+run's settings is in `config`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from loqt_scale.errors import ConfigError
-from loqt_scale.strategies.zero.json import shown
 
 
 class Rule(NamedTuple):
-    """What the file may say under a key, if it says something.
+    """What a file may say under a key, if it says something.
 
     Args:
         key: A dotted key, or a block.
         allowed: The values that it may have; none: the key is refused. The first is ours.
         why: What another value contradicts, as "optim.clip_norm is 1.0".
-        remedy: What to write instead; {} stands for the file's value.
+        setting: Ours that could be changed instead, if there is one.
     """
 
     key: str
     allowed: tuple[Any, ...]
     why: str
-    remedy: str
+    setting: str = ""
 
 
-_FP32, _BF16 = ("fp32", "float32", "torch.float32"), ("bf16", "bfloat16", "torch.bfloat16")
-DTYPES = {"float32": _FP32, "bfloat16": _BF16}  # model.dtype: DeepSpeed's spellings
-_NO = "leave it out"
-_OFFLOAD = ("none", "cpu"), "NVMe is not supported", "write one of none, cpu"
-_CHECKPOINTS = "checkpoints are this package's own (checkpoint.*)"
-_OLD_OFFLOAD = "it is DeepSpeed's old spelling", "write parallel.zero_offload"
-_SUMS = "gradients here are sums, averaged by DeepSpeed over ranks and by nothing else"
+_OFF = (False,)
+_ON = (True,)
+_ZERO = "zero_optimization."
+_FLOAT32 = "what trains and its optimizer states stay in float32"
+_DEVICES = "NVMe is not supported"
+_OWN_OPTIMIZER = "the optimizer is this package's, also when it is offloaded"
+_OTHERS = "a merge would then read and write the float32 values of other parameters"
+_PACKED = "codes and scales are bytes, which must reach every rank as they are"
+_ROUNDED = "a sketch of a rounded gradient is no sketch of the gradient"
+_GATHERS = "bytes and floats of a layer would be gathered in one buffer, which DeepSpeed cannot do"
+_COPIES = "the other copies of each shard would miss what a merge writes"
+_HOOKS = "it replaces the hooks that merges rely on; for torch.compile write model.compile"
 _STAGES = "stage 1 shards optimizer states, 2 gradients too, 3 everything (nothing sharded is parallel.strategy: ddp)"
-# why a key must be false: the keys
-_FALSE = {
-    "float16 is not supported: for 16 bits write model.dtype: bfloat16": "fp16.enabled",
-    "the values that train and their optimizer states stay in float32": """fp16.fp16_master_weights_and_grads
-        bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states""",
-    "the dtype of the forward pass is set by model.dtype": "torch_autocast.enabled",
-    _SUMS: "prescale_gradients",
-    "the optimizer is this package's, also when it is offloaded": """zero_force_ds_cpu_optimizer
-        zero_optimization.offload_optimizer.super_offload""",
-    "a merge would then read and write the float32 values of other parameters": """
-        zero_optimization.round_robin_gradients""",
-    "DeepSpeed no longer has it": "zero_optimization.legacy_stage1",
-    "codes and scales are bytes, which must reach every rank as they are": """
-        zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_nontrainable_weights""",
-    "a sketch of a rounded gradient is no sketch of the gradient": "zero_optimization.zero_quantized_gradients",
-    "bytes and floats of a layer would be gathered in one buffer, which DeepSpeed cannot do": """
-        zero_optimization.stage3_use_all_reduce_for_fetch_params zero_optimization.use_all_reduce_for_fetch_params""",
-    "a merge carries over two moments of Adam, and this would be a third": "optimizer.params.amsgrad",
-    "experts are not shared out over ranks here": "expert_parallel.enabled",
-    "batches come from this package's own data pipeline": "data_efficiency.enabled",
-    "it is an engine for inference between steps": "hybrid_engine.enabled",
-    "it ends the run to measure other settings": "autotuning.enabled",
-    "activations are recomputed by this package, as model.activation_checkpointing says": """
-        activation_checkpointing.partition_activations activation_checkpointing.cpu_checkpointing""",
-    "it replaces the hooks that merges rely on; for torch.compile write model.compile": "compile.deepcompile",
-    "this package writes its own metrics and TensorBoard events (train.run_dir)": """tensorboard.enabled wandb.enabled
-        csv_monitor.enabled comet.enabled""",
-}
-# the other keys that may have one value only: the value, and why
-_ONE_VALUE = {
-    "gradient_predivide_factor": (1.0, _SUMS),
-    "gradient_allreduce_op": ("mean", _SUMS),
-    "bf16.check_grad_overflow": (True, "a gradient that is not finite would be applied, and not reported"),
-    "managed_gradient_accumulation": (True, "the training loop marks the last micro-batch of a step itself"),
-    "zero_optimization.compute_grad_norm": (True, "clipping and the check for finite gradients need the norm"),
-    "zero_optimization.zero_hpz_partition_size": (1, "the second copy of each shard would miss what a merge writes"),
-    "zero_optimization.offload_optimizer.ratio": (1.0, "it needs an optimizer of DeepSpeed's own"),
-    "optimizer.params.adam_w_mode": (True, "the optimizer is AdamW: weight decay is not part of the gradient"),
-    "optimizer.params.bias_correction": (True, "the optimizer is torch's AdamW"),
-    "sequence_parallel_size": (1, "ranks share out sequences, not their positions"),
-    "tensor_parallel.autotp_size": (0, "layers are not cut over ranks during a step"),
-}
-RULES = (
-    *(Rule(key, (False,), why, f"write false, or {_NO}") for why, keys in _FALSE.items() for key in keys.split()),
-    *(Rule(key, (value,), why, f"write {shown(value)}, or {_NO}") for key, (value, why) in _ONE_VALUE.items()),
-    Rule("zero_optimization.stage", (1, 2, 3), _STAGES, "write one of 1, 2, 3"),
-    Rule("zero_optimization.offload_optimizer.device", *_OFFLOAD),
-    Rule("zero_optimization.offload_param.device", *_OFFLOAD),
-    Rule(
-        "data_types.grad_accum_dtype", (*_FP32, *_BF16), "gradients add up in one of two dtypes", "write fp32 or bf16"
-    ),
-    Rule("scheduler.params.warmup_type", ("linear", "log"), "DeepSpeed would silently take log", "write linear or log"),
-    Rule("pipeline", (), "the model is not cut into pipeline stages here", _NO),
-    Rule("weight_quantization", (), "it would quantize matrices that LoQT has already quantized", _NO),
-    Rule("checkpoint", (), _CHECKPOINTS, _NO),
-    Rule("datastates_ckpt", (), _CHECKPOINTS, _NO),
-    Rule("zero_optimization.zenflow", (), "it updates gradients late, which a merge does not know of", _NO),
-    Rule("zero_optimization.cpu_offload", (), *_OLD_OFFLOAD),
-    Rule("zero_optimization.cpu_offload_param", (), *_OLD_OFFLOAD),
-    Rule("zero_optimization.cpu_offload_use_pin_memory", (), *_OLD_OFFLOAD),
-)
-"""What holds whatever a run's settings are."""
+_FINITE = "a gradient that is not finite would be applied, and not reported"
+_SUMS = "gradients here are sums, averaged by DeepSpeed over ranks and by nothing else"
+_MOMENTS = "a merge carries over two moments of Adam, and this would be a third"
+_ACTIVATIONS = "activations are recomputed by this package, as model.activation_checkpointing says"
+_METRICS = "this package writes its own metrics and TensorBoard events (train.run_dir)"
+_CHECKPOINTS = "checkpoints are this package's own (checkpoint.*)"
+_OLD_OFFLOAD = "it is DeepSpeed's old spelling of parallel.zero_offload"
 
-_OF_ENGINES = (
-    "bf16.bf16_master_weights_and_grads",
-    "bf16.bf16_optimizer_states",
-    "fp16.fp16_master_weights_and_grads",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
-    "zero_optimization.round_robin_gradients",
-    "zero_optimization.zero_quantized_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights",
-    "zero_optimization.zero_quantized_gradients",
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params",
-    "zero_optimization.use_all_reduce_for_fetch_params",
-    "zero_optimization.zero_hpz_partition_size",
-    "zero_optimization.zenflow",
-    "expert_parallel.enabled",
-    "hybrid_engine.enabled",
-    "compile.deepcompile",
-    "sequence_parallel_size",
-    "tensor_parallel.autotp_size",
-    "pipeline",
-    "weight_quantization",
-)
 ENGINE_RULES = (
-    *(rule for rule in RULES if any(rule.key == key or rule.key.startswith(f"{key}.") for key in _OF_ENGINES)),
-    Rule("zero_optimization.mics_shard_size", (-1,), "a merge would miss the other copies of each shard", _NO),
+    Rule("bf16.bf16_master_weights_and_grads", _OFF, _FLOAT32),
+    Rule("bf16.bf16_optimizer_states", _OFF, _FLOAT32),
+    Rule("fp16.fp16_master_weights_and_grads", _OFF, _FLOAT32),
+    Rule(f"{_ZERO}offload_optimizer.device", ("none", "cpu"), _DEVICES),
+    Rule(f"{_ZERO}offload_optimizer.ratio", (1.0,), "it needs an optimizer of DeepSpeed's own"),
+    Rule(f"{_ZERO}offload_optimizer.super_offload", _OFF, _OWN_OPTIMIZER),
+    Rule(f"{_ZERO}offload_param.device", ("none", "cpu"), _DEVICES),
+    Rule(f"{_ZERO}round_robin_gradients", _OFF, _OTHERS),
+    Rule(f"{_ZERO}zero_quantized_weights", _OFF, _PACKED),
+    Rule(f"{_ZERO}zero_quantized_nontrainable_weights", _OFF, _PACKED),
+    Rule(f"{_ZERO}zero_quantized_gradients", _OFF, _ROUNDED),
+    Rule(f"{_ZERO}stage3_use_all_reduce_for_fetch_params", _OFF, _GATHERS),
+    Rule(f"{_ZERO}use_all_reduce_for_fetch_params", _OFF, _GATHERS),
+    Rule(f"{_ZERO}zero_hpz_partition_size", (1,), _COPIES),
+    Rule(f"{_ZERO}mics_shard_size", (), _COPIES),
+    Rule(f"{_ZERO}zenflow", (), "it updates gradients late, which a merge does not know of"),
+    Rule("expert_parallel.enabled", _OFF, "experts are not shared out over ranks here"),
+    Rule("hybrid_engine.enabled", _OFF, "it is an engine for inference between steps"),
+    Rule("compile.deepcompile", _OFF, _HOOKS),
+    Rule("sequence_parallel_size", (1,), "ranks share out sequences, not their positions"),
+    Rule("tensor_parallel.autotp_size", (0,), "layers are not cut over ranks during a step"),
+    Rule("pipeline", (), "the model is not cut into pipeline stages here"),
+    Rule("weight_quantization", (), "it would quantize matrices that LoQT has already quantized"),
 )
-"""What an engine that somebody else made may say: what merges rely on, and nothing of how the rest is trained."""
+"""What merges rely on, in an engine that somebody else made, too."""
+
+RULES = (
+    *ENGINE_RULES,
+    Rule(f"{_ZERO}stage", (1, 2, 3), _STAGES),
+    Rule("fp16.enabled", _OFF, "float16 is not supported: for 16 bits write model.dtype: bfloat16"),
+    Rule("torch_autocast.enabled", _OFF, "the dtype of the forward pass is set by model.dtype"),
+    Rule("data_types", (), "dtypes follow model.dtype, and gradients add up in float32 where DeepSpeed can"),
+    Rule("bf16.check_grad_overflow", _ON, _FINITE),
+    Rule(f"{_ZERO}compute_grad_norm", _ON, "clipping and the check for finite gradients need the norm"),
+    Rule("prescale_gradients", _OFF, _SUMS),
+    Rule("gradient_predivide_factor", (1.0,), _SUMS),
+    Rule("gradient_allreduce_op", ("mean",), _SUMS),
+    Rule("managed_gradient_accumulation", _ON, "the training loop marks the last micro-batch of a step itself"),
+    Rule("zero_force_ds_cpu_optimizer", _OFF, _OWN_OPTIMIZER),
+    Rule("zero_allow_untested_optimizer", _ON, "the optimizer is this package's, which DeepSpeed has not tested"),
+    Rule("optimizer.params.adam_w_mode", _ON, "the optimizer is AdamW: weight decay is not part of the gradient"),
+    Rule("optimizer.params.bias_correction", _ON, "the optimizer is AdamW, which corrects it"),
+    Rule("optimizer.params.amsgrad", _OFF, _MOMENTS),
+    Rule("scheduler.params.warmup_type", ("linear",), "the warm-up, optim.warmup_steps, is a line"),
+    Rule("data_efficiency.enabled", _OFF, "batches come from this package's own data pipeline"),
+    Rule("autotuning.enabled", _OFF, "it ends the run to measure other settings"),
+    Rule("activation_checkpointing.partition_activations", _OFF, _ACTIVATIONS),
+    Rule("activation_checkpointing.cpu_checkpointing", _OFF, _ACTIVATIONS),
+    Rule("tensorboard.enabled", _OFF, _METRICS),
+    Rule("wandb.enabled", _OFF, _METRICS),
+    Rule("csv_monitor.enabled", _OFF, _METRICS),
+    Rule("comet.enabled", _OFF, _METRICS),
+    Rule("checkpoint", (), _CHECKPOINTS),
+    Rule("datastates_ckpt", (), _CHECKPOINTS),
+    Rule(f"{_ZERO}cpu_offload", (), _OLD_OFFLOAD),
+    Rule(f"{_ZERO}cpu_offload_param", (), _OLD_OFFLOAD),
+    Rule(f"{_ZERO}cpu_offload_use_pin_memory", (), _OLD_OFFLOAD),
+)
+"""What holds for a run, whatever its settings are."""
 
 
 def check_rules(file: Mapping[str, Any], rules: Iterable[Rule]) -> None:
@@ -143,7 +126,45 @@ def check_rules(file: Mapping[str, Any], rules: Iterable[Rule]) -> None:
         for key, value in file.items():
             covered = key == rule.key or key.startswith(f"{rule.key}.")
             if covered and not any(_agree(value, allowed) for allowed in rule.allowed):
-                raise ConfigError(f"{key} is {shown(value)}, but {rule.why}; {rule.remedy.replace('{}', shown(value))}")
+                remedy = f'write {" or ".join(map(shown, rule.allowed))} or "auto"' if rule.allowed else "leave it out"
+                remedy += f", or change {rule.setting}" if rule.setting else ""
+                raise ConfigError(f"{key} is {shown(value)}, but {rule.why}; {remedy}")
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of what a file says. A value "auto" or null is left out: both mean "not said here"."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= flattened(value, f"{prefix}{name}.")
+        elif value is not None and value != "auto":
+            values[prefix + name] = value
+    return values
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of dotted keys that DeepSpeed reads; shares no dict with `values`.
+
+    Raises:
+        ConfigError: A key has a value, and a later one is below it.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *blocks, name = key.split(".")
+        block = tree
+        for above in blocks:
+            found = block.setdefault(above, {})
+            if not isinstance(found, dict):
+                raise ConfigError(f'{above} is {shown(found)}; write an object such as {{"{name}": ...}}')
+            block = found
+        block[name] = value
+    return tree
+
+
+def shown(value: Any) -> str:
+    """A value as JSON writes it, shortened."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _agree(value: Any, allowed: Any) -> bool:
