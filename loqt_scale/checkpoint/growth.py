@@ -56,8 +56,8 @@ def _jump(old: LearningRates, new: LearningRates, done: int) -> str:
     if old.branching_step is None:
         return jump
     return (
-        f"{jump}, since the decay had begun; without that a checkpoint of step {old.branching_step} or before goes on: "
-        "--checkpoint.resume PATH"
+        f"{jump}, since the decay had begun; without that a checkpoint of step {old.branching_step} or before goes on "
+        "with checkpoint.resume: PATH"
     )
 
 

@@ -10,7 +10,7 @@ making B's update orthogonal is the spectral step of W inside the subspace (Bern
 Under ZeRO a rank's fragment may begin or end inside a row. Such rows are completed by one more message, of at most two
 rows a rank and layer.
 
-A dense weight (`--method full`) is a B like any other if it is tall. Of a wide one the rows' Gram matrix U U^T is the
+A dense weight (`method: full`) is a B like any other if it is tall. Of a wide one the rows' Gram matrix U U^T is the
 smaller, and Q' U the same step; it needs whole rows against whole rows, so there, and only there, ranks exchange U.
 """
 
