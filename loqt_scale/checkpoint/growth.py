@@ -11,7 +11,7 @@ from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
-from loqt_scale.functional.schedule import planned_merges
+from loqt_scale.functional.merge_steps import planned_merges
 from loqt_scale.optim import LearningRates
 
 

@@ -38,16 +38,16 @@ from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.functional.defaults import plain_defaults
 from loqt_scale.layers import LoQTLayer, check_kinds, copies, loqt_layers
+from loqt_scale.merge.attached import RoundingWatch, check_optimizers, found_or_given
 from loqt_scale.merge.beginning import FirstBases, make_up
 from loqt_scale.merge.begun import BegunMerge
-from loqt_scale.merge.first_weights import agreed_source, check_first_weights, still_due
+from loqt_scale.merge.initial_checks import agreed_source, check_first_weights, still_due
 from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, Passes, StepOrder, StepWatch, reason_to_wait
 from loqt_scale.merge.placed import InitialWeights
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
-from loqt_scale.merge.spread import RoundingWatch, check_optimizers, found_or_given
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.optim import parameters_of

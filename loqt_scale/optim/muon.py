@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loqt_scale.functional.orthogonal import gram, orthogonalizer, pack_symmetric, unpack_symmetric, update_scale
 from loqt_scale.optim.fragment import Chunk
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
 
 WAVE_VALUES = 2**23  # of B on this rank, about, whose updates are in flight together, unless one layer has more

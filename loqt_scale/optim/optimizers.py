@@ -18,7 +18,7 @@ from loqt_scale.config import OptimConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim.muon import StreamedMuon
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW
 
 

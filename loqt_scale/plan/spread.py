@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loqt_scale.config import ParallelConfig
 from loqt_scale.config.combinations import check_shard_size, strategy_of
-from loqt_scale.config.names import check_strategy_name
+from loqt_scale.config.strategy_names import check_strategy_name
 from loqt_scale.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: our settings, plus an optional DeepSpeed JSON (`parallel.zero_config`).
 
 What the JSON leaves out, or writes as "auto", is filled from our settings. What both sides name must be the same, or is
-refused with both values. What would break a run unnoticed is refused with the reason (`keys`). The rest is passed
+refused with both values. What would break a run unnoticed is refused with the reason (`rules`). The rest is passed
 on as it stands, and checked by DeepSpeed itself (`check`).
 """
 
@@ -17,7 +17,7 @@ from loqt_scale.config.keys import flat_settings
 from loqt_scale.errors import ConfigError, explained
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.strategies.zero.check import check_by_deepspeed
-from loqt_scale.strategies.zero.keys import RULES, Rule, check_rules, flattened, nested, shown
+from loqt_scale.strategies.zero.rules import RULES, Rule, check_rules, flattened, nested, shown
 
 LARGEST_BUCKET = 20_000_000  # values, of which DeepSpeed allocates a buffer; its default of 5e8 is 2 GB in float32
 _ZERO = "zero_optimization."

@@ -19,7 +19,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config.commands import PlanOptions
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
-from loqt_scale.functional.flops import FORMULAS
+from loqt_scale.functional.operator_flops import FORMULAS
 from loqt_scale.metrics import DEVICES, peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run

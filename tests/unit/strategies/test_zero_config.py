@@ -13,7 +13,7 @@ from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.strategies.zero.config import size_buckets
-from loqt_scale.strategies.zero.keys import nested
+from loqt_scale.strategies.zero.rules import nested
 from tests.unit.strategies.zero_files import resolved, run
 
 deepspeed = pytest.importorskip("deepspeed")

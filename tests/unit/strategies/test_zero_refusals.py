@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import ConfigError
 from loqt_scale.strategies.zero.config import check_zero_unused
-from loqt_scale.strategies.zero.keys import RULES, nested
+from loqt_scale.strategies.zero.rules import RULES, nested
 from tests.unit.strategies.zero_files import refusal, resolved, run
 
 pytest.importorskip("deepspeed")
