@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ from loqt_scale.merge.initial_checks import agreed_source, check_first_weights
 from loqt_scale.merge.model_merge import ModelMerge
 from loqt_scale.merge.order import Passes, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights
-from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport, warn
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
 from loqt_scale.strategies import Editing
@@ -103,9 +102,7 @@ class MergeCoordinator:
         self._bases = FirstBases(self._layers, self._editing)
         self._rounding = RoundingWatch(self._layers, self._editing, optimizers)
         self._order = StepOrder(StepWatch(optimizers), Passes(optimizer))
-        self._merging = ModelMerge(
-            self._layers, optimizers, config, self._editing, seed=seed, initial_weights=source, warn=self._warn
-        )
+        self._merging = ModelMerge(self._layers, optimizers, config, self._editing, seed=seed, initial_weights=source)
         self.on_merge: list[Callable[[MergeReport], None]] = []
         copies.release(self._layers.values())
 
@@ -208,7 +205,7 @@ class MergeCoordinator:
             self._merging.collect(step, backward_passes)
             self._order.open = step
         for text in told:
-            self._warn(text)
+            warn(self._editing.comm, text)
 
     @torch.no_grad()
     @plain_defaults()
@@ -233,7 +230,7 @@ class MergeCoordinator:
         if step is None:  # Accelerate accumulates
             return None
         if words := self._order.words_when_idle():
-            self._warn(words)
+            warn(self._editing.comm, words)
         if not self._merges_after(step):
             self._merging.drop()
             self._order.leave(step)
@@ -252,7 +249,7 @@ class MergeCoordinator:
         if not self._merging.is_under_way:
             self._merging.check_states()
             if reason := self._find(step):
-                self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
+                warn(self._editing.comm, f"the merge of step {step} is postponed to step {step + 1}: {reason}")
                 self.postpone(step)
                 return None
         done = self._merging.run()
@@ -282,10 +279,6 @@ class MergeCoordinator:
             layers={name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers},
             kept=tuple(done.kept),
         )
-
-    def _warn(self, text: str) -> None:
-        if self._editing.comm.is_main:
-            warnings.warn(f"LoQT: {text}", stacklevel=3)
 
     # ---- a run that goes on ------------------------------------------------------------------------------------------
 
@@ -325,7 +318,7 @@ class MergeCoordinator:
         if state.get("version") != STATE_VERSION:
             raise UserError(f"this is no state of a MergeCoordinator of version {STATE_VERSION}: {sorted(state)}")
         for text in check_settings(state["settings"], self._settings, strict=strict):
-            self._warn(text)
+            warn(self._editing.comm, text)
         self._merging.drop()
         self._order.abandon()
         self._schedule.restart(step for step in state["moved"] if step >= state["position"])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -18,7 +18,7 @@ from loqt_scale.merge.initial_checks import still_due
 from loqt_scale.merge.one_layer import LayerMerge, own_names
 from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, reason_to_wait
 from loqt_scale.merge.placed import InitialWeights
-from loqt_scale.merge.report import StartReport
+from loqt_scale.merge.report import StartReport, warn
 from loqt_scale.merge.start import start_compensated
 from loqt_scale.merge.subspace import SubspaceSearch
 from loqt_scale.strategies import Editing
@@ -34,7 +34,6 @@ class ModelMerge:
         editing: How the layers are spread over ranks.
         seed: Of the sketches.
         initial_weights: The weights before quantization, if they are known.
-        warn: Says something to people, once for all ranks.
 
     Attributes:
         search: What finds each layer's new P.
@@ -51,10 +50,9 @@ class ModelMerge:
         *,
         seed: int,
         initial_weights: InitialWeights | None,
-        warn: Callable[[str], None],
     ) -> None:
         self._layers, self._optimizers, self._config, self._editing = layers, optimizers, config, editing
-        self._seed, self._warn = seed, warn
+        self._seed = seed
         self.search = SubspaceSearch(layers, config.subspace, editing.comm, seed)
         self.initial_weights, self.first_due = initial_weights, set[str]()
         self._sent_before = 0  # bytes, by the search, before this merge step
@@ -121,7 +119,7 @@ class ModelMerge:
                 more passes than was said.
         """
         if self._editing.keeps_gradients and self.search.outlives:
-            self._warn(OUTLIVED)
+            warn(self._editing.comm, OUTLIVED)
         sketch_bytes = self.search.sent_bytes - self._sent_before
         seen = self.search.finish()
         own = self.search.quality
@@ -133,7 +131,7 @@ class ModelMerge:
         if not reason:
             self._begun = BegunMerge(sketch_bytes)
             if any([copies.have_changed(layer) for layer in self._layers.values()]):
-                self._warn(copies.AVERAGED)
+                warn(self._editing.comm, copies.AVERAGED)
         return reason
 
     def run(self) -> BegunMerge:
