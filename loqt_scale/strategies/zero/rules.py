@@ -126,9 +126,7 @@ def check_rules(file: Mapping[str, Any], rules: Iterable[Rule]) -> None:
         for key, value in file.items():
             covered = key == rule.key or key.startswith(f"{rule.key}.")
             if covered and not any(_agree(value, allowed) for allowed in rule.allowed):
-                remedy = f'write {" or ".join(map(shown, rule.allowed))} or "auto"' if rule.allowed else "leave it out"
-                remedy += f", or change {rule.setting}" if rule.setting else ""
-                raise ConfigError(f"{key} is {shown(value)}, but {rule.why}; {remedy}")
+                raise ConfigError(f"{key} is {shown(value)}, but {rule.why}; {_remedy(rule)}")
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -165,6 +163,11 @@ def shown(value: Any) -> str:
     """A value as JSON writes it, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _remedy(rule: Rule) -> str:
+    wanted = f"write {' or '.join(map(shown, rule.allowed))}, or " if rule.allowed else ""
+    return f"{wanted}leave it out" + (f", or change {rule.setting}" if rule.setting else "")
 
 
 def _agree(value: Any, allowed: Any) -> bool:

@@ -67,8 +67,8 @@ def test_any_other_value_is_refused_with_both(json_file, key):
         path = json_file(nested({key: value}))
         message = refusal(shared_run(path))
         assert message.startswith(f"{path}: {key} is {json.dumps(value)[:50]}")
-        assert f"write {json.dumps(ours)} or " in message
-        assert message.endswith(f'or "auto", or change {setting}')
+        assert f"; write {json.dumps(ours)}" in message
+        assert message.endswith(f", or leave it out, or change {setting}")
 
     refused()
 
@@ -81,13 +81,13 @@ CONTRADICTIONS = [
         {"gradient_accumulation_steps": 4},
         {},
         "gradient_accumulation_steps is 4, but 32 sequences (train.global_batch_size) on 2 rank(s) make 2 passes; "
-        'write 2 or "auto", or change train.micro_batch_size',
+        "write 2, or leave it out, or change train.micro_batch_size",
     ),
     (
         {"scheduler.type": "WarmupLR"},
         {},
         'scheduler.type is "WarmupLR", but optim.schedule is cosine (WarmupCosineLR is cosine, WarmupDecayLR is '
-        'linear, WarmupLR is constant); write "WarmupCosineLR" or "auto", or change optim.schedule',
+        'linear, WarmupLR is constant); write "WarmupCosineLR", or leave it out, or change optim.schedule',
     ),
     (
         {"optimizer.type": "AdamW"},
@@ -139,7 +139,7 @@ def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
     wrong = not rule.allowed[0] if rule.allowed and isinstance(rule.allowed[0], bool) else 7
     remedy = "leave it out"
     if rule.allowed:
-        remedy = f'write {" or ".join(map(json.dumps, rule.allowed))} or "auto"'
+        remedy = f"write {' or '.join(map(json.dumps, rule.allowed))}, or leave it out"
     path = json_file(nested({rule.key: wrong}))
     assert refusal(run(zero_config=path)) == f"{path}: {rule.key} is {json.dumps(wrong)}, but {rule.why}; {remedy}"
     for harmless in (*rule.allowed[:1], "auto", None):
