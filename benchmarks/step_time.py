@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_scale.config.yaml import parse_run_config
-from loqt_scale.functional.flops import FORMULAS
+from loqt_scale.functional.operator_flops import FORMULAS
 from loqt_scale.training.trainer import Trainer
 from tests.distributed.footprint_tasks import make_trainer, update_without_merge
 

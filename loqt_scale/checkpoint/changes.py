@@ -8,6 +8,8 @@ on.
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config.keys import flat_settings, path_settings
 from loqt_scale.config.paths import same_files
 from loqt_scale.config.sources import ALWAYS, goes_on
-from loqt_scale.strategies.zero.config import names_scheduler
 
 FREE = (
     "checkpoint.",
@@ -111,8 +112,9 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
         Lines for people on those that it can go on with.
 
     Raises:
-        CheckpointError: Others; each is named, and so are the ways that do work.
+        CheckpointError: Others; each is named, and so are the ways that do work. Or the learning rates were not ours.
     """
+    _check_rates(checkpoint, manifest)
     wrong = of_another_run(changes)
     if wrong:
         raise CheckpointError(
@@ -122,10 +124,30 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
     if steps < before:
         raise CheckpointError(
             f"train.steps was {before} in {checkpoint} (after step {manifest.step}), is {steps}: it may grow but not "
-            f"shrink, since learning rates have followed it. Write {before} or more to go on, or --checkpoint.resume "
+            f"shrink, since learning rates have followed it. Write {before} or more to go on, or checkpoint.resume: "
             "never to start anew"
         )
     return _notes(manifest, changes, config)
+
+
+def _check_rates(checkpoint: Path, manifest: Manifest) -> None:
+    """Refuses a run whose rates DeepSpeed's scheduler has moved: with `optim.schedule` they would jump unnoticed."""
+    name = _deepspeeds_scheduler(checkpoint) if manifest.strategy.startswith("zero") else None
+    if name is not None:
+        raise CheckpointError(
+            f"the learning rates of {checkpoint} were those of DeepSpeed's scheduler {name}, which is no longer "
+            "supported (optim.schedule: linear takes the place of WarmupDecayLR, cosine of WarmupCosineLR, constant of "
+            f"WarmupLR). Go on with the version of loqt_scale that saved it; or {_as_a_new_run(checkpoint)}"
+        )
+
+
+def _deepspeeds_scheduler(checkpoint: Path) -> str | None:
+    """The scheduler in the DeepSpeed JSON of a checkpoint's run, as earlier versions took it; None: there is none."""
+    for folder in checkpoint.parents[:3]:  # a line that was set aside is a folder deeper
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            settings = json.loads((folder / "deepspeed.json").read_text(encoding="utf-8"))
+            return str(settings["scheduler"]["type"])
+    return None
 
 
 def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]:
@@ -140,19 +162,22 @@ def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]
         for key, whose in what.items()
         if key in changes
     }
-    if "train.steps" in notes and not names_scheduler(config.parallel):
+    if "train.steps" in notes:
         notes["train.steps"] += f", {describe_growth(manifest, config, changes['train.steps'][0])}"
     return list(notes.values())
 
 
 def _ways(checkpoint: Path, wrong: Changes) -> str:
-    anew = "--checkpoint.resume never to start anew"
+    anew = "checkpoint.resume: never to start anew"
     if any(key.startswith(_OF_THE_MODEL) for key in wrong):
         return f"Write the old values to go on, or {anew}"
+    return f"Write the old values to go on; or {_as_a_new_run(checkpoint)}; or {anew}"
+
+
+def _as_a_new_run(checkpoint: Path) -> str:
     return (
-        "Write the old values to go on; or train its weights as a new run: loqt-scale export --checkpoint "
-        f"{checkpoint} --out DIR --dtype float32, then --model.path DIR --model.weights pretrained "
-        f"--model.overrides {{}} with another --train.run_dir; or {anew}"
+        f"train its weights as a new run: loqt-scale export --checkpoint {checkpoint} --out DIR --dtype float32, then "
+        "model.path: DIR, model.weights: pretrained, model.overrides: {} with another train.run_dir"
     )
 
 

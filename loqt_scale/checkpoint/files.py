@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from loqt_scale.errors import UserError
 
-ELSEWHERE = "write another checkpoint's folder (a run: --checkpoint.resume PATH, or never to start anew)"
+ELSEWHERE = "write another checkpoint's folder (of a run: checkpoint.resume: PATH, or never to start anew)"
 _GREATEST_DOCUMENT = 2**28  # bytes of a file that is read at once; a tokenizer's are the largest
 
 

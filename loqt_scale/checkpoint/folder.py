@@ -299,7 +299,7 @@ class CheckpointFolder:
     def _instead(self) -> str:
         others = ", ".join(map(str, self.everything())) or "none"
         return (
-            f"write --checkpoint.resume PATH with one that is there ({others}), or --checkpoint.resume never to start "
+            f"write checkpoint.resume: PATH with one that is there ({others}), or checkpoint.resume: never to start "
             "anew"
         )
 
@@ -307,7 +307,7 @@ class CheckpointFolder:
         if self.root.is_symlink() and not self.root.exists():
             raise CheckpointError(
                 f"{self.root} is a link to {os.readlink(self.root)}, which is not there; mount its disk, make that "
-                "folder, or write another --train.run_dir"
+                "folder, or write another train.run_dir"
             )
 
 

@@ -11,7 +11,7 @@ from loqt_scale.checkpoint.manifest import Manifest, read_manifest
 from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
-from loqt_scale.functional.schedule import planned_merges
+from loqt_scale.functional.merge_steps import planned_merges
 from loqt_scale.optim import LearningRates
 
 
@@ -56,8 +56,8 @@ def _jump(old: LearningRates, new: LearningRates, done: int) -> str:
     if old.branching_step is None:
         return jump
     return (
-        f"{jump}, since the decay had begun; without that a checkpoint of step {old.branching_step} or before goes on: "
-        "--checkpoint.resume PATH"
+        f"{jump}, since the decay had begun; without that a checkpoint of step {old.branching_step} or before goes on "
+        "with checkpoint.resume: PATH"
     )
 
 

@@ -117,7 +117,7 @@ def check_tensors(
         raise CheckpointError(
             f"{checkpoint.path} is of another model: {len(different)} tensors differ, the first is {name}: "
             f"{theirs.get(name)} in the checkpoint, {ours.get(name)} in this run; write the settings of its {CONFIG}, "
-            "or --checkpoint.resume never"
+            "or checkpoint.resume: never"
         )
     return list(theirs)
 

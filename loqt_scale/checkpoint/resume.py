@@ -125,7 +125,7 @@ class _Decision:
             raise CheckpointError(
                 f"the run in {self.run_dir} is finished after {finished.step} steps, and its checkpoints are not there "
                 f"any more, so it cannot go on; train.steps is {steps}: put the checkpoints back, or write "
-                "--checkpoint.resume never to start anew, or another --train.run_dir"
+                "checkpoint.resume: never to start anew, or another train.run_dir"
             )
         begun = self.before or Begun(asked=self.config.checkpoint.resume, job=self.job)
         note = f"{self.folder.root} holds no checkpoint any more"
@@ -150,7 +150,7 @@ class _Decision:
         if not found.is_dir() or identity(found) != before.identity:
             raise CheckpointError(
                 f"the run in {self.run_dir} began from {found}, which is not there any more, and has saved nothing; "
-                "write --checkpoint.resume PATH with another checkpoint, or --checkpoint.resume never to start anew"
+                "write checkpoint.resume: PATH with another checkpoint, or checkpoint.resume: never to start anew"
             )
         return replace(self._going_on(found, changed_settings(found, self.config), "kept"), begun=before)
 
@@ -192,7 +192,7 @@ class _Decision:
         if not came_of_it and found.resolve().is_relative_to(self.run_dir.resolve()):
             raise CheckpointError(
                 f"checkpoint.resume is '{found}', which lies inside train.run_dir '{self.run_dir}' but is none of the "
-                "checkpoints of its run; write another --train.run_dir"
+                "checkpoints of its run; write another train.run_dir"
             )
         return replace(self._going_on(found, changes, "kept" if came_of_it else "new"), begun=begun)
 
@@ -212,7 +212,7 @@ class _Decision:
         what = "it has ended" if start.folder == "over" else f"it goes on from {start.checkpoint}"
         note = (
             f"{self.run_dir} holds a run that began from {path}: {what}; to begin there once more, write another "
-            "--train.run_dir"
+            "train.run_dir"
         )
         return replace(start, notes=(note, *start.notes))
 
@@ -245,7 +245,7 @@ class _Decision:
         if step > steps:
             raise CheckpointError(
                 f"{checkpoint} is after step {step}, but train.steps is {steps}; write {step} or more to go on, or "
-                "--checkpoint.resume never to start anew"
+                "checkpoint.resume: never to start anew"
             )
         begun = Begun(asked=self.config.checkpoint.resume, job=self.job)
         return Start(

@@ -75,10 +75,10 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule.
 
     Args:
-        name: adamw, or muon = Muon's spectral step for the factors B (of every converted linear under `--method full`),
+        name: adamw, or muon = Muon's spectral step for the factors B (of every converted linear under `method: full`),
             which keeps one moment instead of two, and AdamW for the rest.
         momentum: Muon's momentum.
-        lr: Peak learning rate of the factors B (of every converted linear under `--method full`).
+        lr: Peak learning rate of the factors B (of every converted linear under `method: full`).
         full_precision_lr: Peak rate of embeddings, norms, biases and head. Default: `lr`.
         betas: Adam's two decay rates.
         eps: Adam's epsilon.

@@ -150,7 +150,7 @@ class LoQTConfig:
             "loqt.init is 'loftq', but loqt.merge.compensation_rounds is 0; write 1 or more (the paper: 5), or "
             "loqt.init: zero",
         )
-        require(len(self.target_modules) > 0, "loqt.target_modules is empty; write ['*'] or use --method full")
+        require(len(self.target_modules) > 0, "loqt.target_modules is empty; write ['*'] or use method: full")
 
     def rank_of(self, name: str) -> int:
         """Rank of the layer of this dotted name."""

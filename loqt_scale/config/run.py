@@ -27,7 +27,7 @@ class RunConfig:
         method: loqt = low-rank factors over a quantized base; full = ordinary full-rank training of the same model.
         model: Which model.
         data: Which text.
-        loqt: The method's settings (ignored under `--method full`).
+        loqt: The method's settings (ignored under `method: full`).
         optim: Optimizer and schedule.
         parallel: How the run is spread over ranks.
         train: The loop.

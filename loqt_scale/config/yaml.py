@@ -33,8 +33,8 @@ from loqt_scale.config.keys import (
     unknown_key_message,
 )
 from loqt_scale.config.kinds import accepts_none, describe_type, takes_bool
-from loqt_scale.config.names import check_strategy_name
 from loqt_scale.config.paths import expand_path
+from loqt_scale.config.strategy_names import check_strategy_name
 from loqt_scale.errors import ConfigError, explained, named, reason_of
 
 T = TypeVar("T")

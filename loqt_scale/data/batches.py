@@ -176,7 +176,7 @@ class StoredSequences:
         if self._digest is not None and known not in (None, self._digest):
             raise AnotherTextError(
                 "the training text is another one than when the checkpoint was saved (its tokens differ); put the old "
-                "files back to go on, or write --checkpoint.resume never to start anew"
+                "files back to go on, or write checkpoint.resume: never to start anew"
             )
 
     def _order(self, epoch: int) -> npt.NDArray[np.integer]:

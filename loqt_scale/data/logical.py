@@ -173,7 +173,7 @@ class LogicalStreams:
             raise AnotherTextError(
                 "it was saved by an earlier version of loqt_scale, which read a streamed data set in another order; go "
                 "on with that version, or train its weights as a new run: loqt-scale export --checkpoint CHECKPOINT "
-                "--out DIR --dtype float32, then --model.path DIR --model.weights pretrained --model.overrides {}"
+                "--out DIR --dtype float32, then model.path: DIR, model.weights: pretrained, model.overrides: {}"
             )
         try:
             found = _Position(**position)
@@ -182,13 +182,13 @@ class LogicalStreams:
         if found.text == self._text and found.streams != self.count:
             raise AnotherTextError(
                 f"the checkpoint was saved with {found.streams} logical streams, and now there are {self.count}; write "
-                f"--data.streams {found.streams} to go on, or --checkpoint.resume never to start anew"
+                f"data.streams: {found.streams} to go on, or checkpoint.resume: never to start anew"
             )
         if (found.streams, found.text) != (self.count, self._text):
             raise AnotherTextError(
                 f"the checkpoint was saved with {found.streams} logical streams of a data set of {found.text}, and "
                 f"now there are {self.count} of {self._text}; put the old files back to go on, or write "
-                "--checkpoint.resume never to start anew"
+                "checkpoint.resume: never to start anew"
             )
         if set(found.places) != {str(number) for number in range(self.count)}:
             raise UserError(f"places of {len(found.places)} logical streams are not those of {self.count}")

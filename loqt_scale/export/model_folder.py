@@ -226,5 +226,5 @@ def _check_layers(parts: Parts) -> None:
 def _check_four_bit(config: RunConfig) -> None:
     four_bit = isinstance(SCHEMES[config.loqt.quantization.weight], FourBit)
     if config.method == "full" or not four_bit:
-        what = "--method full" if config.method == "full" else f"weight scheme {config.loqt.quantization.weight}"
+        what = "method: full" if config.method == "full" else f"weight scheme {config.loqt.quantization.weight}"
         raise UserError(f"format is nf4, but the run ({what}) has no 4-bit base; write --format dense")

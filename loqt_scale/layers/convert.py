@@ -9,9 +9,9 @@ from torch import nn
 
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError, require_kind
+from loqt_scale.layers.conversion_report import ConversionReport
 from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.names import is_replicated, named_modules
-from loqt_scale.layers.report import ConversionReport
 from loqt_scale.layers.saving import save_merged_weights
 from loqt_scale.layers.select import select, unmatched_patterns
 

@@ -11,8 +11,7 @@ from torch import nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers.candidates import Candidate, candidates
-from loqt_scale.layers.names import named_modules
-from loqt_scale.layers.report import (
+from loqt_scale.layers.conversion_report import (
     EMBEDDING,
     EXCLUDED,
     HEAD,
@@ -21,6 +20,7 @@ from loqt_scale.layers.report import (
     ConversionReport,
     Left,
 )
+from loqt_scale.layers.names import named_modules
 
 _EVERYTHING = "*"
 

@@ -14,7 +14,7 @@ from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLayer, check_kinds, loqt_layers
 from loqt_scale.merge import InitialWeights, MergeCoordinator
-from loqt_scale.merge.sources import TAKE_BEFORE, check_shape, stored_name
+from loqt_scale.merge.initial_weights import TAKE_BEFORE, check_shape, stored_name
 from loqt_scale.model.weights import SafetensorsWeights
 from loqt_scale.strategies import Editing, unwrapped
 

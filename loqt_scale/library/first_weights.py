@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loqt_scale.layers import loqt_layers
 from loqt_scale.layers.names import plain_name
 from loqt_scale.merge import InitialWeights
-from loqt_scale.merge.sources import as_initial_weights
+from loqt_scale.merge.initial_weights import as_initial_weights
 
 
 class FirstWeights:

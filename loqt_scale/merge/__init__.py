@@ -1,13 +1,15 @@
 """The merge: factors folded into the quantized base, a fresh subspace, one layer at a time, every rank.
 
-Read `coordinator`, which a loop calls, then
+Read `coordinator`, which a loop calls, then `model_merge`, what it calls on a merge step, then
 
 what a loop does    schedule (which steps merge), order (of calls), beginning, settings (does a run go on as it
-                    was), spread (how the model lies on ranks), begun (a merge that an error has interrupted)
+                    was), attached (how the model lies on ranks), factor_updates (by which optimizers)
+the whole model     begun (a merge that an error has interrupted) -> turns (of replicas)
 the new P           probes -> collection -> basis, led by `subspace`
-the layer           one_layer, of a mixture's experts `experts`; placed (its rows here), turns (of replicas),
-                    diagnostics -> report
-the first merge     sources (weights before quantization), first_weights (are they this model's), start (`loqt.init`)
+the layer           one_layer, of a mixture's experts `experts`; placed (its rows here), diagnostics ->
+                    report
+the first merge     initial_weights (those before quantization), initial_checks (are they this model's), start
+                    (`loqt.init`)
 """
 
 from loqt_scale.merge.coordinator import MergeCoordinator

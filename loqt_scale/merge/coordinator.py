@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,20 +36,18 @@ from torch import Tensor, nn
 from loqt_scale.config import LoQTConfig
 from loqt_scale.errors import UserError
 from loqt_scale.functional.defaults import plain_defaults
-from loqt_scale.layers import LoQTLayer, check_kinds, copies, loqt_layers
+from loqt_scale.layers import check_kinds, copies, loqt_layers
+from loqt_scale.merge.attached import found_or_given
 from loqt_scale.merge.beginning import FirstBases, make_up
 from loqt_scale.merge.begun import BegunMerge
-from loqt_scale.merge.first_weights import agreed_source, check_first_weights, still_due
-from loqt_scale.merge.one_layer import LayerMerge, own_names
-from loqt_scale.merge.order import NOTHING_SEEN, OUTLIVED, Passes, StepOrder, StepWatch, reason_to_wait
+from loqt_scale.merge.factor_updates import RoundingWatch, check_optimizers
+from loqt_scale.merge.initial_checks import agreed_source, check_first_weights
+from loqt_scale.merge.model_merge import ModelMerge
+from loqt_scale.merge.order import Passes, StepOrder, StepWatch
 from loqt_scale.merge.placed import InitialWeights
-from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS, MergeReport, StartReport, warn
 from loqt_scale.merge.schedule import MergeSchedule
 from loqt_scale.merge.settings import STATE_VERSION, check_config, check_settings, settings_of
-from loqt_scale.merge.spread import RoundingWatch, check_optimizers, found_or_given
-from loqt_scale.merge.start import start_compensated
-from loqt_scale.merge.subspace import SubspaceSearch
-from loqt_scale.optim import parameters_of
 from loqt_scale.strategies import Editing
 
 
@@ -91,25 +88,21 @@ class MergeCoordinator:
     ) -> None:
         check_kinds(model, config)
         found = found_or_given(model, optimizer, editing)
-        self.description, self._editing, self._optimizers = found.description, found.editing, found.optimizers
+        self.description, self._editing, optimizers = found.description, found.editing, found.optimizers
         self._layers, self._check_ranks = dict(loqt_layers(found.model)), found.check
         factors = {name: layer.factor for name, layer in self._layers.items()}
-        self._editing.check_held(self._optimizers, factors)
-        check_optimizers(self._layers, self._optimizers)
+        self._editing.check_held(optimizers, factors)
+        check_optimizers(self._layers, optimizers)
         check_config(self._layers, config)
-        self._config, self._seed = config, seed
         prefix = getattr(found.model, "base_model_prefix", "")
         self._settings = settings_of(self._layers, config, seed=seed, total_steps=total_steps)
-        comm = self._editing.comm
-        self._initial_weights = agreed_source(initial_weights, self._layers, prefix, comm, self._settings)
+        source = agreed_source(initial_weights, self._layers, prefix, self._editing.comm, self._settings)
+        self._init = config.init
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._bases = FirstBases(self._layers, self._editing)
-        self._rounding = RoundingWatch(self._layers, self._editing, self._optimizers)
-        self._order = StepOrder(StepWatch(self._optimizers), Passes(optimizer))
-        self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
-        self._sent_before = 0  # bytes, by the search, before this merge step
-        self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
-        self._first_due: set[str] = set()  # layers; of others P of zeros tells it
+        self._rounding = RoundingWatch(self._layers, self._editing, optimizers)
+        self._order = StepOrder(StepWatch(optimizers), Passes(optimizer))
+        self._merging = ModelMerge(self._layers, optimizers, config, self._editing, seed=seed, initial_weights=source)
         self.on_merge: list[Callable[[MergeReport], None]] = []
         copies.release(self._layers.values())
 
@@ -134,13 +127,7 @@ class MergeCoordinator:
         Raises:
             ValueError: The weights before quantization are needed and were not given.
         """
-        if self._config.init == "zero":
-            return None
-        if self._initial_weights is None:
-            raise ValueError("loqt.init is 'loftq', which needs the weights before quantization; give initial_weights")
-        self.expect_first_merge()
-        owners, source = self._search.owners, self._initial_weights
-        return start_compensated(self._layers, owners, source, self._config, self._editing, seed=self._seed)
+        return None if self._init == "zero" else self._merging.start()
 
     def check_first_weights(self) -> None:
         """Before the first merge: refuses `initial_weights` that are not those of this model. Every rank.
@@ -148,8 +135,8 @@ class MergeCoordinator:
         Raises:
             UserError: The layer in which they differ most.
         """
-        if self._initial_weights is not None:
-            check_first_weights(self._layers, self._initial_weights, self._editing)
+        if self._merging.initial_weights is not None:
+            check_first_weights(self._layers, self._merging.initial_weights, self._editing)
 
     def go_on(self, step: int) -> None:
         """Says that a run goes on at a step, with the merges before it made or named by `require`. Local."""
@@ -162,11 +149,11 @@ class MergeCoordinator:
         Args:
             merged: Whether the model had merged when these merges were attached to it.
         """
-        self._bases.expect_state(merged=merged, compensated=bool(self._first_due))
+        self._bases.expect_state(merged=merged, compensated=bool(self._merging.first_due))
 
     def expect_first_merge(self) -> None:
         """Says that no merge has been made yet (on a resume; P of zeros says so by itself). Local."""
-        self._first_due = {own for name, layer in self._layers.items() for own in own_names(name, layer)}
+        self._merging.expect_first()
 
     def has_merged(self) -> bool:
         """Whether P has values: after the first merge, or a start that makes up for quantization. Every rank."""
@@ -188,7 +175,7 @@ class MergeCoordinator:
         """
         if self.is_merge_step(step):
             self._schedule.postpone(step)
-        self._drop()
+        self._merging.drop()
         self._order.leave(step)
 
     @plain_defaults()
@@ -214,13 +201,11 @@ class MergeCoordinator:
         told += self._schedule.words_at_end(step)
         if self._merges_after(step) and self._order.open != step:
             self._check_ranks()
-            self._editing.settle()
             told += self._rounding.words()
-            self._sent_before = self._search.sent_bytes
-            self._search.attach(step, backward_passes)
+            self._merging.collect(step, backward_passes)
             self._order.open = step
         for text in told:
-            self._warn(text)
+            warn(self._editing.comm, text)
 
     @torch.no_grad()
     @plain_defaults()
@@ -245,9 +230,9 @@ class MergeCoordinator:
         if step is None:  # Accelerate accumulates
             return None
         if words := self._order.words_when_idle():
-            self._warn(words)
+            warn(self._editing.comm, words)
         if not self._merges_after(step):
-            self._drop()
+            self._merging.drop()
             self._order.leave(step)
             return None
         if not torch.is_autocast_enabled(self._editing.device.type):
@@ -261,56 +246,39 @@ class MergeCoordinator:
     def _merge(self, step: int) -> MergeReport | None:
         started = time.perf_counter()
         self._editing.settle()
-        if self._begun is None:
-            self._check_states()
-            if self._editing.keeps_gradients and self._search.outlives:
-                self._warn(OUTLIVED)
-            sketch_bytes = self._search.sent_bytes - self._sent_before
-            if reason := self._collected(step):
-                self._warn(f"the merge of step {step} is postponed to step {step + 1}: {reason}")
+        if not self._merging.is_under_way:
+            self._merging.check_states()
+            if reason := self._find(step):
+                warn(self._editing.comm, f"the merge of step {step} is postponed to step {step + 1}: {reason}")
                 self.postpone(step)
                 return None
-            self._begun = BegunMerge(sketch_bytes)
-            if any([copies.have_changed(layer) for layer in self._layers.values()]):
-                self._warn(copies.AVERAGED)
-        begun, kept = self._begun, self._begun.kept
-        begun.merge_rest(self._layers, self._search, self._merging(), self._editing)
-        self._begun = None
-        self._bases.have_merged(self._search.live.keys())
-        self._first_due &= set(kept)
-        self._initial_weights = still_due(self._initial_weights, self._layers, set(kept))
+        done = self._merging.run()
+        self._bases.have_merged(self._merging.search.live.keys())
         self._order.leave(step)
-        values = begun.read(self._editing)
-        layers = {name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers}
-        report = MergeReport(
-            step=step,
-            index=self._schedule.index(step),
-            seconds=time.perf_counter() - started,
-            sketch_bytes=begun.sketch_bytes,
-            layers=layers,
-            kept=tuple(kept),
-        )
+        report = self._report(step, done, started)
         for told in self.on_merge:
             told(report)
         return report
 
-    def _collected(self, step: int) -> str:
-        """Afterwards every owner has found its P; why the merge must wait, if so. Every rank.
-
-        Raises:
-            RuntimeError: What was collected is of no use; the merge is due at the next step.
-        """
+    def _find(self, step: int) -> str:
+        """`ModelMerge.find`; if what was collected is of no use, the merge is due at the next step. Every rank."""
         try:
-            return self._reason_to_wait(self._search.finish())
+            return self._merging.find(was_skipped=self._order.was_skipped)
         except RuntimeError:
             if self._order.open == step:
                 self.postpone(step)
             raise
 
-    def _drop(self) -> None:
-        """Forgets what this step has collected, and what it has not merged yet. Every rank."""
-        self._search.drop()
-        self._begun = None
+    def _report(self, step: int, done: BegunMerge, started: float) -> MergeReport:
+        values = done.read(self._editing)
+        return MergeReport(
+            step=step,
+            index=self._schedule.index(step),
+            seconds=time.perf_counter() - started,
+            sketch_bytes=done.sketch_bytes,
+            layers={name: dict(zip(MERGE_DIAGNOSTICS, values[name], strict=True)) for name in self._layers},
+            kept=tuple(done.kept),
+        )
 
     # ---- a run that goes on ------------------------------------------------------------------------------------------
 
@@ -332,7 +300,7 @@ class MergeCoordinator:
         return {
             "position": self.position,
             "moved": self._schedule.moved,
-            "first_due": sorted(self._first_due),
+            "first_due": sorted(self._merging.first_due),
             "watched": self._order.watch.works,
         }
 
@@ -350,49 +318,11 @@ class MergeCoordinator:
         if state.get("version") != STATE_VERSION:
             raise UserError(f"this is no state of a MergeCoordinator of version {STATE_VERSION}: {sorted(state)}")
         for text in check_settings(state["settings"], self._settings, strict=strict):
-            self._warn(text)
-        self._drop()
+            warn(self._editing.comm, text)
+        self._merging.drop()
         self._order.abandon()
         self._schedule.restart(step for step in state["moved"] if step >= state["position"])
-        self._first_due = set(state["first_due"])
+        self._merging.first_due = set(state["first_due"])
         self._order.watch.works = state["watched"]
         self.go_on(state["position"])
         self._bases.doubt()
-
-    # ---- what could go wrong in silence ------------------------------------------------------------------------------
-
-    def _check_states(self) -> None:
-        """Refuses an optimizer that lacks factors, or whose states cannot be carried over, before anything changes."""
-        live = self._search.live
-        self._editing.check_held(self._optimizers, {name: layer.factor for name, layer in live.items()})
-        if self._config.merge.optimizer_state == "transport":
-            for layer in live.values():
-                self._editing.check_states(self._optimizer_of(layer), layer.factor, shaped=layer.spec.experts is None)
-
-    def _reason_to_wait(self, seen: bool) -> str:
-        """Why this step must not be merged, if so; the same on all ranks. Every rank. One all-reduce.
-
-        Raises:
-            RuntimeError: No rank has seen (`seen`: this one has) a layer in a backward pass; on all ranks.
-        """
-        own = self._search.quality
-        told = torch.cat([own, own.new_tensor([float(self._order.was_skipped), float(seen)])])
-        broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
-        if not seeing:
-            raise RuntimeError(NOTHING_SEEN)
-        return reason_to_wait(broken, alive, without)
-
-    def _warn(self, text: str) -> None:
-        if self._editing.comm.is_main:
-            warnings.warn(f"LoQT: {text}", stacklevel=3)
-
-    def _optimizer_of(self, layer: LoQTLayer) -> torch.optim.Optimizer:
-        if len(self._optimizers) == 1:  # which may be an engine's, over parameters of its own
-            return self._optimizers[0]
-        return next(each for each in self._optimizers if any(p is layer.factor for p in parameters_of(each)))
-
-    def _merging(self) -> LayerMerge:
-        merge = self._config.merge
-        return LayerMerge(
-            self._layers, self._editing, merge, self._initial_weights, self._first_due, optimizer_of=self._optimizer_of
-        )

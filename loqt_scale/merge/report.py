@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+
+from loqt_scale.strategies import Comm
 
 MERGE_DIAGNOSTICS = ("error_before", "error_after", "gradient_energy", "subspace_overlap", "update_survival")
 
@@ -58,3 +61,9 @@ class StartReport:
             return {}
         before, after = (sum(column) / len(self.errors) for column in zip(*self.errors.values(), strict=True))
         return {"error_before": before, "error_after": after}
+
+
+def warn(comm: Comm, text: str) -> None:
+    """Says something to people, once for all ranks; the warning names who called the caller. Local."""
+    if comm.is_main:
+        warnings.warn(f"LoQT: {text}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Which steps of a run end in a merge: as planned (`functional.schedule`), or moved because something went wrong."""
+"""Which steps of a run end in a merge: as planned (`functional.merge_steps`), or moved because something went wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from loqt_scale.config import MergeConfig
 from loqt_scale.errors import UserError
-from loqt_scale.functional.schedule import gap_after, planned_merges
+from loqt_scale.functional.merge_steps import gap_after, planned_merges
 
 
 class MergeSchedule:

@@ -25,8 +25,8 @@ from torch import Tensor
 from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.loftq import Packed
 from loqt_scale.layers import LoQTLayer
+from loqt_scale.merge.initial_weights import of_layer
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer
-from loqt_scale.merge.sources import of_layer
 from loqt_scale.strategies import Editing
 
 FAILED, KEPT, NEW, TURNED = range(4)  # what becomes of a matrix; as NEW, but its old P is turned into the new one

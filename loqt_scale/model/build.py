@@ -46,7 +46,7 @@ class BuiltModel:
     Args:
         model: The model, without its strategy's wrapper.
         initial_weights: Source of the weights as they were before quantization.
-        dense_layers: Under `--method full`, the linears that `--method loqt` would have converted.
+        dense_layers: Under `method: full`, the linears that `method: loqt` would have converted.
         hf_config: The model's Hugging Face config.
         trained_values: How many numbers train, over all ranks.
     """

@@ -4,12 +4,12 @@ from loqt_scale.optim.fragment import Fragment, Moment
 from loqt_scale.optim.guarded import step_if_finite
 from loqt_scale.optim.held import check_held, check_no_lbfgs, check_no_muon_of_experts, parameters_of
 from loqt_scale.optim.hooks import when_gradient_is_complete
+from loqt_scale.optim.learning_rates import LearningRates, create_scheduler, describe_rates, set_schedule_position
 from loqt_scale.optim.moments import ensure_state, moment_names, open_moments, set_update_count
 from loqt_scale.optim.muon import StreamedMuon
 from loqt_scale.optim.optimizers import create_optimizer, low_rank_parameters, momentum_only
 from loqt_scale.optim.per_layer import UpdateInBackward
-from loqt_scale.optim.schedule import LearningRates, create_scheduler, describe_rates, set_schedule_position
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.states import forget_states, open_states, state_kinds
 from loqt_scale.optim.streamed import StreamedAdamW
 

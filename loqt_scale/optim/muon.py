@@ -10,7 +10,7 @@ making B's update orthogonal is the spectral step of W inside the subspace (Bern
 Under ZeRO a rank's fragment may begin or end inside a row. Such rows are completed by one more message, of at most two
 rows a rank and layer.
 
-A dense weight (`--method full`) is a B like any other if it is tall. Of a wide one the rows' Gram matrix U U^T is the
+A dense weight (`method: full`) is a B like any other if it is tall. Of a wide one the rows' Gram matrix U U^T is the
 smaller, and Q' U the same step; it needs whole rows against whole rows, so there, and only there, ranks exchange U.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loqt_scale.functional.orthogonal import gram, orthogonalizer, pack_symmetric, unpack_symmetric, update_scale
 from loqt_scale.optim.fragment import Chunk
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
 
 WAVE_VALUES = 2**23  # of B on this rank, about, whose updates are in flight together, unless one layer has more

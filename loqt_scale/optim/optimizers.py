@@ -1,6 +1,6 @@
 """The optimizer over two groups of parameters.
 
-Group `low_rank` holds the factors B (under `--method full`: the same layers' dense weights), group `full_precision`
+Group `low_rank` holds the factors B (under `method: full`: the same layers' dense weights), group `full_precision`
 everything else that trains: embeddings, norms, biases, head. They have learning rates of their own, because what
 suits a factor (1e-2) ruins an embedding in plain Adam. With `optim.name: muon` the first takes Muon's step, the second
 AdamW's, as is the convention.
@@ -18,12 +18,12 @@ from loqt_scale.config import OptimConfig
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim.muon import StreamedMuon
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW
 
 
 def low_rank_parameters(model: nn.Module, dense_layers: Iterable[str] = ()) -> list[nn.Parameter]:
-    """The factors of all LoQT layers, or the weights of `dense_layers` under `--method full`."""
+    """The factors of all LoQT layers, or the weights of `dense_layers` under `method: full`."""
     factors = [layer.factor for _, layer in loqt_layers(model)]
     return factors + [dense_weight_of(model, name) for name in dense_layers]
 
@@ -48,7 +48,7 @@ def _refuse_experts(model: nn.Module, dense_layers: Iterable[str]) -> None:
     if names:
         raise UserError(
             f"optim.name is muon, but {names[0]} holds the matrices of several experts, which Muon would take for one; "
-            "write --optim.name adamw, in a loop of your own torch.optim.AdamW"
+            "write optim.name: adamw, in a loop of your own torch.optim.AdamW"
         )
 
 
@@ -68,7 +68,7 @@ def create_optimizer(
     Args:
         model: The model, its parameters allocated and, where a strategy shards, sharded.
         config: Which optimizer, rates, betas, decay, kind of states.
-        dense_layers: Under `--method full`, names of the linears whose weights take `lr`.
+        dense_layers: Under `method: full`, names of the linears whose weights take `lr`.
         local: The stored rows of a parameter or gradient.
         first_row: Index of the first of them in the whole parameter.
         seed: Of what is rounded at random.

@@ -32,7 +32,7 @@ from loqt_scale.errors import UserError
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
-from loqt_scale.optim.shards import RowShards
+from loqt_scale.optim.row_shards import RowShards
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loqt_scale.functional.flops import operator_flops
+from loqt_scale.functional.operator_flops import operator_flops
 
 Kind = Literal["product", "attention", "dequantize", "other"]
 

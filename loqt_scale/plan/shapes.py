@@ -41,7 +41,7 @@ class ParameterShape:
         trains: Whether it has a gradient and moments.
         unit: The block that FSDP2 gathers it with, from 0; or `ROOT` (last norm), `EMBEDDING`, `HEAD`.
         of_layer: Whether it is B (or the bias) of a LoQT layer, which may be gathered apart from its block.
-        low_rank: Whether it is of the optimizer's group of that name: B, or a linear under `--method full`.
+        low_rank: Whether it is of the optimizer's group of that name: B, or a linear under `method: full`.
     """
 
     name: str

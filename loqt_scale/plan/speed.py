@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loqt_scale.config import ModelConfig, RunConfig
-from loqt_scale.functional.schedule import planned_merges
+from loqt_scale.functional.merge_steps import planned_merges
 from loqt_scale.functional.shares import micro_steps
 from loqt_scale.merge import probe_shape
 from loqt_scale.model.flops import PassFlops

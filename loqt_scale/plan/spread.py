@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loqt_scale.config import ParallelConfig
 from loqt_scale.config.combinations import check_shard_size, strategy_of
-from loqt_scale.config.names import check_strategy_name
+from loqt_scale.config.strategy_names import check_strategy_name
 from loqt_scale.errors import ConfigError
 
 
@@ -53,11 +53,11 @@ def planned_spread(parallel: ParallelConfig, sequences: int, ranks: int) -> Spre
     if ranks > sequences:
         raise ConfigError(
             f"--gpus is {ranks}, but a batch has {sequences} sequence(s), so that some would have none; write --gpus "
-            f"{sequences}, or --train.global_batch_size {ranks}"
+            f"{sequences}, or train.global_batch_size: {ranks}"
         )
     check_strategy_name(name)
     if name not in ("single", "ddp", "fsdp", "zero"):
-        raise ConfigError(f"parallel.strategy is '{name}', which plan does not know; write --parallel.strategy fsdp")
+        raise ConfigError(f"parallel.strategy is '{name}', which plan does not know; write parallel.strategy: fsdp")
     parallel.check_offload(name)
     if name == "single" and ranks > 1:
         raise ConfigError(f"parallel.strategy is 'single', but --gpus is {ranks}; write --gpus 1, or leave it out")
@@ -74,6 +74,6 @@ def _zero_stage(parallel: ParallelConfig) -> int:
         value = getattr(parallel, name)
         if value not in (None, "none"):
             raise ConfigError(
-                f"parallel.{name} is '{value}', which plan does not know; leave it out, and write --parallel.zero_stage"
+                f"parallel.{name} is '{value}', which plan does not know; leave it out, and write parallel.zero_stage"
             )
     return parallel.zero_stage or 3

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
-from loqt_scale.config.names import add_strategy_name, check_strategy_name, installed_strategy
+from loqt_scale.config.strategy_names import add_strategy_name, check_strategy_name, installed_strategy
 from loqt_scale.errors import UserError, one_line
 from loqt_scale.strategies.base import DTYPES, Strategy
 

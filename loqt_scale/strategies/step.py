@@ -47,15 +47,6 @@ class Step(ABC):
             optimizer: Over its parameters; a strategy may take over what it updates, not its settings.
         """
 
-    @property
-    def schedules_learning_rate(self) -> bool:
-        """Whether `update` moves the learning rates too; else the trainer does."""
-        return False
-
-    @abstractmethod
-    def set_schedule_position(self, steps: int) -> None:
-        """Puts a scheduler of the strategy's own where `steps` updates would have put it. Local."""
-
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -135,9 +126,6 @@ class OptimizerStep(Step):
     def wrap(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """The model as it is."""
         return model
-
-    def set_schedule_position(self, steps: int) -> None:
-        """Nothing: the trainer schedules."""
 
     def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
         """See `Step.sum_in_float32`."""

@@ -32,7 +32,7 @@ def make_optimizer(built: BuiltModel, config: RunConfig, placement: Placement) -
 def make_merges(
     built: BuiltModel, optimizer: torch.optim.Optimizer, config: RunConfig, editing: Editing
 ) -> MergeCoordinator | None:
-    """The merges of a run; None under `--method full`. Every rank."""
+    """The merges of a run; None under `method: full`. Every rank."""
     if config.method != "loqt":
         return None
     return MergeCoordinator(

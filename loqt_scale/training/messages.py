@@ -28,10 +28,7 @@ def banner(
     from loqt_scale.layers import loqt_layers
     from loqt_scale.optim import describe_rates
 
-    ours = not strategy.step.schedules_learning_rate
-    rates = "those of parallel.zero_config's scheduler"
-    if ours:
-        rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
+    rates = describe_rates(config.optim, config.train.steps, warmup_steps=warmup_steps)
     layers = [layer for _, layer in loqt_layers(built.model)]
     frozen = sum(layer.spec.base.rows * layer.spec.base.cols for layer in layers)
     train, trained = config.train, format_count(built.trained_values)
@@ -187,7 +184,7 @@ def already_finished(run_dir: str, finished: Finished) -> str:
         [
             f"{run_dir} holds this run, finished after {finished.step} steps: held-out perplexity "
             f"{format_perplexity(before)} before, {format_perplexity(after)} after training; nothing is changed",
-            "A larger --train.steps trains it on, --checkpoint.resume never starts it anew, another --train.run_dir "
+            "A larger train.steps trains it on, checkpoint.resume: never starts it anew, another train.run_dir "
             "leaves it as it is",
         ]
     )

@@ -146,7 +146,7 @@ class OpenRun:
                 raise
             raise UnwritableError(
                 f"train.run_dir '{self._run_dir}' cannot be written to ({reason_of(error)}); {advice_on(error)}, or "
-                "write another --train.run_dir"
+                "write another train.run_dir"
             ) from None
 
     def _make_room(self) -> None:
@@ -174,7 +174,7 @@ class OpenRun:
         if change.aside is not None:
             self._tell(
                 f"{len(others)} checkpoint(s), of step {others[0]} to {others[-1]}, are not of the line that the run "
-                f"goes on with, and have been moved to {change.aside}; --checkpoint.resume {change.aside} goes back to "
+                f"goes on with, and have been moved to {change.aside}; checkpoint.resume: {change.aside} goes back to "
                 "them"
             )
         if change.brings_back and self.place is not None:

@@ -72,9 +72,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     load_checkpoint(checkpoint, trainer.built.model, trainer.optimizer, trainer.strategy.editing)
     set_update_count(trainer.optimizer, manifest.updates)
     _keep_warmup(trainer, manifest.warmup_steps)
-    if trainer.scheduler is not None:
-        set_schedule_position(trainer.scheduler, manifest.step)
-    trainer.strategy.step.set_schedule_position(manifest.updates)
+    set_schedule_position(trainer.scheduler, manifest.step)
     trainer.done, trainer.tokens, trainer.eval_before = manifest.step, manifest.tokens, manifest.eval_before
     trainer.updates, trainer.health.skipped = manifest.updates, manifest.step - manifest.updates
     trainer.health.in_a_row, trainer.saver.saved = manifest.skipped_in_a_row, manifest.step

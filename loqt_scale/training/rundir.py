@@ -73,7 +73,7 @@ def _check_is_folder(folder: Path) -> None:
             return
         if part.exists() or part.is_symlink():
             raise NotAFolderError(
-                f"train.run_dir is '{folder}', but '{part}' is not a folder; write another --train.run_dir"
+                f"train.run_dir is '{folder}', but '{part}' is not a folder; write another train.run_dir"
             )
 
 
@@ -82,13 +82,13 @@ def _move_aside(folder: Path, on_existing: OnExisting) -> Path:
     absolute, here = Path(os.path.abspath(folder)), Path.cwd()
     if on_existing == "refuse":
         raise OccupiedFolderError(
-            f"train.run_dir '{folder}' already holds a run; write another --train.run_dir, "
-            "or --train.on_existing_run archive to move the old one aside"
+            f"train.run_dir '{folder}' already holds a run; write another train.run_dir, "
+            "or train.on_existing_run: archive to move the old one aside"
         )
     if absolute == here or absolute in here.parents:
         raise OccupiedFolderError(
             f"train.run_dir '{folder}' already holds a run and contains the working directory, so it is not moved "
-            "aside; write another --train.run_dir, e.g. runs/NAME"
+            "aside; write another train.run_dir, e.g. runs/NAME"
         )
     target = _free_name(absolute.parent, f"{absolute.name}.old-")
     try:
@@ -120,4 +120,4 @@ def _move_contents(folder: Path, absolute: Path) -> Path:
 
 
 def _advice(folder: Path, what: str, error: OSError) -> str:
-    return f"train.run_dir '{folder}' {what} ({error.strerror or error}); write another --train.run_dir"
+    return f"train.run_dir '{folder}' {what} ({error.strerror or error}); write another train.run_dir"

@@ -162,7 +162,7 @@ class RunLock:
         holder = _read(_line(self.path)[-1])
         raise RunInUse(
             f"train.run_dir '{self.path.parent}' is in use by another job ({holder or 'just started'}); wait for its "
-            "end, stop it, or write another --train.run_dir"
+            "end, stop it, or write another train.run_dir"
         )
 
     def refuse_jobs_below(self, folder: Path) -> None:
@@ -181,7 +181,7 @@ class RunLock:
                 raise RunInUse(
                     f"train.run_dir '{folder}' holds another run, which cannot be moved aside while a job works in "
                     f"{path.parent} ({holder or 'just started'}); wait for its end, stop it, or write another "
-                    "--train.run_dir"
+                    "train.run_dir"
                 )
 
     def release(self, path: Path) -> None:

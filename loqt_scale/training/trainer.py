@@ -94,9 +94,8 @@ class Trainer:
         if config.optim.per_layer:
             assert isinstance(self.optimizer, StreamedAdamW)
             self.per_layer = UpdateInBackward(self.parameters, self.optimizer, strategy.placement.local)
-        ours = not strategy.step.schedules_learning_rate
         self.learning_rates = LearningRates.of_run(config.optim, config.train.steps)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rates.factor(step)) if ours else None
+        self.scheduler = LambdaLR(self.optimizer, lambda step: self.learning_rates.factor(step))
         self.merges = make_merges(self.built, self.optimizer, config, strategy.editing)
 
         # where the run stands
@@ -216,8 +215,7 @@ class Trainer:
         self._finish(before)  # its numbers are there by now
         if tag.merges:  # it must be known whether there is something to merge
             self.finish_pending()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self.scheduler.step()
         self.rates.tick(self.tokens_per_step, self.reader.waited)
 
     def tag(self, step: int) -> StepTag:

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
+from loqt_scale.merge.initial_weights import WeightsInMemory
 from loqt_scale.merge.one_layer import LayerMerge
-from loqt_scale.merge.sources import WeightsInMemory
 from tests.distributed.adopted_tasks import STEPS, Loop, make_loop
 
 

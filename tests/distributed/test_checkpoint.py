@@ -185,17 +185,6 @@ def test_changed_settings_are_named(saved: SavedRuns, tmp_path: Path) -> None:
         saved.run(1, "single", tmp_path, **changed)
 
 
-@pytest.mark.long
-def test_deepspeeds_scheduler_goes_on(saved: SavedRuns, tmp_path: Path) -> None:
-    path = tmp_path / "zero.json"
-    path.write_text('{"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}')
-    settings = {"parallel.zero_config": str(path), "checkpoint.every": AT, "checkpoint.keep_last": 9}
-    unbroken = saved.run(2, "zero-2", tmp_path / "a", **settings)
-    checkpoint = tmp_path / "a" / "checkpoints" / f"step-{AT:08d}"
-    resumed = saved.run(2, "zero-2", tmp_path / "b", **settings, **{"checkpoint.resume": str(checkpoint)})
-    assert resumed == {step: loss for step, loss in unbroken.items() if step > AT}
-
-
 @pytest.mark.parametrize(("world_size", "strategy"), [pytest.param(1, "single", marks=pytest.mark.long), (2, "fsdp")])
 def test_in_the_background_the_same_tensors_are_written(
     saved: SavedRuns, tmp_path: Path, world_size: int, strategy: str

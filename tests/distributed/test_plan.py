@@ -272,7 +272,7 @@ def test_changes_only_ever_save() -> None:
 def test_what_cannot_be_planned_says_what_to_write() -> None:
     config = small_config(WIDE)
     for changed, ranks, message in (
-        ({"strategy": "zero", "zero_offload": "optimizer"}, 2, "leave it out, and write --parallel.zero_stage"),
+        ({"strategy": "zero", "zero_offload": "optimizer"}, 2, "leave it out, and write parallel.zero_stage"),
         ({"strategy": "single"}, 2, "write --gpus 1"),
         ({"strategy": "fsdp", "shard_size": 4}, 6, "does not divide 6 rank.* write one of 2, 3, 6"),
     ):

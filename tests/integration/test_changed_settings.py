@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 
 import pytest
 
-from loqt_scale.checkpoint import CheckpointError
+from loqt_scale.checkpoint import Checkpoint, CheckpointError
+from loqt_scale.checkpoint.changes import check_changes
 from loqt_scale.export import export_checkpoint
 from tests.integration.lines import FINISHED, LONG, STEPS, Runs, content
 
@@ -36,7 +38,7 @@ def test_train_steps_may_grow(runs: Runs, killed: Callable[..., None]) -> None:
         assert FINISHED in runs(name)
     assert rates("done")[3] != rates("long")[3]
     state = content(runs.folder)
-    with pytest.raises(CheckpointError, match=r"may grow but not shrink.*Write 6 or more to go on, or --checkpoint"):
+    with pytest.raises(CheckpointError, match=r"may grow but not shrink.*Write 6 or more to go on, or checkpoint"):
         runs("done", train__steps=5)
     assert content(runs.folder) == state
 
@@ -61,7 +63,7 @@ def test_a_run_grows_from_its_stable_part_as_if_it_had_been_longer(runs: Runs) -
     assert (
         "but the rate goes from 0.1 to 0.364 of its peak, since the decay had begun; without that a checkpoint" in said
     )
-    assert "of step 3 or before goes on: --checkpoint.resume PATH" in said
+    assert "of step 3 or before goes on with checkpoint.resume: PATH" in said
     assert numbers("done") != numbers("long")
     assert runs.saved("done") == [3, 6]  # what was said there can still be done: the decay begins elsewhere by now
 
@@ -104,6 +106,29 @@ def test_states_may_change(runs: Runs, killed: Callable[..., None], before: str,
     assert runs.losses()[6] == pytest.approx(runs.losses("all")[6], abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "scheduler", "refused"),
+    [("zero stage 2", "WarmupLR", True), ("zero stage 2", None, False), ("fsdp", "WarmupLR", False)],
+)
+def test_rates_of_deepspeeds_scheduler_do_not_become_ours_unnoticed(
+    runs: Runs, strategy: str, scheduler: str | None, refused: bool
+) -> None:
+    """A run of an earlier version, which took the scheduler of a DeepSpeed JSON; it lies in the run's folder."""
+    runs(train__steps=2)
+    path = runs.checkpoint(2)
+    before = Checkpoint(path)
+    (path.parent.parent / "deepspeed.json").write_text(
+        json.dumps({"scheduler": {"type": scheduler}} if scheduler else {})
+    )
+    manifest = before.manifest.model_copy(update={"strategy": strategy})
+    if not refused:
+        assert check_changes(path, manifest, {}, before.settings()) == []
+        return
+    said = "were those of DeepSpeed's scheduler WarmupLR, .* loqt-scale export --checkpoint .*step-00000002 --out DIR"
+    with pytest.raises(CheckpointError, match=said):
+        check_changes(path, manifest, {}, before.settings())
+
+
 def test_a_refused_change_names_a_way_that_works(runs: Runs) -> None:
     runs(train__steps=4)
     path = str(runs.checkpoint(4))
@@ -112,7 +137,7 @@ def test_a_refused_change_names_a_way_that_works(runs: Runs) -> None:
         CheckpointError, match=r"optim\.lr was 0\.005, is 0\.1.*--out DIR --dtype float32, then"
     ) as refused:
         runs("other", checkpoint__resume=path, optim__lr=0.1)
-    with pytest.raises(CheckpointError, match=r"model\.overrides was .*loqt\.rank was 8, is 4. .* to go on, or --ch"):
+    with pytest.raises(CheckpointError, match=r"model\.overrides was .*loqt\.rank was 8, is 4. .* to go on, or ch"):
         runs("other", checkpoint__resume=path, model__overrides={}, loqt__rank=4)
     assert content(runs.folder) == state and not (runs.folder / "other").exists()
     assert f"--checkpoint {path} " in str(refused.value)

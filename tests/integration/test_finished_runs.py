@@ -15,7 +15,7 @@ def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
     first = runs()
     before = content(runs.folder)
     again = runs()
-    assert FINISHED not in first and f"{FINISHED} {STEPS} steps" in again and "--checkpoint.resume never" in again
+    assert FINISHED not in first and f"{FINISHED} {STEPS} steps" in again and "checkpoint.resume: never" in again
     assert content(runs.folder) == before and not (runs.folder / "run" / "run.lock").exists()
     # settings that change no number change nothing about that
     assert FINISHED in runs(checkpoint__keep_last=1, train__eval_every=2) and content(runs.folder) == before
@@ -41,7 +41,7 @@ def test_a_finished_run_is_trained_anew_if_told_so(runs: Runs) -> None:
     said = runs(checkpoint__resume="never")
     assert "held another run" in said and runs.losses() == losses == runs.losses("run.old-1")
     assert FINISHED in runs()
-    with pytest.raises(FileExistsError, match=r"already holds a run; write another --train\.run_dir"):
+    with pytest.raises(FileExistsError, match=r"already holds a run; write another train\.run_dir"):
         runs(checkpoint__resume="never", train__on_existing_run="refuse")
     assert runs.losses() == losses and not (runs.folder / "run.old-2").exists()
 

@@ -68,7 +68,7 @@ def test_never_in_a_restart_goes_on(runs: Runs, killed: Callable[..., None], mon
 def test_a_path_is_the_way_on_where_latest_names_nothing(runs: Runs) -> None:
     runs(train__steps=4)
     shutil.rmtree(runs.checkpoint(4))
-    with pytest.raises(CheckpointError, match=r"names 'step-00000004'.*write --checkpoint\.resume PATH.*step-00000003"):
+    with pytest.raises(CheckpointError, match=r"names 'step-00000004'.*write checkpoint\.resume: PATH.*step-00000003"):
         runs(train__steps=4)
     said = runs(train__steps=4, checkpoint__resume=str(runs.checkpoint(3)))
     assert "resumed after step 3" in said and FINISHED in runs(train__steps=4)

@@ -30,7 +30,7 @@ def test_a_second_job_touches_nothing_and_gets_in_after_a_kill(
     killed(Trainer, "step", 3, runs)
     with another_job(runs.folder / "run") as job:
         before = content(runs.folder)
-        with pytest.raises(RunInUse, match=rf"process {job.pid} on .*write another --train\.run_dir"):
+        with pytest.raises(RunInUse, match=rf"process {job.pid} on .*write another train\.run_dir"):
             runs(checkpoint__resume=resume)
         assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()
         job.kill()
@@ -47,7 +47,7 @@ def test_a_folder_in_which_another_job_runs_is_not_moved(runs: Runs) -> None:
     runs.prepare()
     with another_job(runs.folder / "run" / "b") as job:
         before = content(runs.folder)
-        named = rf"cannot be moved aside while a job works in .*run/b \(process {job.pid} on .*\); .*write another --tr"
+        named = rf"cannot be moved aside while a job works in .*run/b \(process {job.pid} on .*\); .*write another tr"
         with pytest.raises(RunInUse, match=named):
             runs.prepare(checkpoint__resume="never")
         assert content(runs.folder) == before and not (runs.folder / "run.old-1").exists()

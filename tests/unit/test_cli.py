@@ -125,6 +125,8 @@ def test_local_rank_of_launchers_is_ignored(form):
         (["--loqt.rank", "null"], "loqt.rank is null; write a whole number"),
         (["--loqt.scale", "big"], "loqt.scale is 'big'; write a number"),
         (["--loqt.side", "left"], "loqt.side is 'left'; write one of auto, input, output"),
+        (["--parallel.zero_stage", "4"], "parallel.zero_stage is 4; write one of 1, 2, 3 or null"),
+        (["--parallel.zero_stage", "true"], "parallel.zero_stage is 'true'; write one of 1, 2, 3 or null"),
         (["--model.compile", "maybe"], "model.compile is 'maybe'; write true or false"),
         (["--optim.betas", "[0.9]"], "optim.betas is '[0.9]'; write a list of 2 numbers such as [0.9, 0.9]"),
         (["--model.overrides", "3"], "model.overrides is '3'; write a mapping such as {name: value}"),

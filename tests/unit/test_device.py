@@ -79,7 +79,7 @@ def move(model: nn.Module) -> None:
 
 
 def _nothing_elsewhere(merges: MergeCoordinator, seen: bool) -> str:
-    return "" if seen and merges._search.quality.device == ELSEWHERE else "not there"
+    return "" if seen and merges._merging.search.quality.device == ELSEWHERE else "not there"
 
 
 @pytest.mark.parametrize(

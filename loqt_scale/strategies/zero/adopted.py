@@ -16,9 +16,8 @@ from loqt_scale.strategies.placement import Replicated
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.zero.editing import ZeroEditing
 from loqt_scale.strategies.zero.engine import RunningEngine
-from loqt_scale.strategies.zero.json import flattened
-from loqt_scale.strategies.zero.keys import ENGINE_RULES, check_rules
 from loqt_scale.strategies.zero.placement import master_shards
+from loqt_scale.strategies.zero.rules import ENGINE_RULES, check_rules, flattened
 
 
 def is_engine(model: nn.Module) -> bool:

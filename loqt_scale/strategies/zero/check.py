@@ -23,9 +23,13 @@ def check_by_deepspeed(settings: dict[str, Any]) -> None:
     Raises:
         ConfigError: DeepSpeed refuses a value, or would pass over a key.
     """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
     noted = _Noted(settings)
     try:
-        _read(noted)
+        theirs = DeepSpeedConfig(noted)
+        if theirs.zero_config.allgather_bucket_size % 2:  # looked at later
+            raise ValueError("zero_optimization.allgather_bucket_size must be an even number")
     except Exception as error:
         raise ConfigError(f"DeepSpeed refuses these settings: {_in_its_words(error)}") from error
     for name in settings.keys() - noted.asked:
@@ -52,22 +56,6 @@ class _Noted(dict[str, Any]):
     def __contains__(self, key: Any) -> bool:
         self.asked.add(key)
         return super().__contains__(key)
-
-
-def _read(settings: dict[str, Any]) -> None:
-    """What DeepSpeed reads at once, and what it takes up later: dtypes, and the scheduler over two groups."""
-    import torch
-    from deepspeed.runtime import lr_schedules
-    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
-
-    theirs = DeepSpeedConfig(settings)
-    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        DtypeEnum(getattr(theirs, name, None) or "fp32")
-    if theirs.zero_config.allgather_bucket_size % 2:
-        raise ValueError("zero_optimization.allgather_bucket_size must be an even number")
-    if theirs.scheduler_name is not None:
-        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
-        getattr(lr_schedules, theirs.scheduler_name)(torch.optim.AdamW(groups), **theirs.scheduler_params)
 
 
 def _in_its_words(error: Exception) -> str:

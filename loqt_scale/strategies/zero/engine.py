@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -85,7 +84,6 @@ class ZeroEngine(RunningEngine):
     Args:
         deepspeed: DeepSpeed (see `import_deepspeed`).
         config: The run; its settings become DeepSpeed's (see `config`).
-        file: Its JSON (see `config.read_checked`).
         world_size: Ranks of the run.
 
     Raises:
@@ -95,10 +93,9 @@ class ZeroEngine(RunningEngine):
         settings: DeepSpeed's configuration; sizes of buckets once there is a model.
     """
 
-    def __init__(self, deepspeed: Any, config: RunConfig, file: Mapping[str, Any], *, world_size: int) -> None:
-        self.settings = deepspeed_config(config, file, world_size=world_size)
+    def __init__(self, deepspeed: Any, config: RunConfig, *, world_size: int) -> None:
+        self.settings = deepspeed_config(config, world_size=world_size)
         super().__init__(deepspeed, int(self.settings["zero_optimization"]["stage"]))
-        self.scheduler: Any = None
 
     def settle(self, trained_values: int) -> None:
         """Sizes buckets, which need not be larger than what trains. Local."""
@@ -107,7 +104,7 @@ class ZeroEngine(RunningEngine):
     def start(self, model: nn.Module, optimizer: Optimizer, rank: int) -> None:
         """Gives DeepSpeed the model, and the optimizer's parameters; its groups' settings stay. Every rank."""
         with shapes_only(model):
-            self.running, _, _, self.scheduler = self.deepspeed.initialize(
+            self.running, _, _, _ = self.deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.settings, dist_init_required=False
             )
         self.tell_fragments(optimizer, rank)

@@ -32,16 +32,6 @@ class ZeroStep(Step):
         engine: nn.Module = self._engine.running
         return engine
 
-    @property
-    def schedules_learning_rate(self) -> bool:
-        """Whether the DeepSpeed configuration names a scheduler."""
-        return "scheduler" in self._engine.settings
-
-    def set_schedule_position(self, steps: int) -> None:
-        """Steps DeepSpeed's scheduler as the engine does, once an update."""
-        for _ in range(steps if self.schedules_learning_rate else 0):
-            self._engine.scheduler.step()
-
     def sum_in_float32(self, parameters: Sequence[nn.Parameter]) -> None:
         """Never asked for: settings refuse bfloat16 parameters that train, whose masters are float32 here."""
         raise NotImplementedError("under ZeRO what trains is float32")

@@ -23,7 +23,6 @@ from loqt_scale.process.environment import launched_world_size
 from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.process_group import GroupComm
 from loqt_scale.strategies.registry import StrategyKind, StrategyRequest
-from loqt_scale.strategies.zero.config import read_checked
 from loqt_scale.strategies.zero.editing import ZeroEditing
 from loqt_scale.strategies.zero.engine import ZeroEngine, import_deepspeed
 from loqt_scale.strategies.zero.placement import ZeroPlacement
@@ -77,9 +76,8 @@ class ZeroStrategy(Strategy):
 
 def _create(request: StrategyRequest) -> ZeroStrategy:
     parallel, device = request.parallel, request.device
-    file = read_checked(request.config)  # what is wrong with the file is said before DeepSpeed is missed
     deepspeed = import_deepspeed(device, parallel.zero_log_level)
-    engine = ZeroEngine(deepspeed, request.config, file, world_size=launched_world_size())
+    engine = ZeroEngine(deepspeed, request.config, world_size=launched_world_size())
     comm = DeepSpeedComm(device, parallel.timeout_seconds, deepspeed, store=request.store)
     return ZeroStrategy(
         description=f"zero stage {engine.stage}",

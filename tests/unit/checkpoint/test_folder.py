@@ -141,7 +141,7 @@ def test_a_pointer_to_nothing_is_refused(tmp_path: Path, text: str) -> None:
     folder = CheckpointFolder(tmp_path)
     write(folder, 10)
     (tmp_path / "latest").write_text(text)
-    with pytest.raises(CheckpointError, match=r"which is no checkpoint beside it; write --checkpoint.resume PATH"):
+    with pytest.raises(CheckpointError, match=r"which is no checkpoint beside it; write checkpoint.resume: PATH"):
         folder.latest()
 
 

@@ -36,7 +36,7 @@ from loqt_scale.config.keys import setting_types
 from loqt_scale.config.sizes import parse_size
 from loqt_scale.config.yaml import dump_run_config, load_run_config, parse_run_config
 from loqt_scale.errors import ConfigError
-from loqt_scale.functional.schedule import merge_steps
+from loqt_scale.functional.merge_steps import merge_steps
 from loqt_scale.optim import LearningRates
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -330,7 +330,7 @@ def test_a_place_of_another_kind_is_refused(folder: Path) -> None:
         build(dataset=str(folder)).train.seek(1, old)
     with pytest.raises(AnotherTextError, match="put the old files back"):
         build(dataset=str(folder)).train.seek(1, position | {"text": "5 files"})
-    with pytest.raises(AnotherTextError, match=r"with 2 logical streams, .* are 4; write --data\.streams 2 to"):
+    with pytest.raises(AnotherTextError, match=r"with 2 logical streams, .* are 4; write data\.streams: 2 to"):
         build(dataset=str(folder)).train.seek(1, position | {"streams": 2})
     with pytest.raises(ValueError, match="are not those of 4"):
         build(dataset=str(folder)).train.seek(1, position | {"places": {"0": {}}})

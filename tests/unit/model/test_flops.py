@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, MixtralConfig, PreTrainedConfig
 
 from loqt_scale.config.yaml import parse_run_config
-from loqt_scale.functional.flops import FORMULAS
+from loqt_scale.functional.operator_flops import FORMULAS
 from loqt_scale.model.build import design_model
 from loqt_scale.model.flops import PassFlops, pass_flops
 from loqt_scale.plan.activations import take_pass

@@ -19,7 +19,7 @@ from loqt_scale.config import RunConfig
 from loqt_scale.config.commands import PlanOptions
 from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.errors import ConfigError
-from loqt_scale.functional.flops import FORMULAS
+from loqt_scale.functional.operator_flops import FORMULAS
 from loqt_scale.metrics import DEVICES, peak_tflops
 from loqt_scale.model.build import build_model, design_model
 from loqt_scale.plan import Machine, find_machine, plan_run
@@ -198,7 +198,7 @@ def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> N
 def test_more_gpus_than_sequences_say_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.preset=llama_nano", "--train.global_batch_size=4", "--gpus=8", "--gpu=H100", "--vocab-size=320"]
     assert main(["plan", *words]) == 2
-    assert "write --gpus 4, or --train.global_batch_size 8" in capsys.readouterr().err
+    assert "write --gpus 4, or train.global_batch_size: 8" in capsys.readouterr().err
 
 
 def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:

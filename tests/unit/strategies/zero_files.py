@@ -6,7 +6,7 @@ import pytest
 
 from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from loqt_scale.errors import ConfigError
-from loqt_scale.strategies.zero.config import deepspeed_config, read_checked
+from loqt_scale.strategies.zero.config import deepspeed_config
 
 WORLD_SIZE = 2
 
@@ -22,7 +22,7 @@ def run(*, dtype="float32", optim=None, train=None, strategy="zero", **parallel)
 
 
 def resolved(config: RunConfig, world_size: int = WORLD_SIZE) -> dict:
-    return deepspeed_config(config, read_checked(config), world_size=world_size)
+    return deepspeed_config(config, world_size=world_size)
 
 
 def refusal(config: RunConfig) -> str:

@@ -36,7 +36,7 @@ def test_a_folder_without_a_run_is_used_as_it_is(tmp_path):
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "begun.json", "finished.json", "checkpoints/latest"])
 def test_refuses_an_old_run_and_says_what_to_write(tmp_path, name):
     folder = make_run(tmp_path / "a", name)
-    with pytest.raises(FileExistsError, match=r"already holds a run; write another --train\.run_dir, or .* archive"):
+    with pytest.raises(FileExistsError, match=r"already holds a run; write another train\.run_dir, or .* archive"):
         make_room(folder, "refuse")
     assert (folder / name).exists()
 
@@ -82,7 +82,7 @@ def test_the_working_directory_is_never_moved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tail", ["file", "file/below", "file/below/more"])
 def test_a_file_in_the_way(tmp_path, tail):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"'.*file' is not a folder; write another --train\.run_dir"):
+    with pytest.raises(NotADirectoryError, match=r"'.*file' is not a folder; write another train\.run_dir"):
         prepare_run_dir(tmp_path / tail)
 
 

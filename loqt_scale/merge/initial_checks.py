@@ -11,10 +11,10 @@ from torch import Tensor
 from loqt_scale.errors import UserError
 from loqt_scale.functional.quantization import pack, unpack
 from loqt_scale.layers import LoQTLayer
+from loqt_scale.merge.initial_weights import TAKE_BEFORE, WeightsInMemory, as_initial_weights, of_layer
 from loqt_scale.merge.one_layer import own_names
 from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.settings import differences
-from loqt_scale.merge.sources import TAKE_BEFORE, WeightsInMemory, as_initial_weights, of_layer
 from loqt_scale.strategies import Comm, Editing
 
 SAMPLE_ROWS = 32  # of a layer, on each rank

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loqt_scale.config import GapSchedule
-from loqt_scale.functional.schedule import gap_after, merge_steps
+from loqt_scale.functional.merge_steps import gap_after, merge_steps
 
 
 def test_exponential_is_the_papers() -> None:

@@ -1,47 +1,15 @@
-"""How the model of a coordinator is spread over ranks: as it was told, or as is found; and what is said of it."""
+"""What updates the factors: which optimizers merges can work with, and what is said of their rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from loqt_scale.errors import UserError, require_kind
-from loqt_scale.layers import LoQTExperts, LoQTLayer, loqt_layers
-from loqt_scale.optim import StreamedAdamW, check_no_lbfgs, check_no_muon_of_experts
-from loqt_scale.strategies import Adopted, Editing, adopt, unwrapped, unwrapped_optimizers
-
-
-def found_or_given(model: nn.Module, optimizer: Any, editing: Editing | None) -> Adopted:
-    """Model and optimizers without wrappers, and how they are spread. Every rank.
-
-    Args:
-        model: Converted, or what wraps it.
-        optimizer: One, or several.
-        editing: What counts, if it is given.
-
-    Raises:
-        UserError: There is no LoQT layer, or see `strategies.adopt`.
-    """
-    if editing is not None:
-        require_kind(editing, Editing, "editing", "give what loqt_scale.strategies.replicas or alone returns")
-    if next(loqt_layers(model), None) is None:
-        raise UserError("the model has no LoQT layer; call convert_to_loqt(model, config) first")
-    if editing is None:
-        _refuse_meta(model)
-        return adopt(model, optimizer)
-    return Adopted("as given", unwrapped(model), unwrapped_optimizers(optimizer), editing)
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    if any(layer.factor.is_meta for _, layer in loqt_layers(model)):
-        raise UserError(
-            "the model is on the meta device, so its layers have no values; model.to_empty(device=...) and "
-            "model.load_state_dict(...) come first, then the optimizer"
-        )
+from loqt_scale.layers import LoQTExperts, LoQTLayer
+from loqt_scale.optim import StreamedAdamW, check_no_lbfgs, check_no_muon_of_experts, parameters_of
+from loqt_scale.strategies import Editing
 
 
 def check_optimizers(layers: Mapping[str, LoQTLayer], optimizers: Sequence[Optimizer]) -> None:
@@ -49,6 +17,13 @@ def check_optimizers(layers: Mapping[str, LoQTLayer], optimizers: Sequence[Optim
     check_no_lbfgs([layer.factor for layer in layers.values()], optimizers)
     experts = {name: layer.factor for name, layer in layers.items() if isinstance(layer, LoQTExperts)}
     check_no_muon_of_experts(experts, optimizers)
+
+
+def optimizer_of(layer: LoQTLayer, optimizers: Sequence[Optimizer]) -> Optimizer:
+    """That which updates a layer's factor. Local."""
+    if len(optimizers) == 1:  # which may be an engine's, over parameters of its own
+        return optimizers[0]
+    return next(each for each in optimizers if any(p is layer.factor for p in parameters_of(each)))
 
 
 class RoundingWatch:
