@@ -168,6 +168,12 @@ def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
     return kept / whole.clamp_min(1e-30)
 
 
+def sketched_shares(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
+    """Estimates `captured_shares` from the validation columns, likewise; (..., r) that add up to 1."""
+    unseen = _normalized(sketch_FL[..., -VALIDATION_COLUMNS:].float())
+    return _shares((basis_FR.float().mT @ unseen).square().sum(-1))
+
+
 def svd_basis(gradient_OI: Tensor, rank: int, side: str, *, seed: int = 0) -> Tensor:
     """P from an exact SVD of the dense gradient on its background (that of `seed`), float32."""
     matrix = _normalized((gradient_OI if side == "output" else gradient_OI.T).double())  # we want its left vectors
@@ -230,9 +236,33 @@ def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
     return projected.square().sum() / gradient.square().sum().clamp_min(1e-300)
 
 
+def captured_shares(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
+    """Of the energy that P keeps, each column's share: ||G p_j||^2 / ||G P||^2 (input side). (r,) float32."""
+    gradient, basis = gradient_OI.double(), basis_FR.double()
+    projected = gradient @ basis if side == "input" else gradient.T @ basis
+    return _shares(projected.square().sum(0)).float()
+
+
+def _shares(energies_R: Tensor) -> Tensor:
+    return energies_R / energies_R.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
 def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:
     """||P_old^T P_new||_F^2 / r: 1 for the same subspace, about r / F for unrelated ones."""
     return (old_FR.float().T @ new_FR.float()).square().sum() / new_FR.shape[1]
+
+
+def energy_overlap(old_FR: Tensor, new_FR: Tensor, shares_R: Tensor) -> Tensor:
+    """sum_j w_j ||P_old^T p_j||^2, p_j the columns of P_new and w_j the share of the gradient's energy that each keeps.
+
+    So of the energy that the new P keeps, the part that lies in the old P's span: singular vectors do not mix, and
+
+        ||P_old^T P_new P_new^T G||_F^2 / ||P_new^T G||_F^2 = sum_j s_j^2 ||P_old^T p_j||^2 / sum_j s_j^2
+
+    with the singular values s_j of G. `subspace_overlap` is the same with equal weights, so that P's last columns,
+    which hold next to nothing of the gradient, decide it. 1 for the same subspace, about r / F for unrelated ones.
+    """
+    return ((old_FR.float().T @ new_FR.float()).square().sum(0) * shares_R).sum()
 
 
 def _normalized(matrix: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from loqt_scale.config.blocks import row_block
 from loqt_scale.data.logical import ranks_that_share, streams_read_twice
 from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
-from loqt_scale.functional.blockwise import row_block
 from loqt_scale.metrics import format_count, format_perplexity, format_span, perplexity
 
 if TYPE_CHECKING:
