@@ -14,7 +14,7 @@ def row_block(row_values: int) -> int:
     """Values of a block for rows of so many values; 0 if such rows cannot be cut into blocks worth having.
 
     It divides the row, so that no block leaves it: a power of two if one is large enough (32 for 96), else the largest
-    divisor there is (48 for 48, 43 for 86).
+    divisor there is (48 for 48, 149 for 298).
     """
     power = math.gcd(row_values, MOST_VALUES)
     if power >= FEWEST_VALUES:
