@@ -24,7 +24,8 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import MergeReport
 from loqt_scale.metrics import Reminder
 
-FROZEN, FROZEN_MERGES = 0.9, 3  # share of the old subspace beyond chance, in so many merges in a row
+FROZEN, FROZEN_MERGES = 0.9, 3  # overlap by energy beyond chance, in so many merges in a row
+MOST_CHANCE = 0.5  # of a P that says something: one that spans more holds most of any gradient, the next merge's too
 LOST = 0.5  # survival below this
 RISE, WINDOW = 0.2, 20  # nats above the best mean of so many steps or more
 RISE_ABOVE_FIRST = 1.0  # nats above the first step's loss, which is that of one batch
@@ -42,11 +43,15 @@ def subspace_is_frozen(reports: list[MergeReport], chance: Mapping[str, float]) 
 
 
 def _median_excess(report: MergeReport, chance: Mapping[str, float]) -> float:
-    """Overlap scaled to 0 for unrelated subspaces and 1 for equal ones; a full-rank P says nothing."""
+    """Overlap by energy scaled to 0 for unrelated subspaces and 1 for equal ones; a P that spans most says nothing.
+
+    By energy: P's last columns follow the batch and the sketch, so that half of P is new in each merge even where the
+    weights do not move at all.
+    """
     found = [
-        (layer["subspace_overlap"] - chance[name]) / (1.0 - chance[name])
+        (layer["energy_overlap"] - chance[name]) / (1.0 - chance[name])
         for name, layer in report.layers.items()
-        if layer["subspace_overlap"] == layer["subspace_overlap"] and chance[name] < 0.99
+        if layer["energy_overlap"] == layer["energy_overlap"] and chance[name] <= MOST_CHANCE
     ]
     return median(found) if found else 0.0
 
