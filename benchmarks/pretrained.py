@@ -51,7 +51,7 @@ def starts(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], i
 
 
 def trainings(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], int]]:
-    """The cases that are trained: from bare weights and from compensated ones; int8 and NF4 also in about equal bytes."""
+    """The cases that are trained: from bare weights and compensated ones, int8 and NF4 in about equal bytes."""
     middle, rounds = options.ranks[len(options.ranks) // 2], options.rounds[0]
     yield "nf4, blocks of 64", f"loftq, rank {middle}, rounds {rounds}", compensated(middle, rounds), options.steps
     for scheme, rank in (("nf4", middle), ("int8", middle), ("int8", min(options.ranks)), ("nf4", max(options.ranks))):

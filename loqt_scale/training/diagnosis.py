@@ -1,12 +1,12 @@
 """What is wrong with a run, from what its merges report: one line, with the setting to change.
 
-    the subspace is frozen    P is the old P again: a merge only quantizes anew
+    the subspace is frozen    P holds of the gradient what the old P held: a merge only quantizes anew
     the update is lost        re-quantization rounds away most of what was folded into W
     the loss rises            it is well above what it was between earlier merges, or in the first step: the learning
                               rates are too high
 
 The thresholds are from short runs, sound and spoilt on purpose (docs/training.md has the numbers); no sound one is told
-anything. What cannot be seen here is a rate that is too high, or too low, and trains all the same: neither overlap,
+anything. What cannot be seen here is a rate that is too high, or too low, and trains all the same: neither
 survival, gradient energy nor clipping tell it from a good one.
 """
 
@@ -136,8 +136,9 @@ class Diagnosis:
     def _of_frozen(self) -> str:
         gap = self._loqt.merge.gap
         return (
-            "the last merges found the subspace that was there, so that B moves in the same directions all the time; "
-            f"merge less often (loqt.merge.gap: {2 * gap} instead of {gap}), or let B have more directions (loqt.rank)"
+            "the last merges found the subspace that was there, which costs their time and changes little; merge less "
+            f"often (loqt.merge.gap: {2 * gap} instead of {gap}). If the loss falls slowly, raise optim.lr "
+            f"{self._optim.lr:g}, or give B more directions (a larger loqt.rank than {self._loqt.rank})"
         )
 
     def _of_lost(self) -> str:

@@ -27,7 +27,7 @@ def test_merges_that_find_the_old_subspace_are_told_with_what_to_change(
     text_file: Path, cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     gap: int, steps: int, merges: int, told: bool,
 ) -> None:  # fmt: skip
-    """A real run at a sound rate: after every step P is the old one where the gradient is, though not in its columns."""
+    """A real run at a sound rate: after every step P is the old one where the gradient is, not in all columns."""
     where = {"data.files": f"[{text_file}]", "data.cache_dir": str(cache_dir), "train.run_dir": str(tmp_path / "run")}
     settings = {**SMALL, **where, "loqt.merge.gap": str(gap), "train.steps": str(steps)}
     assert main(["train", *(f"--{key}={value}" for key, value in settings.items())]) == 0
@@ -37,3 +37,4 @@ def test_merges_that_find_the_old_subspace_are_told_with_what_to_change(
     assert len(warnings) == (1 if told else 0) or (told and all("by now" in line for line in warnings[1:]))
     if told:
         assert "found the subspace that was there" in warnings[0] and "loqt.merge.gap: 2 instead of 1" in warnings[0]
+        assert "raise optim.lr 0.005" in warnings[0] and "loqt.rank than 8" in warnings[0]
