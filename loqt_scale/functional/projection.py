@@ -101,7 +101,16 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    return range_basis(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
+    return sketch_columns(sketch_FL, rank, seed=seed)[0]
+
+
+def sketch_columns(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`sketch_basis`, and an estimate of its `captured_shares`, (..., r): those of the sketch.
+
+    (The validation columns would give shares without bias, but of eight columns, so each misses by a half, in all layers alike.
+    The sketch's own are right to a sixth or so; they are exact at full width.)
+    """
+    return _leading_range(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
 
 
 def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -118,12 +127,18 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
+    return _leading_range(matrix_FC, rank, seed=seed)[0]
+
+
+def _leading_range(matrix_FC: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """`range_basis`, and the share of the squared singular values that belongs to each column, (..., r) float32."""
     matrix = _normalized(matrix_FC.float())
     wide = matrix.double()
     wide[..., :rank] += _background_of(matrix, rank, seed=seed)
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)  # ascending
-    sizes = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    return _signed((wide @ (vectors.flip(-1)[..., :rank] / sizes.unsqueeze(-2))).float())
+    leading = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny)
+    basis = _signed((wide @ (vectors.flip(-1)[..., :rank] / leading.sqrt().unsqueeze(-2))).float())
+    return basis, _shares(leading).float()
 
 
 def leading_vectors(
@@ -166,12 +181,6 @@ def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
     unseen = _normalized(sketch_FL[..., -VALIDATION_COLUMNS:].float())
     kept, whole = (values.square().sum((-2, -1)) for values in (basis_FR.float().mT @ unseen, unseen))
     return kept / whole.clamp_min(1e-30)
-
-
-def sketched_shares(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
-    """Estimates `captured_shares` from the validation columns, likewise; (..., r) that add up to 1."""
-    unseen = _normalized(sketch_FL[..., -VALIDATION_COLUMNS:].float())
-    return _shares((basis_FR.float().mT @ unseen).square().sum(-1))
 
 
 def svd_basis(gradient_OI: Tensor, rank: int, side: str, *, seed: int = 0) -> Tensor:

@@ -14,9 +14,8 @@ from loqt_scale.functional.projection import (
     captured_energy,
     captured_shares,
     randomized_basis,
-    sketch_basis,
+    sketch_columns,
     sketched_energy,
-    sketched_shares,
     svd_basis,
 )
 from loqt_scale.functional.quantization import pack
@@ -133,8 +132,8 @@ def _find_experts(layer: LoQTLayer, gradients: Tensor, config: SubspaceConfig, n
 def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> list[Kept]:
     """Of sketches of one shape."""
     stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
-    bases = sketch_basis(stacked, rank, seed=seed)
-    return list(zip(bases, sketched_energy(stacked, bases), sketched_shares(stacked, bases), strict=True))
+    bases, shares = sketch_columns(stacked, rank, seed=seed)
+    return list(zip(bases, sketched_energy(stacked, bases), shares, strict=True))
 
 
 def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed: int) -> Kept:
