@@ -25,7 +25,7 @@ from loqt_scale.merge import MergeReport
 from loqt_scale.metrics import Reminder
 
 FROZEN, FROZEN_MERGES = 0.9, 3  # overlap by energy beyond chance, in so many merges in a row
-MOST_CHANCE = 0.5  # of a P that says something: one that spans more holds most of any gradient, the next merge's too
+MOST_CHANCE = 0.4  # of a P that says something: one that spans more holds most of any gradient, the next merge's too
 LOST = 0.5  # survival below this
 RISE, WINDOW = 0.2, 20  # nats above the best mean of so many steps or more
 RISE_ABOVE_FIRST = 1.0  # nats above the first step's loss, which is that of one batch
