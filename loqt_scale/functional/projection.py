@@ -107,7 +107,7 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 def sketch_columns(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`sketch_basis`, and an estimate of its `captured_shares`, (..., r): those of the sketch.
 
-    (The validation columns would give shares without bias, but of eight columns, so each misses by a half, in all layers alike.
+    (The validation columns would give shares without bias, but eight columns miss each by a half, in all layers alike.
     The sketch's own are right to a sixth or so; they are exact at full width.)
     """
     return _leading_range(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
