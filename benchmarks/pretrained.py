@@ -51,12 +51,12 @@ def starts(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], i
 
 
 def trainings(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], int]]:
-    """The cases that are trained: from bare weights and from compensated ones."""
+    """The cases that are trained: from bare weights and compensated ones, int8 and NF4 in about equal bytes."""
     middle, rounds = options.ranks[len(options.ranks) // 2], options.rounds[0]
-    zero = [*compensated(middle, rounds), "--loqt.init", "zero"]
-    yield "nf4, blocks of 64", f"bare, rank {middle}, rounds {rounds}", zero, options.steps
     yield "nf4, blocks of 64", f"loftq, rank {middle}, rounds {rounds}", compensated(middle, rounds), options.steps
-    yield "int8, blocks of 64", f"bare, rank {middle}, rounds {rounds}", [*zero, *quantized("int8", 64)], options.steps
+    for scheme, rank in (("nf4", middle), ("int8", middle), ("int8", min(options.ranks)), ("nf4", max(options.ranks))):
+        words = [*compensated(rank, rounds), "--loqt.init", "zero", *quantized(scheme, 64)]
+        yield f"{scheme}, blocks of 64", f"bare, rank {rank}, rounds {rounds}", words, options.steps
 
 
 def quantized(scheme: str, block: int) -> list[str]:

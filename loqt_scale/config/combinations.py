@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loqt_scale.config.blocks import row_block
 from loqt_scale.config.check import require
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def check_combinations(config: RunConfig) -> None:
         f"data.streams is {streams}, which does not divide train.global_batch_size {batch}; write one of "
         f"{', '.join(str(count) for count in range(1, min(batch, 1024) + 1) if batch % count == 0)}, or null",
     )
-    uneven = next((rank for rank in config.loqt.ranks if rank % 32), 0)
+    uneven = next((rank for rank in config.loqt.ranks if not row_block(rank)), 0)
     ours_alone = {
         "optim.per_layer: true": config.optim.per_layer,
         "model.trained_dtype: bfloat16": config.model.trained_dtype == "bfloat16",
@@ -54,8 +55,8 @@ def check_combinations(config: RunConfig) -> None:
     require(
         not (config.optim.states == "int8" and config.method == "loqt" and uneven),
         "optim.states is int8, whose blocks are parts of a row, but loqt.rank "
-        f"{'' if config.loqt.rank % 32 else '(by loqt.rank_pattern) '}is {uneven}; write a "
-        "multiple of 32, or optim.states: float32",
+        f"{'(by loqt.rank_pattern) ' if row_block(config.loqt.rank) else ''}is {uneven}; write a "
+        "rank from 32 to 256, a multiple of 32, or optim.states: float32",
     )
 
 

@@ -13,7 +13,6 @@ the same codes. Two more properties that the run relies on:
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -21,15 +20,6 @@ import torch
 from torch import Tensor
 
 from loqt_scale.functional.defaults import plain_defaults
-
-MOST_VALUES = 256  # a block
-FEWEST_VALUES = 32  # below this the scales cost more than an eighth of the codes
-
-
-def row_block(row_values: int) -> int:
-    """Values of a block for rows of so many values; 0 if such rows cannot be cut into blocks worth having."""
-    block = math.gcd(row_values, MOST_VALUES)
-    return block if block >= FEWEST_VALUES else 0
 
 
 class Run(NamedTuple):

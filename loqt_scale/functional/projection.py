@@ -101,7 +101,16 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    return range_basis(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
+    return sketch_columns(sketch_FL, rank, seed=seed)[0]
+
+
+def sketch_columns(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`sketch_basis`, and an estimate of its `captured_shares`, (..., r): those of the sketch.
+
+    (The validation columns would give shares without bias, but eight columns miss each by a half, in all layers alike.
+    The sketch's own are right to a sixth or so; they are exact at full width.)
+    """
+    return _leading_range(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
 
 
 def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -118,12 +127,18 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
+    return _leading_range(matrix_FC, rank, seed=seed)[0]
+
+
+def _leading_range(matrix_FC: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """`range_basis`, and the share of the squared singular values that belongs to each column, (..., r) float32."""
     matrix = _normalized(matrix_FC.float())
     wide = matrix.double()
     wide[..., :rank] += _background_of(matrix, rank, seed=seed)
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)  # ascending
-    sizes = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    return _signed((wide @ (vectors.flip(-1)[..., :rank] / sizes.unsqueeze(-2))).float())
+    leading = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny)
+    basis = _signed((wide @ (vectors.flip(-1)[..., :rank] / leading.sqrt().unsqueeze(-2))).float())
+    return basis, _shares(leading).float()
 
 
 def leading_vectors(
@@ -230,9 +245,33 @@ def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
     return projected.square().sum() / gradient.square().sum().clamp_min(1e-300)
 
 
+def captured_shares(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
+    """Of the energy that P keeps, each column's share: ||G p_j||^2 / ||G P||^2 (input side). (r,) float32."""
+    gradient, basis = gradient_OI.double(), basis_FR.double()
+    projected = gradient @ basis if side == "input" else gradient.T @ basis
+    return _shares(projected.square().sum(0)).float()
+
+
+def _shares(energies_R: Tensor) -> Tensor:
+    return energies_R / energies_R.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
 def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:
     """||P_old^T P_new||_F^2 / r: 1 for the same subspace, about r / F for unrelated ones."""
     return (old_FR.float().T @ new_FR.float()).square().sum() / new_FR.shape[1]
+
+
+def energy_overlap(old_FR: Tensor, new_FR: Tensor, shares_R: Tensor) -> Tensor:
+    """sum_j w_j ||P_old^T p_j||^2, p_j the columns of P_new and w_j the share of the gradient's energy that each keeps.
+
+    So of the energy that the new P keeps, the part that lies in the old P's span: singular vectors do not mix, and
+
+        ||P_old^T P_new P_new^T G||_F^2 / ||P_new^T G||_F^2 = sum_j s_j^2 ||P_old^T p_j||^2 / sum_j s_j^2
+
+    with the singular values s_j of G. `subspace_overlap` is the same with equal weights, so that P's last columns,
+    which hold next to nothing of the gradient, decide it. 1 for the same subspace, about r / F for unrelated ones.
+    """
+    return ((old_FR.float().T @ new_FR.float()).square().sum(0) * shares_R).sum()
 
 
 def _normalized(matrix: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from loqt_scale.config import OptimConfig, OptimizerStates
+from loqt_scale.config.blocks import row_block
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import StreamedMuon, create_optimizer
@@ -50,11 +51,11 @@ def muon(
     """
     if not dense_layers and not any(True for _ in loqt_layers(model)):
         raise UserError("muon(): the model has no LoQT layer; convert_to_loqt(model, config) comes first")
-    uneven = [(name, layer.rank) for name, layer in loqt_layers(model) if layer.rank % 32]
+    uneven = [(name, layer.rank) for name, layer in loqt_layers(model) if not row_block(layer.rank)]
     if states == "int8" and uneven:
         raise UserError(
             f"muon(): states is 'int8', whose blocks are parts of a row, but {uneven[0][0]} has rank {uneven[0][1]}; "
-            "write ranks that 32 divides in LoQTConfig (rank, rank_pattern), or states='float32'"
+            "write ranks from 32 to 256 or multiples of 32 in LoQTConfig (rank, rank_pattern), or states='float32'"
         )
     config = OptimConfig(
         name="muon", lr=lr, full_precision_lr=full_precision_lr, momentum=momentum, betas=betas, eps=eps,

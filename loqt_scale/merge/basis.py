@@ -10,20 +10,29 @@ from torch import Tensor
 
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
-from loqt_scale.functional.projection import captured_energy, randomized_basis, sketch_basis, sketched_energy, svd_basis
+from loqt_scale.functional.projection import (
+    captured_energy,
+    captured_shares,
+    randomized_basis,
+    sketch_columns,
+    sketched_energy,
+    svd_basis,
+)
 from loqt_scale.functional.quantization import pack
 from loqt_scale.functional.seeding import stable_seed
 from loqt_scale.layers import LoQTLayer
 
 BLANK = -1.0
 EXPERTS_VALUES = 2**22  # of sketches of one layer's experts that are factorised in one batch
+Kept = tuple[Tensor, Tensor, Tensor]  # P (F, r) float32, the share of the gradient's energy in it, each column's part
 
 
 @dataclass(frozen=True)
 class FoundBasis:
-    """A new P, packed as its layer will hold it, and the share of the gradient's energy that it keeps.
+    """A new P, packed as its layer will hold it, and what of the gradient's energy it keeps.
 
-    Of experts they are those of all, one below the other, and there is an energy of each, (E,).
+    `energy` is the share that P keeps of it, `shares` the part of that which each column keeps, (r,). Of experts they
+    are those of all: P one below the other, energies (E,), shares (E, r).
 
     An energy of `BLANK` says that the gradient is zero: the layer was in no backward pass of any rank (an expert
     without tokens, a dropped layer, an unused head), and its P is a random one.
@@ -32,6 +41,7 @@ class FoundBasis:
     codes: Tensor
     scales: Tensor | None
     energy: Tensor
+    shares: Tensor
 
     @property
     def is_blank(self) -> Tensor:
@@ -40,24 +50,29 @@ class FoundBasis:
 
     def to_bytes(self) -> Tensor:
         """All of it as one row of bytes, to be sent."""
-        tensors = (self.energy.float(), self.codes, self.scales)
+        tensors = (self.energy.float(), self.shares.float(), self.codes, self.scales)
         return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
 
     @staticmethod
     def count_bytes(spec: LowRankSpec) -> int:
         """Length of that row, of a layer of `spec`."""
         layout = spec.projection
-        return 4 * spec.expert_count + layout.groups * (layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1])
+        return 4 * spec.expert_count * (1 + layout.cols) + layout.groups * (
+            layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1]
+        )
 
     @classmethod
     def from_bytes(cls, row: Tensor, spec: LowRankSpec) -> FoundBasis:
         """What was sent. Copies: inside the row, scales need not lie where float32 may."""
-        layout, start = spec.projection, 4 * spec.expert_count
+        layout, experts = spec.projection, spec.expert_count
+        start = 4 * experts * (1 + layout.cols)
         end = start + layout.codes_shape[0] * layout.codes_shape[1]
-        energies = row[:start].view(torch.float32)
+        energies, shares = row[:start].view(torch.float32).split([experts, experts * layout.cols])
         scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
         codes = row[start:end].view(layout.codes_shape).clone()
-        return cls(codes, scales, energies[0] if spec.experts is None else energies)
+        if spec.experts is None:
+            return cls(codes, scales, energies[0], shares)
+        return cls(codes, scales, energies, shares.view(experts, layout.cols))
 
 
 def find_bases(
@@ -87,16 +102,15 @@ def find_bases(
         blank = [~collected[name].any() for name in names]
         gradients = [collected[name].nan_to_num_(0.0, 0.0, 0.0) for name in names]
         if config.method == "sketch":
-            bases, energies = _from_sketches(gradients, layers[names[0]].rank, seed)
+            bases = _from_sketches(gradients, layers[names[0]].rank, seed)
         else:
-            pairs = [
+            bases = [
                 _from_dense(layers[name], gradient, config, stable_seed("randomized", seed, name))
                 for name, gradient in zip(names, gradients, strict=True)
             ]
-            bases, energies = [basis for basis, _ in pairs], [energy for _, energy in pairs]
-        for name, basis, energy, good, empty in zip(names, bases, energies, finite, blank, strict=True):
+        for name, (basis, energy, shares), good, empty in zip(names, bases, finite, blank, strict=True):
             energy = torch.where(empty, BLANK, torch.where(good, energy, float("nan")))
-            found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy)
+            found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy, shares)
     return found
 
 
@@ -106,26 +120,24 @@ def _find_experts(layer: LoQTLayer, gradients: Tensor, config: SubspaceConfig, n
     gradients.nan_to_num_(0.0, 0.0, 0.0)
     if config.method == "sketch":
         parts = gradients.split(max(1, EXPERTS_VALUES // gradients[0].numel()))
-        found = [_from_sketches(list(part), layer.rank, seed) for part in parts]
-        bases = [basis for some, _ in found for basis in some]
-        energies = [energy for _, some in found for energy in some]
+        found = [each for part in parts for each in _from_sketches(list(part), layer.rank, seed)]
     else:
         seeds = [stable_seed("randomized", seed, f"{name}[{expert}]") for expert in range(len(gradients))]
-        pairs = [_from_dense(layer, part, config, own) for part, own in zip(gradients, seeds, strict=True)]
-        bases, energies = [basis for basis, _ in pairs], [energy for _, energy in pairs]
+        found = [_from_dense(layer, part, config, own) for part, own in zip(gradients, seeds, strict=True)]
+    bases, energies, shares = zip(*found, strict=True)
     energy = torch.where(blank, BLANK, torch.where(good, torch.stack(energies), float("nan")))
-    return FoundBasis(*pack(torch.cat(bases), layer.spec.projection), energy)
+    return FoundBasis(*pack(torch.cat(bases), layer.spec.projection), energy, torch.stack(shares))
 
 
-def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(P, kept energy) of sketches of one shape."""
+def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> list[Kept]:
+    """Of sketches of one shape."""
     stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
-    bases = sketch_basis(stacked, rank, seed=seed)
-    return list(bases), list(sketched_energy(stacked, bases))
+    bases, shares = sketch_columns(stacked, rank, seed=seed)
+    return list(zip(bases, sketched_energy(stacked, bases), shares, strict=True))
 
 
-def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """(P (F, r) float32, share of gradient energy it keeps) by the methods that need the whole gradient."""
+def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed: int) -> Kept:
+    """By the methods that need the whole gradient."""
     if config.method == "svd":
         basis = svd_basis(gradient, layer.rank, layer.side, seed=seed)
     else:
@@ -137,4 +149,4 @@ def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed
             power_iterations=config.power_iterations,
             seed=seed,
         )
-    return basis, captured_energy(gradient, basis, layer.side)
+    return basis, captured_energy(gradient, basis, layer.side), captured_shares(gradient, basis, layer.side)

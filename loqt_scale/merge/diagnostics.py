@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loqt_scale.functional.compensation import Compensated, update_survival
 from loqt_scale.functional.low_rank_linear import LowRankSpec
-from loqt_scale.functional.projection import subspace_overlap
+from loqt_scale.functional.projection import energy_overlap, subspace_overlap
 
 
 def describe_merge(
@@ -22,6 +22,7 @@ def describe_merge(
     rows_of_basis: Callable[[Tensor], Tensor],
     old_factor: Tensor,
     energy: Tensor | None,
+    shares: Tensor,
     first: bool,
     is_known: bool,
 ) -> Tensor:
@@ -36,11 +37,12 @@ def describe_merge(
         rows_of_basis: What of a P belongs to this rank's rows (see `PlacedLayer.rows_of_basis`).
         old_factor: The B from before, as this rank's rows need it.
         energy: Share of the gradient in the new P; None: there was no gradient.
+        shares: Each new column's part of that.
         first: Whether this was its first merge, before which there is no update and no P to compare with.
         is_known: Whether the weights before quantization are.
 
     Returns:
-        (6,): the first four diagnostics, then this shard's two sums for the survival of updates.
+        (7,): the first five diagnostics, then this shard's two sums for the survival of updates.
     """
     sums = update_survival(
         weight_NI,
@@ -56,4 +58,5 @@ def describe_merge(
     lost = first and not is_known and not spec.base.kind.exact  # errors of what is not known any more
     errors = (nan, nan) if lost else (result.error_before, result.error)
     overlap = nan if first else subspace_overlap(old_FR, new_FR)
-    return torch.stack([*errors, nan if energy is None else energy, overlap, *sums])
+    weighted = nan if first or energy is None else energy_overlap(old_FR, new_FR, shares)
+    return torch.stack([*errors, nan if energy is None else energy, overlap, weighted, *sums])

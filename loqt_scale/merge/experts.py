@@ -166,6 +166,7 @@ class ExpertsMerge:
             rows_of_basis=partial(self._basis, expert),
             old_factor=self._factor(expert, old_factor),
             energy=None if self._blank[expert] else self._found.energy[expert],
+            shares=self._found.shares[expert],
             first=self._first[expert],
             is_known=self._source is not None,
         )

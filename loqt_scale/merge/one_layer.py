@@ -22,7 +22,7 @@ from loqt_scale.merge.placed import InitialWeights, PlacedLayer, initial_rows
 from loqt_scale.merge.turns import KEPT, NEW, TURNED, Change, Found
 from loqt_scale.strategies import Editing, EditStates
 
-NUMBERS = 6  # what `describe_merge` says
+NUMBERS = 7  # what `describe_merge` says
 
 
 class LayerMerge:
@@ -154,6 +154,7 @@ class LayerMerge:
             rows_of_basis=placed.rows_of_basis,
             old_factor=old_factor,
             energy=None if is_blank else found.energy,
+            shares=found.shares,
             first=first,
             is_known=source is not None,
         )

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
-from loqt_scale.functional.blockwise import block_runs, decode, encode, row_block
+from loqt_scale.config.blocks import row_block
+from loqt_scale.functional.blockwise import block_runs, decode, encode
 
 CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB, which a CPU's cache holds in part
 DEVICE_CHUNK_VALUES = 2**22  # elsewhere, where launching some forty kernels a chunk is what costs

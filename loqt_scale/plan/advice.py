@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from loqt_scale.config import Kept, RunConfig
+from loqt_scale.config.blocks import row_block
 from loqt_scale.functional.shares import micro_steps
 
 KEPT = "--parallel.kept_between_passes"
@@ -81,7 +82,7 @@ def _checkpointing(config: RunConfig, ranks: int) -> Found:
 
 
 def _small_states(config: RunConfig, ranks: int) -> Found:
-    if config.optim.states == "int8" or (config.method == "loqt" and any(rank % 32 for rank in config.loqt.ranks)):
+    if config.optim.states == "int8" or (config.method == "loqt" and not all(map(row_block, config.loqt.ranks))):
         return None
     return replace(config, optim=replace(config.optim, states="int8")), ("--optim.states=int8",)
 

@@ -158,7 +158,8 @@ def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int) -> tuple[int, 
     rank, experts, each = layout.cols, spec.expert_count, spec.each
     factor_rows = experts * (each.base.rows + each.base.cols - each.projection.rows)
     factor = FLOAT * (factor_rows + ranks * base.group_rows) * rank
-    found, reduced = packed + FLOAT * experts, FLOAT * 3 * rounds * experts  # energies; three numbers a round
+    energies = FLOAT * experts * (1 + rank)
+    found, reduced = packed + energies, FLOAT * 3 * rounds * experts  # three numbers a round
     if spec.side == "output":
         return found, packed + factor, reduced + rounds * factor
     aligned = base.rows % ranks == 0 and base.group_rows == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loqt_scale.config import OptimConfig, RunConfig, TrainConfig
-from loqt_scale.functional.blockwise import row_block
+from loqt_scale.config.blocks import row_block
 from loqt_scale.optim.fragment import chunk_values
 from loqt_scale.optim.muon import gram_side, muon_waves
 from loqt_scale.plan.shapes import ModelShapes, ParameterShape

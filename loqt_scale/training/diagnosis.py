@@ -1,12 +1,12 @@
 """What is wrong with a run, from what its merges report: one line, with the setting to change.
 
-    the subspace is frozen    P is the old P again: a merge only quantizes anew
+    the subspace is frozen    P holds of the gradient what the old P held: a merge only quantizes anew
     the update is lost        re-quantization rounds away most of what was folded into W
     the loss rises            it is well above what it was between earlier merges, or in the first step: the learning
                               rates are too high
 
 The thresholds are from short runs, sound and spoilt on purpose (docs/training.md has the numbers); no sound one is told
-anything. What cannot be seen here is a rate that is too high, or too low, and trains all the same: neither overlap,
+anything. What cannot be seen here is a rate that is too high, or too low, and trains all the same: neither
 survival, gradient energy nor clipping tell it from a good one.
 """
 
@@ -24,7 +24,8 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.merge import MergeReport
 from loqt_scale.metrics import Reminder
 
-FROZEN, FROZEN_MERGES = 0.9, 3  # share of the old subspace beyond chance, in so many merges in a row
+FROZEN, FROZEN_MERGES = 0.9, 3  # overlap by energy beyond chance, in so many merges in a row
+MOST_CHANCE = 0.4  # of a P that says something: one that spans more holds most of any gradient, the next merge's too
 LOST = 0.5  # survival below this
 RISE, WINDOW = 0.2, 20  # nats above the best mean of so many steps or more
 RISE_ABOVE_FIRST = 1.0  # nats above the first step's loss, which is that of one batch
@@ -42,11 +43,15 @@ def subspace_is_frozen(reports: list[MergeReport], chance: Mapping[str, float]) 
 
 
 def _median_excess(report: MergeReport, chance: Mapping[str, float]) -> float:
-    """Overlap scaled to 0 for unrelated subspaces and 1 for equal ones; a full-rank P says nothing."""
+    """Overlap by energy scaled to 0 for unrelated subspaces and 1 for equal ones; a P that spans most says nothing.
+
+    By energy: P's last columns follow the batch and the sketch, so that half of P is new in each merge even where the
+    weights do not move at all.
+    """
     found = [
-        (layer["subspace_overlap"] - chance[name]) / (1.0 - chance[name])
+        (layer["energy_overlap"] - chance[name]) / (1.0 - chance[name])
         for name, layer in report.layers.items()
-        if layer["subspace_overlap"] == layer["subspace_overlap"] and chance[name] < 0.99
+        if layer["energy_overlap"] == layer["energy_overlap"] and chance[name] <= MOST_CHANCE
     ]
     return median(found) if found else 0.0
 
@@ -131,8 +136,9 @@ class Diagnosis:
     def _of_frozen(self) -> str:
         gap = self._loqt.merge.gap
         return (
-            "the last merges found the subspace that was there, so that B moves in the same directions all the time; "
-            f"merge less often (loqt.merge.gap: {2 * gap} instead of {gap}), or let B have more directions (loqt.rank)"
+            "the last merges found the subspace that was there, which costs their time and changes little; merge less "
+            f"often (loqt.merge.gap: {2 * gap} instead of {gap}). If the loss falls slowly, raise optim.lr "
+            f"{self._optim.lr:g}, or give B more directions (a larger loqt.rank than {self._loqt.rank})"
         )
 
     def _of_lost(self) -> str:

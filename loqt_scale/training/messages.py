@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from loqt_scale.config.blocks import row_block
 from loqt_scale.data.logical import ranks_that_share, streams_read_twice
 from loqt_scale.data.mixing import MOST_EPOCHS, repeated_often
-from loqt_scale.functional.blockwise import row_block
 from loqt_scale.metrics import format_count, format_perplexity, format_span, perplexity
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def merge_line(report: MergeReport) -> str:
     if "gradient_energy" in means:  # else no layer had a gradient
         parts.append(f"gradient energy kept {means['gradient_energy']:.3f}")
     if "subspace_overlap" in means:
-        parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}")
+        by_energy = f" ({means['energy_overlap']:.3f} by energy)" if "energy_overlap" in means else ""
+        parts.append(f"overlap with the old subspace {means['subspace_overlap']:.3f}{by_energy}")
     if "update_survival" in means:
         parts.append(f"update that survived {means['update_survival']:.3f}")
     if report.kept:

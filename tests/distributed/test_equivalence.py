@@ -229,6 +229,8 @@ def test_merge_diagnostics_agree(runs: Runs) -> None:
         for row, expected in zip(merges(world_size, strategy), reference, strict=True):
             for key in ("merge/error_before", "merge/error_after", "merge/gradient_energy"):
                 assert row[key] == pytest.approx(expected[key], rel=0.02), key
+        for row, expected in zip(merges(world_size, strategy)[1:3], reference[1:3], strict=True):
+            assert row["merge/energy_overlap"] == pytest.approx(expected["merge/energy_overlap"], rel=0.02)
 
 
 # one layer whose B's have 681 rows together, some of them 99 each: an odd number of blocks, so two equal parts of all

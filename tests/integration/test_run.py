@@ -55,7 +55,7 @@ def test_the_script_trains_merges_and_says_where_everything_is(base: dict[str, A
     merges = [row for row in rows if "merge/seconds" in row]
     assert [row["step"] for row in merges] == [1, 5]
     assert {"merge/error_before", "merge/error_after", "merge/gradient_energy"} <= merges[0].keys()
-    assert {"merge/subspace_overlap", "merge/update_survival"} <= merges[1].keys()
+    assert {"merge/subspace_overlap", "merge/energy_overlap", "merge/update_survival"} <= merges[1].keys()
     assert [row["step"] for row in rows if "eval/perplexity" in row] == [0, 8]
     assert load_run_config(run_dir / "config.yaml").train.steps == 8
     assert list((run_dir / "tensorboard").iterdir())

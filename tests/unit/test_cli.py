@@ -150,8 +150,8 @@ def test_local_rank_of_launchers_is_ignored(form):
         ),
         (
             ["--optim.states=int8", "--loqt.rank=8"],
-            "optim.states is int8, whose blocks are parts of a row, but loqt.rank is 8; write a multiple of 32, or "
-            "optim.states: float32",
+            "optim.states is int8, whose blocks are parts of a row, but loqt.rank is 8; write a "
+            "rank from 32 to 256, a multiple of 32, or optim.states: float32",
         ),
         (
             [

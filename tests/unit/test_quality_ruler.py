@@ -126,7 +126,7 @@ def test_the_figure_names_every_method_and_is_the_same_again(tmp_path: Path) -> 
         ("loqt rest=1e-3", "write METHOD lr=RATE"),
         ("loqt lr=fast", "write numbers"),
         ("loqt lr=1e-3 loqt.rnk=4", "loqt.rank"),
-        ("loqt lr=1e-3 optim.states=int8 loqt.rank=20", "write a multiple of 32"),
+        ("loqt lr=1e-3 optim.states=int8 loqt.rank=20", "write a rank from 32 to 256"),
         ("loqt lr=1e-3 optim.lr=5e-2", "sets optim.lr"),
         ("adamw lr=1e-3 train.device=cpu", "sets train.device"),
         ("loqt lr=1e-3 data.max_eval_sequences=3", "sets data.max_eval_sequences"),

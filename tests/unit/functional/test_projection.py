@@ -177,6 +177,27 @@ def test_overlap() -> None:
     assert P.subspace_overlap(basis, other) < 1e-5
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_overlap_by_energy_is_what_of_the_kept_gradient_lies_in_the_old_subspace(side: str) -> None:
+    """Two gradients share three strong directions; all others are noise, which decides most columns of P."""
+    generator = torch.Generator().manual_seed(0)
+    strong = torch.randn(60, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    before, now = (strong + 0.3 * torch.randn(60, 40, generator=generator) for _ in range(2))
+    old, new = P.svd_basis(before, 10, side), P.svd_basis(now, 10, side)
+    kept = (now @ new if side == "input" else now.T @ new).double()  # the gradient in the new P
+    inside = (kept @ new.T.double() @ old.double()).square().sum() / kept.square().sum()
+    overlap = P.energy_overlap(old, new, P.captured_shares(now, new, side))
+    assert float(overlap) == pytest.approx(float(inside), abs=1e-5)
+    assert overlap > 0.9 and P.subspace_overlap(old, new) < 0.6
+    equal = torch.full((10,), 0.1)
+    torch.testing.assert_close(P.energy_overlap(old, new, equal), P.subspace_overlap(old, new))
+    omega = P.test_matrix(60 if side == "input" else 40, seed=1, device=torch.device("cpu"))
+    sketch = P.times_test_matrix(now.T if side == "input" else now, omega, 20 + P.VALIDATION_COLUMNS)
+    basis, estimate = P.sketch_columns(sketch, 10)
+    torch.testing.assert_close(estimate, P.captured_shares(now, basis, side), atol=0.08, rtol=0)
+    assert float(P.energy_overlap(old, basis, estimate)) == pytest.approx(float(overlap), abs=0.05)
+
+
 @pytest.mark.parametrize(("count", "rows", "rank"), [(5, 48, 8), (2, 100, 16)])
 def test_sketches_in_a_batch_give_the_bits_of_each_alone(count: int, rows: int, rank: int) -> None:
     """One of them a thousand times larger, one of rank 3 and one of zeros: none may disturb the others."""

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loqt_scale.functional.blockwise import _tables, block_runs, row_block
+from loqt_scale.config.blocks import row_block
+from loqt_scale.functional.blockwise import _tables, block_runs
 from loqt_scale.optim import Fragment, Moment, StreamedAdamW, fragment, step_if_finite
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

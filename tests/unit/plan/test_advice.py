@@ -15,7 +15,7 @@ from loqt_scale.plan.advice import changes
 def test_advice_is_made_of_settings_that_go_together(
     rank: int, pattern: dict[str, int], states: OptimizerStates
 ) -> None:
-    """8-bit states want ranks that 32 divides: one in the pattern is not, or half of one is not."""
+    """8-bit states want ranks of 32 or more: one in the pattern is less."""
     config = RunConfig(loqt=LoQTConfig(rank=rank, rank_pattern=pattern), optim=OptimConfig(states=states))
     found = list(changes(config, ranks=1))
     assert ("--optim.states=int8" in found[-1].words) == (rank == 224)

@@ -106,6 +106,7 @@ def test_it_says_once_what_to_change_and_when_it_is_over() -> None:
     assert "is 46.943 and was 5.800 before" in blown_up[0]
     frozen = told(RUN, [3.0] * 4, merged(config(), lr=1e-7, same_batch=True)[1:])
     assert len([line for line in frozen if "loqt.merge.gap: 200 instead of 100" in line]) >= 1
+    assert "raise optim.lr 0.02" in frozen[-1] and "loqt.rank than 128" in frozen[-1]
 
 
 def test_a_source_that_has_been_read_often_is_told_of_once() -> None:
