@@ -72,17 +72,15 @@ class DocumentInputs:
 
     def _cheapest(self, starts: Tensor) -> Way:
         device, config = starts.device, self._config
+        if device.type not in ("cpu", "cuda") or config.attention_dropout:
+            return "mask"
         if device.type == "cpu":
             return "documents"
-        if device.type != "cuda":
-            return "mask"
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         reason = why_not_by_blocks(
             heads, config.num_key_value_heads, width, starts.shape[1], self._dtype(device), device
         )
-        if config.attention_dropout:
-            reason = reason or "it has no dropout"
         if reason:
             warnings.warn(
                 "data.mask_documents: a mask of all pairs of tokens is used, "

@@ -10,7 +10,7 @@ T tokens, H query heads, K heads of keys, D values a head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Tokens of a group of short documents, at most: forward and backward of 2,048 tokens (H = 8, D = 64, float32) take
 # 29, 18, 16, 18, 28 and 47 ms in pieces of 8, 16, 32, 64, 128 and 256 tokens, with masks as without; 214 as one piece.
@@ -35,11 +34,18 @@ def attention_dtype(query_dtype: torch.dtype, device: torch.device) -> torch.dty
 # ---- by document -------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
 def attend_by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, position_ids: Tensor, **given: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    position_ids: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **given: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each document by itself. Reads `position_ids`, so compiled code ends here and goes on after.
+    """Causal attention of each document by itself, on a CPU. One operator, which compiled code calls.
 
     Args:
         module: The attention, as transformers hands it over.
@@ -47,19 +53,98 @@ def attend_by_document(
         key: (B, K, T, D).
         value: Likewise.
         position_ids: (B, T) int64; 0 where a document begins, at the beginning of each sequence too.
-        given: As for transformers' attention functions.
+        scaling: Of the products; None: 1 / sqrt(D).
+        dropout: Of transformers' attention functions, as all that follows.
 
     Returns:
         (B, T, H, D), and None.
+
+    Raises:
+        NotImplementedError: `dropout`, which the operator does not know.
     """
-    groups = grouped(document_lengths(position_ids), attention_dtype(query.dtype, query.device))
-    lengths = [length for length, _ in groups]
-    pieces = zip(*(heads.transpose(1, 2).flatten(0, 1).split(lengths) for heads in (query, key, value)), strict=True)
-    attended = [
-        sdpa_attention_forward(module, *(piece.transpose(0, 1).unsqueeze(0) for piece in of_group), mask, **given)[0]
-        for of_group, (_, mask) in zip(pieces, groups, strict=True)
+    refuse_dropout(dropout)
+    heads, dtype = query.shape[1], attention_dtype(query.dtype, query.device)
+    tensors = (of.repeat_interleave(heads // of.shape[1], dim=1) for of in (query, key, value))
+    attended, _ = _by_document(*(of.to(dtype).transpose(1, 2) for of in tensors), position_ids, scaling)
+    return attended, None
+
+
+def refuse_dropout(dropout: float) -> None:
+    """`DocumentInputs` chooses a mask for models that have it."""
+    if dropout:
+        raise NotImplementedError("attention dropout needs a mask of all pairs of tokens")
+
+
+@torch.library.custom_op("loqt_scale::attend_by_document", mutates_args=())
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Of three (B, T, H, D): the same, and the logarithms of the sums of exponentials, (B, T, H) float32 or float64."""
+    found = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *group, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        for group, mask in _pieces(position_ids, query, key, value)
     ]
-    return torch.cat(attended, dim=1).unflatten(1, tuple(position_ids.shape)).squeeze(0), None
+    attended, sums = (torch.cat([_tokens_first(piece[i]) for piece in found]) for i in (0, 1))
+    return attended.view(query.shape), sums.view(query.shape[:3])
+
+
+@torch.library.custom_op("loqt_scale::attend_by_document_backward", mutates_args=())
+def _by_document_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    sums: Tensor,
+    position_ids: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *group, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        for group, mask in _pieces(position_ids, gradient, query, key, value, attended, sums)
+    ]
+    first, second, third = (torch.cat([_tokens_first(piece[i]) for piece in found]).view(query.shape) for i in range(3))
+    return first, second, third
+
+
+def _pieces(position_ids: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Of (B, T, ...) tensors those of each group, as (1, H, tokens, ...), and its mask."""
+    groups = grouped(document_lengths(position_ids), tensors[0].dtype)
+    lengths = [length for length, _ in groups]
+    cut = zip(*(tensor.flatten(0, 1).split(lengths) for tensor in tensors), strict=True)
+    for parts, (_, mask) in zip(cut, groups, strict=True):
+        yield [part.transpose(0, 1).unsqueeze(0) for part in parts], mask
+
+
+def _tokens_first(piece: Tensor) -> Tensor:
+    return piece.squeeze(0).transpose(0, 1)
+
+
+@_by_document.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=exact)
+
+
+@_by_document_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, position_ids, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, position_ids)
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_by_document_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_by_document.register_autograd(_gradients, setup_context=_keep)
 
 
 def document_lengths(position_ids: Tensor) -> tuple[int, ...]:
@@ -137,8 +222,7 @@ def attend_by_blocks(
     Raises:
         NotImplementedError: `dropout`, which it does not know.
     """
-    if dropout:
-        raise NotImplementedError("FlexAttention has no dropout")
+    refuse_dropout(dropout)
     dtype = attention_dtype(query.dtype, query.device)
     flex = flex_attention if torch.compiler.is_compiling() or not query.is_cuda else _compiled()
     heads = (tensor.to(dtype) for tensor in (query, key, value))

@@ -17,6 +17,7 @@ from loqt_scale.model.documents import DocumentInputs
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.packed_attention import (
     GROUP,
+    _by_document,
     attend_by_blocks,
     attend_by_document,
     block_mask,
@@ -67,17 +68,17 @@ def places(starts: Tensor) -> Tensor:
     return torch.arange(700) - starts
 
 
-def grouped_queries() -> nn.Module:
-    module = nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True  # type: ignore[assignment]
-    return module
-
-
 def test_document_by_document_is_what_a_mask_gives(starts: Tensor) -> None:
     given = heads()
-    attended, _ = attend_by_document(grouped_queries(), *given, position_ids=places(starts))
+    attended, _ = attend_by_document(nn.Identity(), *given, position_ids=places(starts))
     torch.testing.assert_close(with_gradients(attended, given), by_mask(starts), rtol=1e-12, atol=1e-12)
     assert document_lengths(places(starts)) == tuple(length for row in LENGTHS for length in row)
+
+
+def test_what_compiled_code_is_told_of_the_operator_is_true(starts: Tensor) -> None:
+    """Shapes and layouts without values, and gradients that can be traced."""
+    heads = [torch.randn(3, 700, 4, 8, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(_by_document, (*heads, places(starts), 0.3))
 
 
 def test_short_neighbours_go_together_and_long_ones_alone() -> None:
@@ -113,7 +114,7 @@ def test_block_by_block_is_what_a_mask_gives(starts: Tensor, monkeypatch: pytest
     """By torch's own arithmetic for FlexAttention, whose gradients it offers on other devices only."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     given = heads()
-    attended, _ = attend_by_blocks(grouped_queries(), *given, block_mask(starts))
+    attended, _ = attend_by_blocks(nn.Identity(), *given, block_mask(starts))
     torch.testing.assert_close(with_gradients(attended, given), by_mask(starts), rtol=1e-12, atol=1e-12)
     assert why_not_by_blocks(4, 2, 16, 300, torch.float32, torch.device("cpu")) == ""
 
