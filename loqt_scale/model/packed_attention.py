@@ -224,9 +224,17 @@ def attend_by_blocks(
     """
     refuse_dropout(dropout)
     dtype = attention_dtype(query.dtype, query.device)
-    flex = flex_attention if torch.compiler.is_compiling() or not query.is_cuda else _compiled()
-    heads = (tensor.to(dtype) for tensor in (query, key, value))
-    attended = flex(*heads, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    flex: Any = flex_attention
+    if query.is_cuda and not torch.compiler.is_compiling():
+        flex = _compiled()
+    attended = flex(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -248,10 +256,11 @@ def why_not_by_blocks(
     starts = places // (length // 3 + 1) * (length // 3 + 1)
     heads = [_some_values(count, length, width, device) for count in (query_heads, key_heads, key_heads)]
     sees = (places[..., None] >= places[:, None]) & (starts[..., None] == starts[:, None])
+    none = nn.Identity()
     try:
         with torch.enable_grad():
-            found = _with_gradients(lambda *of: attend_by_blocks(nn.Identity(), *of, block_mask(starts)), heads, dtype)
-            expected = _with_gradients(lambda *of: _masked(*of, sees), heads, dtype)
+            found = _with_gradients(lambda q, k, v: attend_by_blocks(none, q, k, v, block_mask(starts)), heads, dtype)
+            expected = _with_gradients(lambda q, k, v: _masked(q, k, v, sees), heads, dtype)
         apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
     except Exception as error:  # a compiler or a kernel that is missing, or does not fit this device
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
