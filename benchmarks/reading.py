@@ -38,7 +38,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import publish, table
-from step_time import measured_in_turns
 
 from loqt_scale.config import DataConfig
 from loqt_scale.data import build_corpus, token_store, tokenizing
@@ -162,6 +161,8 @@ def print_local(rows: list[str], folder: Path, tokenizer: str, processes: int) -
 
 def print_workers(rows: list[str], folder: Path, tokenizer: str, options: argparse.Namespace) -> None:
     """The table of tokenizing by several processes, from the slope of two sizes: starting them is not in it."""
+    from step_time import measured_in_turns  # loads torch, which processes that tokenize do without
+
     folder.mkdir()
     sizes: dict[int, float] = {}
     for share in (3, 1):
@@ -184,8 +185,10 @@ def print_workers(rows: list[str], folder: Path, tokenizer: str, options: argpar
             [workers, f"{clock[workers, 1]:.1f}", *cells, f"{hours:.1f}", f"{max(r[1] for r in found[workers, 1]):.0f}"]
         )
     head = ["processes", "seconds, all", "tokens/s", "MB/s", "times the first", "100 GB, hours", "peak MB of who reads"]
-    text = f"{table(head, lines)}\n\n{sizes[1]:.0f} MB of text less {sizes[3]:.0f} MB (their slope), by the clock, medians of "
-    text += f"{options.repeats} turns. As many processes as rows say, and the one that reads and writes."
+    text = (
+        f"{table(head, lines)}\n\n{sizes[1]:.0f} MB of text less {sizes[3]:.0f} MB (their slope), by the clock, "
+        f"medians of {options.repeats} turns. One process reads and tokenizes alone; more are fed by one that reads."
+    )
     publish(
         "Reading: tokenizing by several processes",
         "python benchmarks/reading.py TEXT.txt --tables workers",
