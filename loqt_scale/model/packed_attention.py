@@ -52,7 +52,7 @@ def attend_by_document(
         query: (B, H, T, D).
         key: (B, K, T, D).
         value: Likewise.
-        position_ids: (B, T) int64; 0 where a document begins, at the beginning of each sequence too.
+        position_ids: (B, T) or (1, T) int64; 0 where a document begins, at the beginning of each sequence too.
         scaling: Of the products; None: 1 / sqrt(D).
         dropout: Of transformers' attention functions, as all that follows.
 
@@ -65,7 +65,9 @@ def attend_by_document(
     refuse_dropout(dropout)
     heads, dtype = query.shape[1], attention_dtype(query.dtype, query.device)
     tensors = (of.repeat_interleave(heads // of.shape[1], dim=1) for of in (query, key, value))
-    attended, _ = _by_document(*(of.to(dtype).transpose(1, 2) for of in tensors), position_ids, scaling)
+    query, key, value = (of.to(dtype).transpose(1, 2) for of in tensors)
+    places = position_ids.expand(query.shape[:2])  # a model that is given none makes one row for all sequences
+    attended, _ = _by_document(query, key, value, places, scaling)
     return attended, None
 
 

@@ -135,6 +135,10 @@ def test_every_way_gives_a_model_the_same_loss(kind: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):  # queries and values then have two dtypes
             assert model(input_ids=tokens, targets=tokens).item() == pytest.approx(losses[0].item(), rel=0.02)
     torch.testing.assert_close(torch.stack(losses[1:]), losses[0].expand(2), rtol=1e-5, atol=0)
+    model.forward.made = None  # type: ignore[attr-defined]
+    plain = model(input_ids=tokens).logits  # whoever calls the model by itself has one document a sequence
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(input_ids=tokens).logits, plain)
 
 
 def test_where_blocks_cannot_be_used_it_says_why_and_takes_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
