@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,6 +26,7 @@ from loqt_scale.model.packed_attention import (
     grouped,
     why_not_by_blocks,
 )
+from loqt_scale.model.structure import decoder_blocks
 from tests.unit.model.test_loss import model_of
 
 LENGTHS = [
@@ -139,6 +141,23 @@ def test_every_way_gives_a_model_the_same_loss(kind: str) -> None:
     plain = model(input_ids=tokens).logits  # whoever calls the model by itself has one document a sequence
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(input_ids=tokens).logits, plain)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("way", ["documents", "blocks"])
+def test_compiled_blocks_have_no_break_and_fit_all_documents(way: Any) -> None:
+    model = model_of("llama").requires_grad_(way == "documents")
+    end_in_loss(model)
+    model.forward.made = DocumentInputs(model, seq_len=200, separator=5, way=way)  # type: ignore[assignment]
+    tokens = torch.randint(0, 60, (2, 200), generator=torch.Generator().manual_seed(0))
+    tokens[torch.rand(2, 200, generator=torch.Generator().manual_seed(1)) < 0.03] = 5
+    batches = [tokens.roll(shift, dims=1) for shift in range(3)]
+    expected = [model(input_ids=batch, targets=batch).item() for batch in batches]
+    compiled = CompileCounter()
+    for _, block in decoder_blocks(model):
+        block.compile(backend=compiled, fullgraph=True)
+    assert [model(input_ids=batch, targets=batch).item() for batch in batches] == pytest.approx(expected, rel=1e-6)
+    assert compiled.frame_count == 1 and len(set(expected)) == len(batches)
 
 
 def test_where_blocks_cannot_be_used_it_says_why_and_takes_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
