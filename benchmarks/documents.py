@@ -1,6 +1,6 @@
 """`data.mask_documents`: what a step costs with it, and how well a model learns with and without.
 
-    python benchmarks/documents.py [--device cuda] [--preset llama_60m] [--publish]
+    python benchmarks/documents.py [--device cuda] [--preset llama_60m] [--files docs.txt] [--publish]
     python benchmarks/documents.py --quality --files docs.txt --seeds 0 1 2 [--results benchmarks/documents.jsonl]
     python benchmarks/documents.py --table [--publish]         # of what is in the results file
 
@@ -59,6 +59,7 @@ def cost(options: argparse.Namespace) -> None:
         "--train.steps=1000",
         "--loqt.merge.gap=900",
         f"--train.device={device.type}",
+        *(f"--data.files+={file}" for file in options.files),
     ]
     for seq_len in options.seq_lens:
         with tempfile.TemporaryDirectory() as folder:
@@ -73,9 +74,11 @@ def cost(options: argparse.Namespace) -> None:
             [seq_len, f"{1000 * statistics.median(off):.0f}", f"{1000 * statistics.median(on):.0f}", f"{ratio:.3f}"]
         )
     text = table(["tokens a sequence", "ms off", "ms on", "on / off"], rows)
+    named = ", ".join(Path(file).name for file in options.files) or "embedded corpus (18,000 bytes a document)"
     text += (
-        f"\n\n{options.preset}, {options.tokens} tokens a step, {options.dtype}, medians of {options.repeats} pairs."
+        f"\n\n{options.preset}, {options.tokens} tokens a step, {options.dtype}, medians of {options.repeats} pairs; "
     )
+    text += f"{named}."
     command = f"python benchmarks/documents.py --preset {options.preset} --device {device.type} --dtype {options.dtype}"
     publish(f"Masked documents: a step ({device.type})", command, text, keep=options.publish)
 

@@ -2,12 +2,15 @@
 
     python benchmarks/reading.py TEXT.txt [--megabytes 16] [--streams 8] [--gpu-flops 4e14] [--tables streamed]
 
+    python benchmarks/reading.py TEXT.txt --megabytes 64 --tables workers --workers 1 2 [--publish]    # idle machine
+
 The text is cut at blank lines into documents. Seconds are those of processors, all threads and processes together, so
-that what else runs on the machine hardly counts; three tables:
+that what else runs on the machine hardly counts; three tables by default, and one to be asked for:
 
     streamed   JSONL and parquet files as a run reads them: logical streams, shuffled, tokenized, packed
     streams    what many logical streams on one rank take: threads, open files, memory, seconds to the first batch
     local      bytes/s of reading files alone, of tokenizing them, peak memory at two sizes, and 100 GB from their slope
+    workers    tokenizing local files by one process, two, ...: here seconds are those of the clock, in turns
 
 What is needed: eight GPUs that train the paper's 1b shape, 6 N FLOPs a token with its 1.34e9 weights, at `--gpu-flops`
 of useful work a second on each (default: an H100 at 40 % of its dense bfloat16 peak).
@@ -21,17 +24,20 @@ import json
 import math
 import multiprocessing
 import resource
+import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import publish, table
 
 from loqt_scale.config import DataConfig
 from loqt_scale.data import build_corpus, token_store, tokenizing
@@ -114,16 +120,18 @@ def read_alone(path: Path) -> float:
     return size / 1e6 / (time.process_time() - begin)
 
 
-def tokenize(path: Path, tokenizer: str, processes: int) -> tuple[float, float, int]:
-    """Seconds, peak MB of this process, and bytes of the tokens of a file."""
+def tokenize(path: Path, tokenizer: str, processes: int) -> tuple[float, float, int, float]:
+    """Seconds, peak MB of this process, bytes of the tokens of a file, and seconds by the clock."""
     tokenizing.processes_for = lambda size: processes  # type: ignore[assignment]
-    loaded, begin = load_tokenizer(tokenizer), _seconds()
+    loaded, begin, started = load_tokenizer(tokenizer), _seconds(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         text = files_text([str(path)], "text")
         store = token_store.tokenized(text, loaded, eval_fraction=0.02, cache_dir=Path(cache))
-        seconds, written = _seconds() - begin, store.train.nbytes + store.eval.nbytes
+        taken, seconds = time.perf_counter() - started, _seconds() - begin
+        written = store.train.nbytes + store.eval.nbytes
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return seconds, int(status["VmHWM"].split()[0]) / 1e3, written  # ru_maxrss would be the parent's, if that is larger
+    # ru_maxrss would be the parent's, if that is larger
+    return seconds, int(status["VmHWM"].split()[0]) / 1e3, written, taken
 
 
 def _seconds() -> float:
@@ -142,13 +150,51 @@ def print_local(rows: list[str], folder: Path, tokenizer: str, processes: int) -
     for share in (3, 1):
         path = folder / f"a{share}.txt"
         path.write_text("\n\n".join(rows[: len(rows) // share]), encoding="utf-8")
-        seconds, peak, written = in_a_process(tokenize, path, tokenizer, processes)
+        seconds, peak, written, _ = in_a_process(tokenize, path, tokenizer, processes)
         runs[share] = (path.stat().st_size / 1e6, seconds, written / 1e6)
         print(f"tokenizing {runs[share][0]:6.1f} MB, {processes} processes: {seconds:6.1f} s, peak {peak:.0f} MB")
     (small, soon, few), (large, late, many) = runs[3], runs[1]
     rate = (large - small) / (late - soon)
     tokens = 100 * (many - few) / (large - small)
     print(f"slope: {rate:.2f} MB/s; 100 GB of text: {1e5 / rate / 3600:.1f} h of one core, {tokens:.0f} GB of tokens")
+
+
+def print_workers(rows: list[str], folder: Path, tokenizer: str, options: argparse.Namespace) -> None:
+    """The table of tokenizing by several processes, from the slope of two sizes: starting them is not in it."""
+    from step_time import measured_in_turns  # loads torch, which processes that tokenize do without
+
+    folder.mkdir()
+    sizes: dict[int, float] = {}
+    for share in (3, 1):
+        (folder / f"a{share}.txt").write_text("\n\n".join(rows[: len(rows) // share]), encoding="utf-8")
+        sizes[share] = (folder / f"a{share}.txt").stat().st_size / 1e6
+    cases = list(product(options.workers, sizes))
+    found = measured_in_turns(
+        cases, options.repeats, lambda case, _: in_a_process(tokenize, folder / f"a{case[1]}.txt", tokenizer, case[0])
+    )
+    clock = {case: statistics.median(run[3] for run in runs) for case, runs in found.items()}
+    slopes, lines = {}, []
+    for workers in options.workers:
+        runs = {share: found[workers, share][0] for share in sizes}
+        seconds = clock[workers, 1] - clock[workers, 3]
+        slopes[workers] = (sizes[1] - sizes[3]) / seconds
+        tokens = (runs[1][2] - runs[3][2]) / 2 / seconds  # of two bytes
+        hours = 1e5 / slopes[workers] / 3600
+        cells = [f"{tokens:,.0f}", f"{slopes[workers]:.2f}", f"{slopes[workers] / slopes[options.workers[0]]:.2f}"]
+        lines.append(
+            [workers, f"{clock[workers, 1]:.1f}", *cells, f"{hours:.1f}", f"{max(r[1] for r in found[workers, 1]):.0f}"]
+        )
+    head = ["processes", "seconds, all", "tokens/s", "MB/s", "times the first", "100 GB, hours", "peak MB of who reads"]
+    text = (
+        f"{table(head, lines)}\n\n{sizes[1]:.0f} MB of text less {sizes[3]:.0f} MB (their slope), by the clock, "
+        f"medians of {options.repeats} turns. One process reads and tokenizes alone; more are fed by one that reads."
+    )
+    publish(
+        "Reading: tokenizing by several processes",
+        "python benchmarks/reading.py TEXT.txt --tables workers",
+        text,
+        keep=options.publish,
+    )
 
 
 def write_kinds(rows: list[str], folder: Path) -> None:
@@ -171,6 +217,9 @@ def main() -> None:
     parser.add_argument("--gpu-flops", type=float, default=4e14)
     parser.add_argument("--many", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--processes", type=int, default=1, help="that tokenize local files")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes of the table of workers")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of that table")
+    parser.add_argument("--publish", action="store_true", help="keep that table in RESULTS.md")
     parser.add_argument("--tokenizer", help="a folder; default: a BPE trained on the text")
     parser.add_argument("--tables", nargs="*", default=["streamed", "streams", "local"])
     options = parser.parse_args()
@@ -185,6 +234,8 @@ def main() -> None:
         for kind, path in sets.items() if "streams" in options.tables else []:
             for streams in options.many:
                 print(f"{streams:4} streams, {kind:8}{in_a_process(many_streams, path, streams)}", flush=True)
+        if "workers" in options.tables:
+            print_workers(rows, folder / "workers", bpe, options)
         if "local" in options.tables:
             print_local(rows, folder / "local", bpe, options.processes)
 

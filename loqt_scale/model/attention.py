@@ -5,38 +5,39 @@ on the device: the host waits there until the device has done all that came befo
 batch needs neither: it is causal, and no more. An attention implementation that declares no mask (transformers'
 `AttentionInterface`) spares both; inside is torch's `scaled_dot_product_attention`, as with `sdpa`, same bits.
 
-Where documents do not see one another (`documents`), the mask is made once a pass and given to the model. Given as true
-and false, each layer would turn it into numbers of its own and keep them for the backward pass.
+Where documents do not see one another (`documents`), what a layer is given tells how it attends (`packed_attention`):
+nothing but positions: document by document; a `BlockMask`: by FlexAttention; a mask of numbers: by that. Such a mask is
+made once a pass; given as true and false, each layer would turn it into numbers of its own and keep them for the
+backward pass.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-CAUSAL, MASKED = "causal_sdpa", "masked_sdpa"
+from loqt_scale.model.packed_attention import attend_by_blocks, attend_by_document, attention_dtype
+
+CAUSAL, APART = "causal_sdpa", "documents_apart"
 # checked one by one (tests/unit/model/test_attention.py): their attention is causal and nothing else, windows apart
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def attention_dtype(query_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which `scaled_dot_product_attention` computes."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_dtype
-
-
-def _masked_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **given: Any
-) -> Any:
-    mask = attention_mask.to(attention_dtype(query.dtype, query.device))  # no copy where it has been made for it
-    return sdpa_attention_forward(module, query, key, value, mask, **given)
+def _attend_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+    if mask is None:
+        return attend_by_document(module, query, key, value, **given)
+    if isinstance(mask, BlockMask):
+        return attend_by_blocks(module, query, key, value, mask, **given)
+    numbers = mask.to(attention_dtype(query.dtype, query.device))  # no copy where it has been made for it
+    return sdpa_attention_forward(module, query, key, value, numbers, **given)
 
 
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-AttentionInterface.register(MASKED, _masked_attention)
+AttentionInterface.register(APART, _attend_apart)
 
 
 def attend_causally(model: nn.Module, seq_len: int) -> bool:
@@ -52,8 +53,8 @@ def attend_causally(model: nn.Module, seq_len: int) -> bool:
     return _attend(model, seq_len, CAUSAL)
 
 
-def attend_by_mask(model: nn.Module, seq_len: int) -> bool:
-    """Has such a model attend by a mask that it is given as `attention_mask`: (B, 1, T, T), added to the products.
+def attend_apart(model: nn.Module, seq_len: int) -> bool:
+    """Has such a model attend inside of documents, by what it is given as `attention_mask` and `position_ids`.
 
     Args:
         model: As for `attend_causally`.
@@ -62,7 +63,7 @@ def attend_by_mask(model: nn.Module, seq_len: int) -> bool:
     Returns:
         Whether it could; else the model makes masks of its own from `position_ids`.
     """
-    return _attend(model, seq_len, MASKED)
+    return _attend(model, seq_len, APART)
 
 
 def _attend(model: nn.Module, seq_len: int, implementation: str) -> bool:
@@ -70,7 +71,7 @@ def _attend(model: nn.Module, seq_len: int, implementation: str) -> bool:
     window = getattr(config, "sliding_window", None)
     possible = (
         config.model_type in ARCHITECTURES
-        and config._attn_implementation in ("sdpa", CAUSAL, MASKED)
+        and config._attn_implementation in ("sdpa", CAUSAL, APART)
         and (window is None or window >= seq_len)
     )
     if possible:

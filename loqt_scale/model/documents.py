@@ -12,13 +12,14 @@ do, and every token is predicted as without masks: no label is left out, no coun
 the loss and the gradients that its documents give one by one.
 
 Positions start again at each E. transformers makes masks of such positions by itself, for every kind of attention; the
-architectures that `attention` knows are given theirs. Whether a model keeps documents apart is tried on a small copy:
-some have no positions to give, or carry a state along.
+architectures that `attention` knows attend at the price of what they see (`packed_attention`). Whether a model keeps
+documents apart is tried on a small copy: some have no positions to give, or carry a state along.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ from transformers.masking_utils import and_masks, causal_mask_function, eager_ma
 
 from loqt_scale.config import DataConfig
 from loqt_scale.errors import UserError
-from loqt_scale.model.attention import attend_by_mask, attend_causally, attention_dtype
+from loqt_scale.model.attention import attend_apart, attend_causally
 from loqt_scale.model.causality import VOCABULARY, agree, on_small_copies
 from loqt_scale.model.loss import give_with_tokens
+from loqt_scale.model.packed_attention import attention_dtype, block_mask, why_not_by_blocks
 
+Way = Literal["documents", "blocks", "mask", "given"]
 _SEPARATOR, _EACH = VOCABULARY - 1, 5  # of the copy: end of text, tokens of a document
 
 
@@ -41,29 +44,59 @@ class DocumentInputs:
         model: A causal language model of transformers, in place.
         seq_len: T.
         separator: Id of the token that begins a document.
+        way: How an architecture that `attention` knows attends. None: the cheapest that its device has.
     """
 
-    def __init__(self, model: nn.Module, *, seq_len: int, separator: int) -> None:
-        self._separator = separator
-        self._embeddings: Any = None
-        if attend_by_mask(model, seq_len):
-            self._embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    def __init__(self, model: nn.Module, *, seq_len: int, separator: int, way: Way | None = None) -> None:
+        self._separator, self._way = separator, way
+        self._config: Any = model.config
+        self._embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if self._embeddings.weight.is_meta:
+            attend_causally(model, seq_len)  # for `plan`, whose tokens have no values: no document costs more
+            self._way = "given"
+        elif not attend_apart(model, seq_len):
+            self._way = "given"  # the model makes its own masks of positions
 
-    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Of tokens (B, T) int64: `position_ids`, the same shape, and `attention_mask` (B, 1, T, T) if it is needed."""
+    def __call__(self, input_ids: Tensor) -> dict[str, Any]:
+        """Of tokens (B, T) int64: `position_ids`, the same shape, and `attention_mask` if it is needed."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         starts = torch.where(input_ids == self._separator, places, 0).cummax(dim=1).values
         positions = {"position_ids": places - starts}
-        return positions if self._embeddings is None else positions | {"attention_mask": self._mask(starts)}
+        self._way = self._way or self._cheapest(starts)
+        if self._way == "blocks":
+            return positions | {"attention_mask": block_mask(starts)}
+        return positions | {"attention_mask": self._mask(starts)} if self._way == "mask" else positions
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        return attention_dtype(self._embeddings.weight.dtype, device)
+
+    def _cheapest(self, starts: Tensor) -> Way:
+        device, config = starts.device, self._config
+        if device.type not in ("cpu", "cuda") or config.attention_dropout:
+            return "mask"
+        if device.type == "cpu":
+            return "documents"
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        reason = why_not_by_blocks(
+            heads, config.num_key_value_heads, width, starts.shape[1], self._dtype(device), device
+        )
+        if reason:
+            warnings.warn(
+                "data.mask_documents: a mask of all pairs of tokens is used, "
+                f"since FlexAttention cannot be ({reason}); the result is the same, long sequences take more time",
+                stacklevel=2,
+            )
+        return "mask" if reason else "blocks"
 
     def _mask(self, starts: Tensor) -> Tensor:
         batch, length = starts.shape
-        return eager_mask(  # numbers that are added
+        return eager_mask(  # numbers that are added, (B, 1, T, T)
             batch,
             length,
             length,
             mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(starts)),
-            dtype=attention_dtype(self._embeddings.weight.dtype, starts.device),
+            dtype=self._dtype(starts.device),
             device=starts.device,
         )
 

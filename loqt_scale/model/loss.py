@@ -73,7 +73,7 @@ def end_in_loss(model: nn.Module, *, chunk: int | None = None) -> bool:
     return transform is not None
 
 
-def give_with_tokens(model: nn.Module, made: Callable[[Tensor], dict[str, Tensor]] | None) -> None:
+def give_with_tokens(model: nn.Module, made: Callable[[Tensor], dict[str, Any]] | None) -> None:
     """Has a model that ends in the loss take more arguments beside `targets`, in place. Local.
 
     Args:
@@ -103,7 +103,7 @@ class _EndingInLoss:
 
     def __init__(self, model: nn.Module, chunk: int | None) -> None:
         self._model, self._whole, self._chunk = model, model.forward, chunk
-        self.made: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self.made: Callable[[Tensor], dict[str, Any]] | None = None
         self.__signature__ = inspect.signature(model.forward)  # `generate` reads from it what a model takes
 
     def __call__(self, *args: Any, targets: Tensor | None = None, **given: Any) -> Any:

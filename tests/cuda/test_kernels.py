@@ -20,6 +20,7 @@ from loqt_scale.functional.projection import times_test_matrix
 from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.layers import GradientProbe, LoQTLinear
+from loqt_scale.model.packed_attention import why_not_by_blocks
 
 SCHEMES = ["nf4", "nf4_double", "fp4", "int8", "none"]
 FLIPPED = 1e-3  # share of values that may fall to the other side of a midpoint
@@ -151,3 +152,11 @@ def test_random_rounding_is_a_function_of_seed_and_index(device: torch.device) -
     theirs = theirs.cpu()
     assert torch.equal(ours.isnan(), theirs.isnan())  # which of the NaNs is the device's own choice
     assert torch.equal(ours.nan_to_num(0.0).view(torch.int16), theirs.nan_to_num(0.0).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_by_blocks_have_the_numbers_of_a_mask(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cpu":
+        pytest.skip("FlexAttention has no backward pass on a CPU")
+    for length in (256, 700):
+        assert why_not_by_blocks(8, 2, 64, length, dtype, device) == ""

@@ -221,14 +221,13 @@ def test_a_large_vocabulary_costs_a_chunk_of_logits() -> None:
     assert peaks[0] > 4 * 2**30 and peaks[1] < 2**30
 
 
-def test_masks_of_documents_cost_one_mask_a_pass() -> None:
-    """Whatever the number of layers; without them there is none."""
+def test_documents_apart_take_no_mask() -> None:
     size = {"data.seq_len": 1024, "train.micro_batch_size": 4, "train.global_batch_size": 4}
     off, on = (
         activations.OnePass(small_config({**size, "data.mask_documents": mask}), vocab_size=BYTES).gradients_freed
         for mask in (False, True)
     )
-    assert on - off == pytest.approx(4 * 4 * 1024**2, rel=0.1)
+    assert off <= on < off + 4 * 1024**2  # positions, and tables of their angles
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import CONFIG_MAPPING
 from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.data.packing import IGNORED_LABEL, evaluation_windows, join_documents
 from loqt_scale.errors import UserError
-from loqt_scale.model.attention import ARCHITECTURES, MASKED
+from loqt_scale.model import packed_attention
+from loqt_scale.model.attention import APART, ARCHITECTURES
 from loqt_scale.model.build import design_model, recompute_blocks
 from loqt_scale.model.documents import attend, check_documents
 from loqt_scale.model.loss import end_in_loss
@@ -30,6 +32,15 @@ DATA = DataConfig(seq_len=LENGTH, mask_documents=True)
 FAMILIES = (*ARCHITECTURES, "gpt2", "gemma2", "gemma3_text", "gpt_neox", "mixtral")
 SINGLE, PARTLY_SINGLE = ("mixtral",), ("gemma2", "gemma3_text")  # know float32 only; have softmax and norms in it
 WINDOWED = {"sliding_window": 4}
+
+
+@pytest.fixture(autouse=True)
+def some_documents_are_long(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of these documents some are attended to alone, some in groups."""
+    monkeypatch.setattr(packed_attention, "GROUP", 8)
+    packed_attention.grouped.cache_clear()
+    yield
+    packed_attention.grouped.cache_clear()
 
 
 def packed() -> tuple[Tensor, Tensor]:
@@ -80,7 +91,7 @@ def test_a_packed_sequence_gives_what_its_documents_give_alone(kind: str, more: 
     together = exact_loss(model, tokens, labels)  # they see one another
     attend(model, DATA, separator=END)
     config: Any = model.config
-    assert (config._attn_implementation == MASKED) == (kind in ARCHITECTURES and not more)
+    assert (config._attn_implementation == APART) == (kind in ARCHITECTURES and not more)
     apart = loss_and_gradients(model, [(tokens, labels)], exact=True)
     scale = max(float(gradient.abs().max()) for gradient in alone)
     torch.testing.assert_close(apart, alone, rtol=100 * rounding, atol=rounding * scale)
@@ -102,9 +113,9 @@ def test_recomputed_compiled_and_in_bfloat16_it_is_the_same() -> None:
         block.compile(backend=compiled)
     torch.testing.assert_close(loss_and_gradients(model, [(tokens, labels)]), expected)
     graphs = compiled.frame_count
-    for shift in range(1, 4):  # other borders: the mask is an input like any other
+    for shift in range(1, 4):  # other borders
         loss_and_gradients(model, [(tokens.roll(shift, dims=1), labels)])
-    assert graphs > 0 and compiled.frame_count == graphs
+    assert graphs > 0 and compiled.frame_count == graphs, "documents of other lengths are compiled anew"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(input_ids=tokens, targets=labels)
     assert loss.item() == pytest.approx(expected[0].item(), rel=0.02)
