@@ -38,16 +38,30 @@ BASE = {
     "train.device": "cpu",
     "train.progress": "off",
 }
+EXPERTS = {  # a config.json: three experts, which two ranks cut in the middle
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
 MEASURED = ("perf/", "memory/")  # differ from run to run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run: what differs from `BASE`, on how many ranks, and whether it goes on from a checkpoint of its middle."""
+    """A run: what differs from `BASE`, on how many ranks, whether it goes on from a checkpoint, the model's config."""
 
     settings: dict[str, str]
     ranks: int = 1
     resumes: bool = False
+    model: dict[str, Any] | None = None
 
 
 def _spread(strategy: str, ranks: int, **more: str) -> Case:
@@ -83,6 +97,10 @@ CASES: dict[str, Case] = {
     "zero 1 x2": _spread("zero", 2, parallel__zero_stage="1"),
     "zero 2 x2": _spread("zero", 2, parallel__zero_stage="2"),
     "zero 3 x2": _spread("zero", 2, parallel__zero_stage="3"),
+    "experts": Case(settings={}, model=EXPERTS),
+    "experts, zero 3 x2": Case(
+        settings={"parallel.strategy": "zero", "parallel.zero_stage": "3"}, ranks=2, model=EXPERTS
+    ),
 }
 
 
@@ -116,6 +134,8 @@ def run(case: Case, folder: Path, text: Path) -> list[dict[str, Any]]:
     """
     run_dir = folder / "run"
     settings = {**BASE, **case.settings, "train.run_dir": str(run_dir), "data.cache_dir": str(folder.parent / "cache")}
+    if case.model is not None:
+        settings |= {"model.path": str(_model_folder(folder, case.model)), "model.weights": "random"}
     words = ["train", f"--data.files={json.dumps([str(text)])}", *(f"--{k}={v}" for k, v in settings.items())]
     if case.resumes:
         _finish(Job([*words, "--checkpoint.every=4", "--checkpoint.keep_last=9"], folder / "first", ranks=case.ranks))
@@ -124,6 +144,13 @@ def run(case: Case, folder: Path, text: Path) -> list[dict[str, Any]]:
         run_dir.rename(folder / "whole")
     _finish(Job(words, folder / "logs", ranks=case.ranks))
     return numbers(run_dir)
+
+
+def _model_folder(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def _finish(job: Job) -> None:

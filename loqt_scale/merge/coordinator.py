@@ -105,7 +105,7 @@ class MergeCoordinator:
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._bases = FirstBases(self._layers, self._editing)
         self._rounding = RoundingWatch(self._layers, self._editing, self._optimizers)
-        self._order = StepOrder(StepWatch(self._optimizers), Passes(optimizer))
+        self._order = StepOrder(StepWatch(self._optimizers), Passes(optimizer, found.engine))
         self._search = SubspaceSearch(self._layers, config.subspace, self._editing.comm, seed)
         self._sent_before = 0  # bytes, by the search, before this merge step
         self._begun: BegunMerge | None = None  # a merge, some layers of which are not merged yet
@@ -242,7 +242,7 @@ class MergeCoordinator:
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
-        if step is None:  # Accelerate accumulates
+        if step is None:  # Accelerate or an engine accumulates
             return None
         if words := self._order.words_when_idle():
             self._warn(words)

@@ -51,6 +51,7 @@ class Adopted:
         optimizers: What updates it, inside of all wrappers.
         editing: Its parameters and moments, for merges.
         check: Called before each merge step: raises if several ranks do by now what merges do not know. Local.
+        engine: The DeepSpeed engine that counts passes and steps; None: there is none.
     """
 
     description: str
@@ -58,6 +59,7 @@ class Adopted:
     optimizers: tuple[Optimizer, ...]
     editing: Editing
     check: Callable[[], None] = lambda: None
+    engine: Any = None
 
 
 def adopt(model: nn.Module, optimizer: Any) -> Adopted:
@@ -73,7 +75,7 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
     if is_engine(model):
         inner = unwrapped(model)
         description, editing = adopt_engine(model)
-        return Adopted(description, inner, (base_optimizer(model),), editing)
+        return Adopted(description, inner, (base_optimizer(model),), editing, engine=model)
     inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
     description, editing, check = _adopt_module(model, inner, dict(loqt_layers(inner)))
     _tell_placement(optimizers, editing)
