@@ -31,7 +31,7 @@ from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
 from loqt_scale.model.documents import check_documents
 from loqt_scale.model.fake_pass import check_widths
-from loqt_scale.model.loss import end_in_loss
+from loqt_scale.model.loss import check_balance, end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy, whole_shape
@@ -93,6 +93,7 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
     check_causal(config.model, hf_config)
     check_documents(config.data, hf_config)
+    check_balance(hf_config)
     if config.method == "loqt":
         _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]

@@ -45,6 +45,15 @@ def test_a_loop_of_ones_own_trains_as_one_process(
             assert ours == pytest.approx(theirs, abs=20 * TOLERANCE[scheme], rel=0)
 
 
+def test_finish_after_each_pass_waits_until_the_engine_has_updated(
+    ranks: RankPool, single: dict[str, dict[str, Any]]
+) -> None:
+    """As Lightning calls it: DeepSpeed accumulates by itself."""
+    for result in ranks.run(2, f"{TASKS}:train_own", how="zero2", scheme="none", micro=2, each_pass=True):
+        assert result["steps"] == [0, 5, 10, 15] and len(result["merges"]) == 3
+        assert result["losses"] == pytest.approx(single["none"]["losses"], abs=TOLERANCE["none"], rel=0)
+
+
 RANKS = {"hsdp": 4}
 MUON = [
     ("float32", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]),

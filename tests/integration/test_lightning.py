@@ -52,12 +52,24 @@ def test_lightning_takes_the_steps_of_a_loop_by_hand_and_goes_on_from_its_checkp
         torch.testing.assert_close(to_dense(loaded.model)(input_ids=dense).logits, want)
 
 
-def test_two_ranks_of_lightnings_ddp(ranks: RankPool, tmp_path: Path) -> None:
-    task = "tests.integration.lightning_cases:ddp_rank"
-    whole = ranks.run(2, task, folder=str(tmp_path))
-    again = ranks.run(2, task, folder=str(tmp_path / "again"), seed=7, ckpt=str(tmp_path / f"step={SAVED}.ckpt"))
+FOUND = {
+    "ddp": "DistributedDataParallel, 2 rank(s)",
+    "fsdp2": "fully_shard over 2 rank(s)",
+    "zero2": "DeepSpeed engine, ZeRO stage 2, 2 rank(s)",
+    "zero3": "DeepSpeed engine, ZeRO stage 3, 2 rank(s)",
+}
+
+
+@pytest.mark.parametrize(
+    "how", ["fsdp2", *(pytest.param(how, marks=pytest.mark.long) for how in FOUND if how != "fsdp2")]
+)
+def test_two_ranks_of_lightnings_strategies(ranks: RankPool, how: str, tmp_path: Path) -> None:
+    task = "tests.integration.lightning_cases:rank_of_two"
+    whole = ranks.run(2, task, folder=str(tmp_path), how=how)
+    saved = str(tmp_path / f"step={SAVED}.ckpt")
+    again = ranks.run(2, task, folder=str(tmp_path / "again"), how=how, seed=7, ckpt=saved)
     for result, later in zip(whole, again, strict=True):
-        assert result["found"] == "DistributedDataParallel, 2 rank(s)" and result["trained"]
+        assert result["found"] == FOUND[how]
         assert later["losses"] == result["losses"][PASSES * SAVED :] and later["end"] == result["end"]
     means = [(a + b) / 2 for a, b in zip(*(result["losses"] for result in whole), strict=True)]
     assert means == pytest.approx(own_loop()[1], abs=2e-3)  # a code of nf4 may fall to the other side
