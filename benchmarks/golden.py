@@ -4,6 +4,9 @@
     python benchmarks/golden.py --check golden.json       # after it; exit status 1 if any number differs
     python benchmarks/golden.py --check                   # against tests/golden.json (also a long test)
 
+A file may hold recordings of several machines: the first, and under "also" the others (`--also` adds one). Each run is
+compared with the one of this machine, if there is one.
+
 Every scalar that a run writes is compared (losses, gradient norms, learning rates, what merges report), except times,
 rates and memory. Another processor or another torch rounds otherwise: the file names both, and a check elsewhere says
 that it proves nothing.
@@ -196,10 +199,18 @@ def _shown(value: Any) -> str:
     return repr(float.fromhex(value)) if isinstance(value, str) and "0x" in value else str(value)
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
+def recordings(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a file holds, one a machine."""
+    return [file, *file.get("also", [])]
+
+
+def compare(file: dict[str, Any], new: dict[str, Any]) -> int:
     """Prints what differs; how many cases do."""
-    if old["machine"] != new["machine"]:
-        print(f"NOT THE SAME MACHINE: recorded on {old['machine']}, now {new['machine']}; rounding may differ")
+    every = recordings(file)
+    here = [old for old in every if old["machine"] == new["machine"]]
+    if not here:
+        print(f"NOT THE SAME MACHINE: {[old['machine'] for old in every]}, now {new['machine']}; rounding may differ")
+    old = here[0] if here else file
     differing = 0
     for name, rows in new["runs"].items():
         found = differences(old["runs"][name], rows) if name in old["runs"] else ["not recorded"]
@@ -210,10 +221,23 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
     return differing
 
 
+def add(path: Path, new: dict[str, Any]) -> None:
+    """Puts runs beside those that a file has, under their machine; none that it has is changed."""
+    file = json.loads(path.read_text())
+    for old in recordings(file):
+        if old["machine"] == new["machine"]:
+            old["runs"] = {**new["runs"], **old["runs"]}
+            break
+    else:
+        file.setdefault("also", []).append(new)
+    path.write_text(json.dumps(file, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--record", type=Path, metavar="FILE")
+    action.add_argument("--also", type=Path, metavar="FILE")
     action.add_argument("--check", type=Path, metavar="FILE", nargs="?", const=ROOT / "tests" / "golden.json")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
@@ -224,6 +248,8 @@ def main() -> None:
     new = record([name for name in CASES if options.only in name])
     if options.record:
         options.record.write_text(json.dumps(new, indent=1) + "\n")
+    elif options.also:
+        add(options.also, new)
     elif compare(json.loads(options.check.read_text()), new):
         sys.exit(1)
 
