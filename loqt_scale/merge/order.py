@@ -143,6 +143,7 @@ class StepOrder:
     def leave(self, step: int) -> None:
         """A step is over."""
         self.position, self.known, self.open, self._prepared = max(self.position, step + 1), True, None, None
+        self._passes.abandon()
 
     def abandon(self) -> None:
         """No step has begun: one that had is not finished any more."""

@@ -27,11 +27,12 @@ from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLayer, convert, loqt_layers, select_linears
 from loqt_scale.merge.placed import initial_rows
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
+from loqt_scale.model.balance import check_balance
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
 from loqt_scale.model.documents import check_documents
 from loqt_scale.model.fake_pass import check_widths
-from loqt_scale.model.loss import check_balance, end_in_loss
+from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy, whole_shape

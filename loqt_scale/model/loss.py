@@ -17,15 +17,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.data.packing import IGNORED_LABEL
 from loqt_scale.errors import UserError
 from loqt_scale.functional.linear_cross_entropy import LogitTransform, chunk_tokens, linear_cross_entropy
-from loqt_scale.model.causality import on_small_copies
 
 # checked one by one (tests/unit/model/test_loss.py): what each does to its logits, by its config's name for it
 _PLAIN = (
@@ -138,20 +135,6 @@ class _EndingInLoss:
             raise UserError(NO_BALANCE.format(kind=self._model.config.model_type))  # type: ignore[union-attr]
         added = weight * (targets != IGNORED_LABEL).sum() * auxiliary.float()
         return loss + (added - added.detach())
-
-
-def check_balance(hf_config: PreTrainedConfig) -> None:
-    """Refuses `output_router_logits` of a model that has no auxiliary loss: Llama 4, DeepSeek V3. Local.
-
-    Raises:
-        UserError: With what to write.
-    """
-    if getattr(hf_config, "output_router_logits", False) and on_small_copies(hf_config, _tells_balance) is False:
-        raise UserError(NO_BALANCE.format(kind=hf_config.model_type))
-
-
-def _tells_balance(model: Any, dtype: torch.dtype) -> bool:
-    return getattr(model(input_ids=torch.arange(10, 18)[None], use_cache=False), "aux_loss", None) is not None
 
 
 def _balance_weight(config: Any) -> float:

@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.data.packing import IGNORED_LABEL
 from loqt_scale.errors import UserError
+from loqt_scale.model.balance import check_balance
 from loqt_scale.model.build import recompute_blocks
-from loqt_scale.model.loss import _CAPPED, _PLAIN, _SCALED, LossHead, check_balance, end_in_loss
+from loqt_scale.model.loss import _CAPPED, _PLAIN, _SCALED, LossHead, end_in_loss
 from loqt_scale.model.structure import decoder_blocks
 
 SHAPE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
