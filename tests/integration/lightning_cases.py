@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -118,6 +119,34 @@ def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, how: str = "auto
     loader = DataLoader(rows, batch_size=ROWS // ranks, sampler=share)
     trainer.fit(module, loader, ckpt_path=ckpt)
     return module
+
+
+def fabric_losses(file: str, *, first: int = 0, last: int = STEPS) -> list[float]:
+    """The same steps by Fabric, saved before step `SAVED`, or gone on with from there. One process."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, rows, found = tiny_llama(seed=first), Progressions(SAVED * PASSES * ROWS), []
+    before = model.state_dict()
+    convert_to_loqt(model, CONFIG)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    merges = attach(wrapped, optimizer, CONFIG, initial_weights=None if first else before)
+    everything = {"model": wrapped, "optimizer": optimizer, "merges": merges}
+    if first:
+        fabric.load(file, everything)
+    batches = list(torch.utils.data.DataLoader(rows, batch_size=ROWS))
+    for step in range(first, last):
+        if step == SAVED and not first:
+            fabric.save(file, everything)
+        merges.prepare()
+        for index in range(PASSES):
+            loss = wrapped(**batches[(step * PASSES + index) % len(batches)]).loss
+            fabric.backward(loss / PASSES)
+            found.append(loss.item())
+        fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+        optimizer.step()
+        merges.finish()
+        optimizer.zero_grad()
+    return found
 
 
 def rank_of_two(folder: str, *, how: str, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.integration.trainer_cases import CONFIG, Progressions, has_trained, s
 
 pytest.importorskip("lightning")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*num_workers.*", "ignore:.*litlogger.*")
-from tests.integration.lightning_cases import PASSES, ROWS, SAVED, STEPS, Module, fit  # noqa: E402
+from tests.integration.lightning_cases import PASSES, ROWS, SAVED, STEPS, Module, fabric_losses, fit  # noqa: E402
 
 
 def own_loop() -> tuple[torch.nn.Module, list[float]]:
@@ -50,6 +50,13 @@ def test_lightning_takes_the_steps_of_a_loop_by_hand_and_goes_on_from_its_checkp
     with torch.no_grad():
         want = loaded.model(input_ids=dense).logits
         torch.testing.assert_close(to_dense(loaded.model)(input_ids=dense).logits, want)
+
+
+def test_fabric_takes_the_steps_of_a_loop_by_hand_and_goes_on_from_what_it_saved(tmp_path: Path) -> None:
+    file = str(tmp_path / "saved.ckpt")
+    losses = fabric_losses(file)
+    assert losses == pytest.approx(own_loop()[1], abs=1e-6)
+    assert fabric_losses(file, first=SAVED) == losses[PASSES * SAVED :]
 
 
 FOUND = {
