@@ -152,7 +152,13 @@ def fabric_losses(file: str, *, first: int = 0, last: int = STEPS) -> list[float
 def rank_of_two(folder: str, *, how: str, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:
     """A run of two ranks: losses of all passes, what was found, a checksum of the end, whether all layers trained."""
     module = fit(folder, seed=seed, ckpt=ckpt, how=how, ranks=2)
-    dense = to_dense(module.trainer.model)
+    engine = module.trainer.model
+    dense = to_dense(engine)
+    if how.startswith("zero"):  # DeepSpeed's own view of the process group, for the next task of this process
+        import deepspeed
+
+        engine.destroy()
+        deepspeed.comm.destroy_process_group()
     return {
         "losses": torch.stack(module.losses).tolist(),
         "found": module.merges.description,

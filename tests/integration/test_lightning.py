@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*
 from tests.integration.lightning_cases import PASSES, ROWS, SAVED, STEPS, Module, fabric_losses, fit  # noqa: E402
 
 
-def own_loop() -> tuple[torch.nn.Module, list[float]]:
+def own_loop(clip_at: float = 1.0) -> tuple[torch.nn.Module, list[float]]:
     """The same steps by hand."""
     model, rows, found = tiny_llama(), Progressions(SAVED * PASSES * ROWS), []
     before = model.state_dict()
@@ -30,7 +30,7 @@ def own_loop() -> tuple[torch.nn.Module, list[float]]:
             loss = model(**next(batches)).loss
             (loss / PASSES).backward()
             found.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_at)
         optimizer.step()
         merges.finish()
         optimizer.zero_grad()
@@ -79,4 +79,6 @@ def test_two_ranks_of_lightnings_strategies(ranks: RankPool, how: str, tmp_path:
         assert result["found"] == FOUND[how]
         assert later["losses"] == result["losses"][PASSES * SAVED :] and later["end"] == result["end"]
     means = [(a + b) / 2 for a, b in zip(*(result["losses"] for result in whole), strict=True)]
-    assert means == pytest.approx(own_loop()[1], abs=2e-3)  # a code of nf4 may fall to the other side
+    halved = how.startswith("zero")  # both Lightning and DeepSpeed divide an accumulated loss by its passes
+    expected = own_loop(clip_at=float(PASSES) if halved else 1.0)[1]
+    assert means == pytest.approx(expected, abs=2e-3)  # a code of nf4 may fall to the other side
