@@ -211,13 +211,16 @@ def compare(file: dict[str, Any], new: dict[str, Any]) -> int:
     if not here:
         print(f"NOT THE SAME MACHINE: {[old['machine'] for old in every]}, now {new['machine']}; rounding may differ")
     old = here[0] if here else file
+    known = {name: rows for name, rows in new["runs"].items() if name in old["runs"]}
     differing = 0
-    for name, rows in new["runs"].items():
-        found = differences(old["runs"][name], rows) if name in old["runs"] else ["not recorded"]
+    for name, rows in known.items():
+        found = differences(old["runs"][name], rows)
         differing += bool(found)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         print(f"{'DIFFERS' if found else 'same   '} {name}" + (f": {found[0]}{more}" if found else ""))
-    print(f"{len(new['runs']) - differing} of {len(new['runs'])} runs are those of {old['commit']}, bit for bit")
+    for name in new["runs"].keys() - known.keys():
+        print(f"new     {name}: not recorded on this machine")
+    print(f"{len(known) - differing} of {len(known)} runs are those of {old['commit']}, bit for bit")
     return differing
 
 

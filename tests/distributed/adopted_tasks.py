@@ -267,10 +267,11 @@ def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Mod
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micro: int) -> Any:
     import deepspeed
 
+    persistence = {"stage3_param_persistence_threshold": 0} if micro == 1 else {}  # else small ones stay whole
     settings = {
         "train_micro_batch_size_per_gpu": SEQUENCES // 2 // micro,
         "gradient_accumulation_steps": micro,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **persistence},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # Muon
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_runs_of_every_kind_give_the_recorded_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """23 runs against tests/golden.json; `python benchmarks/golden.py --also tests/golden.json` adds a machine."""
+    """Runs against tests/golden.json; `python benchmarks/golden.py --also tests/golden.json` adds a machine."""
     monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
     import golden
 
