@@ -4,6 +4,9 @@
     python benchmarks/golden.py --check golden.json       # after it; exit status 1 if any number differs
     python benchmarks/golden.py --check                   # against tests/golden.json (also a long test)
 
+A file may hold recordings of several machines: the first, and under "also" the others (`--also` adds one). Each run is
+compared with the one of this machine, if there is one.
+
 Every scalar that a run writes is compared (losses, gradient norms, learning rates, what merges report), except times,
 rates and memory. Another processor or another torch rounds otherwise: the file names both, and a check elsewhere says
 that it proves nothing.
@@ -38,16 +41,30 @@ BASE = {
     "train.device": "cpu",
     "train.progress": "off",
 }
+EXPERTS = {  # a config.json: three experts, which two ranks cut in the middle
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
 MEASURED = ("perf/", "memory/")  # differ from run to run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run: what differs from `BASE`, on how many ranks, and whether it goes on from a checkpoint of its middle."""
+    """A run: what differs from `BASE`, on how many ranks, whether it goes on from a checkpoint, the model's config."""
 
     settings: dict[str, str]
     ranks: int = 1
     resumes: bool = False
+    model: dict[str, Any] | None = None
 
 
 def _spread(strategy: str, ranks: int, **more: str) -> Case:
@@ -83,6 +100,10 @@ CASES: dict[str, Case] = {
     "zero 1 x2": _spread("zero", 2, parallel__zero_stage="1"),
     "zero 2 x2": _spread("zero", 2, parallel__zero_stage="2"),
     "zero 3 x2": _spread("zero", 2, parallel__zero_stage="3"),
+    "experts": Case(settings={}, model=EXPERTS),
+    "experts, zero 3 x2": Case(
+        settings={"parallel.strategy": "zero", "parallel.zero_stage": "3"}, ranks=2, model=EXPERTS
+    ),
 }
 
 
@@ -116,6 +137,8 @@ def run(case: Case, folder: Path, text: Path) -> list[dict[str, Any]]:
     """
     run_dir = folder / "run"
     settings = {**BASE, **case.settings, "train.run_dir": str(run_dir), "data.cache_dir": str(folder.parent / "cache")}
+    if case.model is not None:
+        settings |= {"model.path": str(_model_folder(folder, case.model)), "model.weights": "random"}
     words = ["train", f"--data.files={json.dumps([str(text)])}", *(f"--{k}={v}" for k, v in settings.items())]
     if case.resumes:
         _finish(Job([*words, "--checkpoint.every=4", "--checkpoint.keep_last=9"], folder / "first", ranks=case.ranks))
@@ -124,6 +147,13 @@ def run(case: Case, folder: Path, text: Path) -> list[dict[str, Any]]:
         run_dir.rename(folder / "whole")
     _finish(Job(words, folder / "logs", ranks=case.ranks))
     return numbers(run_dir)
+
+
+def _model_folder(folder: Path, config: dict[str, Any]) -> Path:
+    path = folder / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def _finish(job: Job) -> None:
@@ -169,24 +199,48 @@ def _shown(value: Any) -> str:
     return repr(float.fromhex(value)) if isinstance(value, str) and "0x" in value else str(value)
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> int:
+def recordings(file: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a file holds, one a machine."""
+    return [file, *file.get("also", [])]
+
+
+def compare(file: dict[str, Any], new: dict[str, Any]) -> int:
     """Prints what differs; how many cases do."""
-    if old["machine"] != new["machine"]:
-        print(f"NOT THE SAME MACHINE: recorded on {old['machine']}, now {new['machine']}; rounding may differ")
+    every = recordings(file)
+    here = [old for old in every if old["machine"] == new["machine"]]
+    if not here:
+        print(f"NOT THE SAME MACHINE: {[old['machine'] for old in every]}, now {new['machine']}; rounding may differ")
+    old = here[0] if here else file
+    known = {name: rows for name, rows in new["runs"].items() if name in old["runs"]}
     differing = 0
-    for name, rows in new["runs"].items():
-        found = differences(old["runs"][name], rows) if name in old["runs"] else ["not recorded"]
+    for name, rows in known.items():
+        found = differences(old["runs"][name], rows)
         differing += bool(found)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         print(f"{'DIFFERS' if found else 'same   '} {name}" + (f": {found[0]}{more}" if found else ""))
-    print(f"{len(new['runs']) - differing} of {len(new['runs'])} runs are those of {old['commit']}, bit for bit")
+    for name in new["runs"].keys() - known.keys():
+        print(f"new     {name}: not recorded on this machine")
+    print(f"{len(known) - differing} of {len(known)} runs are those of {old['commit']}, bit for bit")
     return differing
+
+
+def add(path: Path, new: dict[str, Any]) -> None:
+    """Puts runs beside those that a file has, under their machine; none that it has is changed."""
+    file = json.loads(path.read_text())
+    for old in recordings(file):
+        if old["machine"] == new["machine"]:
+            old["runs"] = {**new["runs"], **old["runs"]}
+            break
+    else:
+        file.setdefault("also", []).append(new)
+    path.write_text(json.dumps(file, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--record", type=Path, metavar="FILE")
+    action.add_argument("--also", type=Path, metavar="FILE")
     action.add_argument("--check", type=Path, metavar="FILE", nargs="?", const=ROOT / "tests" / "golden.json")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
@@ -197,6 +251,8 @@ def main() -> None:
     new = record([name for name in CASES if options.only in name])
     if options.record:
         options.record.write_text(json.dumps(new, indent=1) + "\n")
+    elif options.also:
+        add(options.also, new)
     elif compare(json.loads(options.check.read_text()), new):
         sys.exit(1)
 

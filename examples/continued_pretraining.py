@@ -76,5 +76,5 @@ parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--characters", type=int, default=1_000_000)
 OPTIONS, _ = parser.parse_known_args()
 if __name__ == "__main__":
-    rates = {"loqt": [3e-4, 1e-3, 1e-4], "loqt without initial_weights": [3e-4], "full": [1e-4, 2e-4]}
+    rates = {"loqt": [3e-4, 1e-4, 1e-3], "loqt without initial_weights": [3e-4], "full": [1e-4, 5e-5, 2e-5, 2e-4]}
     compare(train, name="continued_pretraining", score="held-out nats a token", curve="training loss", rates=rates)

@@ -6,8 +6,9 @@ that share one parameter, say) is one more function there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from loqt_scale.layers.experts import matrix_names, put_experts
 from loqt_scale.layers.layer import layer_spec
 from loqt_scale.layers.linear import LoQTLinear, is_conv1d
 from loqt_scale.layers.names import named_modules
+
+IN_ADAPTER = "in an adapter of peft; merge it first: model = model.merge_and_unload().requires_grad_(True)"
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,18 @@ KINDS: list[Kind] = [linear_candidates, experts_candidates]
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """All candidates of a model, in module order, under plain names."""
+    adapters = _in_adapters(model)
     for name, module in named_modules(model):
         for kind in KINDS:
-            yield from kind(name, module)
+            for candidate in kind(name, module):
+                yield replace(candidate, obstacle=IN_ADAPTER) if id(module) in adapters else candidate
+
+
+def _in_adapters(model: nn.Module) -> set[int]:
+    """ids of the modules inside of a model's layers of peft, which is not imported for it."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    layers = [module for module in model.modules() if peft and isinstance(module, peft.BaseTunerLayer)]
+    return {id(inner) for layer in layers for inner in layer.modules()}
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -163,6 +175,8 @@ def _obstacle(linear: nn.Module) -> str | None:
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or weight.dim() != 2:
         return f"a {kind} that is quantized already"
+    if hasattr(weight, "__tensor_flatten__"):  # torch's sign of a tensor that is made of others: torchao's
+        return f"a {kind} whose weight is a {type(weight).__name__}: quantized already, or no plain tensor"
     if not weight.requires_grad:
         return "frozen (requires_grad is False)"
     if kind == "NonDynamicallyQuantizableLinear":

@@ -151,7 +151,11 @@ def _check_ranks(chosen: list[Candidate], small: list[Candidate], config: LoQTCo
 
 
 def _nothing(model: nn.Module, found: list[Candidate], left: dict[str, str], config: LoQTConfig) -> str:
-    names = ", ".join(f"{candidate.name} ({left[candidate.name]})" for candidate in found[:4]) or "none"
+    alike: dict[str, list[str]] = {}  # by the reason
+    for candidate in found:
+        alike.setdefault(left[candidate.name], []).append(candidate.name)
+    few = [f"{', '.join(each[:2])}{', ...' if each[2:] else ''} ({why})" for why, each in list(alike.items())[:4]]
+    names = "; ".join(few) or "none"
     if not found:
         reasons = {item.why: item.name for item in _left(model, set(), {}) if item.why != VECTORS}
         names += "".join(f"; {name} is {why}" for why, name in list(reasons.items())[:4])

@@ -101,7 +101,7 @@ class MergeCoordinator:
         self._schedule = MergeSchedule(config.merge, total_steps)
         self._bases = FirstBases(self._layers, self._editing)
         self._rounding = RoundingWatch(self._layers, self._editing, optimizers)
-        self._order = StepOrder(StepWatch(optimizers), Passes(optimizer))
+        self._order = StepOrder(StepWatch(optimizers), Passes(optimizer, found.engine))
         self._merging = ModelMerge(self._layers, optimizers, config, self._editing, seed=seed, initial_weights=source)
         self.on_merge: list[Callable[[MergeReport], None]] = []
         copies.release(self._layers.values())
@@ -227,7 +227,7 @@ class MergeCoordinator:
             UserError: The optimizer keeps something of the factors that cannot be carried over.
         """
         step = self._order.finish(step)
-        if step is None:  # Accelerate accumulates
+        if step is None:  # Accelerate or an engine accumulates
             return None
         if words := self._order.words_when_idle():
             warn(self._editing.comm, words)

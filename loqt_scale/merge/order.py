@@ -44,20 +44,39 @@ class StepWatch:
 
 
 class Passes:
-    """Whether the passes of a step are not over yet, where Accelerate accumulates gradients.
+    """Whether the passes of a step are not over yet, where Accelerate or a DeepSpeed engine accumulates gradients.
 
     Args:
         given: An optimizer, or several; Accelerate's know of it, others do not.
+        engine: DeepSpeed's, whose `step` is called after each pass; None: there is none.
     """
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: Any, engine: Any = None) -> None:
         each = given if isinstance(given, Sequence) else (given,)
         self._states = [optimizer.gradient_state for optimizer in each if hasattr(optimizer, "gradient_state")]
+        self._engine, self._passes = engine, 0
+        self._steps: int | None = None  # of the engine, when the step that is going on began
 
-    @property
+    def begin(self) -> None:
+        """Before the passes of a step, or before more of them."""
+        if self._engine is not None:
+            self._passes = self._engine.micro_steps
+            self._steps = self._engine.global_steps if self._steps is None else self._steps
+
     def go_on(self) -> bool:
-        """Whether optimizer.step() does nothing now."""
-        return any(not state.sync_gradients for state in self._states)
+        """Whether a step that was to end goes on with more passes: optimizer.step() has done nothing."""
+        if any(not state.sync_gradients for state in self._states):
+            return True
+        if self._steps is not None:
+            calls, self._passes = self._engine.micro_steps - self._passes, self._engine.micro_steps
+            if calls and self._engine.global_steps == self._steps:  # without calls, finish came before engine.step()
+                return True
+        self.abandon()
+        return False
+
+    def abandon(self) -> None:
+        """No step has begun."""
+        self._steps = None
 
 
 class StepOrder:
@@ -97,6 +116,7 @@ class StepOrder:
         if step != self.open:
             self._updates_before = self.watch.updates
         self._prepared = step
+        self._passes.begin()
         return step
 
     def finish(self, step: int | None) -> int | None:
@@ -105,7 +125,7 @@ class StepOrder:
         Raises:
             RuntimeError: It was not prepared.
         """
-        if self._passes.go_on:
+        if self._passes.go_on():
             return None
         if step is None and self._prepared is None:
             raise RuntimeError(f"finish() came without prepare(); {CALL_PREPARE}")
@@ -123,10 +143,12 @@ class StepOrder:
     def leave(self, step: int) -> None:
         """A step is over."""
         self.position, self.known, self.open, self._prepared = max(self.position, step + 1), True, None, None
+        self._passes.abandon()
 
     def abandon(self) -> None:
         """No step has begun: one that had is not finished any more."""
         self.open, self._prepared = None, None
+        self._passes.abandon()
 
     @property
     def is_half_done(self) -> bool:

@@ -27,6 +27,7 @@ from loqt_scale.functional.quantization import pack
 from loqt_scale.layers import LoQTLayer, convert, loqt_layers, select_linears
 from loqt_scale.merge.placed import initial_rows
 from loqt_scale.model.architectures import load_model_config, model_source, resolve_weights_folder
+from loqt_scale.model.balance import check_balance
 from loqt_scale.model.buffers import init_buffers
 from loqt_scale.model.causality import check_causal
 from loqt_scale.model.documents import check_documents
@@ -93,6 +94,7 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     check_widths(config.model, vocab_size=rows, seq_len=config.data.seq_len)
     check_causal(config.model, hf_config)
     check_documents(config.data, hf_config)
+    check_balance(hf_config)
     if config.method == "loqt":
         _refuse_rescaling(hf_config)
     hf_config.architectures = [type(model).__name__]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.data.packing import IGNORED_LABEL
+from loqt_scale.errors import UserError
 from loqt_scale.functional.linear_cross_entropy import LogitTransform, chunk_tokens, linear_cross_entropy
 
 # checked one by one (tests/unit/model/test_loss.py): what each does to its logits, by its config's name for it
@@ -34,6 +35,12 @@ _SCALED: dict[str, Callable[[Any], float]] = {
     "cohere2": lambda config: float(config.logit_scale),
     "granite": lambda config: 1.0 / float(config.logits_scaling),
 }
+
+
+NO_BALANCE = (
+    "the config of this {kind} model has output_router_logits, but transformers computes no auxiliary loss of its "
+    "experts, so nothing would balance them; write model.overrides.output_router_logits: false"
+)
 
 
 class LossHead(nn.Linear):
@@ -122,8 +129,10 @@ class _EndingInLoss:
     def _balanced(self, loss: Tensor, found: Any, targets: Tensor) -> Tensor:
         """The loss, to whose gradients the auxiliary loss adds as much for each counted token."""
         auxiliary, weight = getattr(found, "aux_loss", None), _balance_weight(self._model.config)
-        if auxiliary is None or not weight:
+        if not weight:
             return loss
+        if auxiliary is None:
+            raise UserError(NO_BALANCE.format(kind=self._model.config.model_type))  # type: ignore[union-attr]
         added = weight * (targets != IGNORED_LABEL).sum() * auxiliary.float()
         return loss + (added - added.detach())
 

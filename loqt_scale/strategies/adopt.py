@@ -7,13 +7,14 @@
     DistributedDataParallel                   `editing.ReplicaEditing`   its process group
     one process                               `editing.ReplicaEditing`   none
 
-Wrappers that change no parameter are seen through: torch.compile's, Accelerate's. Whatever else several ranks may be is
-refused: left to itself each would take P from its own gradients, and the ranks would drift apart without a word.
-Process groups are the user's: used, never made nor destroyed, but for one beside them in which sketches travel.
+Wrappers that change no parameter are seen through: torch.compile's, Accelerate's, Fabric's. Whatever else several ranks
+may be is refused: left to itself each would take P from its own gradients, and the ranks would drift apart without a
+word. Process groups are the user's: used, never made nor destroyed, but for one beside them in which sketches travel.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,7 @@ class Adopted:
         optimizers: What updates it, inside of all wrappers.
         editing: Its parameters and moments, for merges.
         check: Called before each merge step: raises if several ranks do by now what merges do not know. Local.
+        engine: The DeepSpeed engine that counts passes and steps; None: there is none.
     """
 
     description: str
@@ -58,6 +60,7 @@ class Adopted:
     optimizers: tuple[Optimizer, ...]
     editing: Editing
     check: Callable[[], None] = lambda: None
+    engine: Any = None
 
 
 def adopt(model: nn.Module, optimizer: Any) -> Adopted:
@@ -70,10 +73,11 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
     Raises:
         UserError: What was found, and the line to write.
     """
+    model = _out_of_fabric(model)
     if is_engine(model):
         inner = unwrapped(model)
         description, editing = adopt_engine(model)
-        return Adopted(description, inner, (base_optimizer(model),), editing)
+        return Adopted(description, inner, (base_optimizer(model),), editing, engine=model)
     inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
     description, editing, check = _adopt_module(model, inner, dict(loqt_layers(inner)))
     _tell_placement(optimizers, editing)
@@ -81,10 +85,21 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of a DeepSpeed engine, DistributedDataParallel and torch.compile, in whatever order. Local."""
+    """The model inside of an engine, DistributedDataParallel, torch.compile, Fabric, in whatever order. Local."""
+    model = _out_of_fabric(model)
     wraps = isinstance(model, DistributedDataParallel) or is_engine(model)
     inner = getattr(model, "module" if wraps else "_orig_mod", None)
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _out_of_fabric(model: nn.Module) -> nn.Module:
+    """What Lightning's Fabric calls inside of its wrapper, which may be an engine. Local; Fabric is not imported."""
+    for name in ("lightning.fabric.wrappers", "lightning_fabric.wrappers"):
+        fabric = sys.modules.get(name)
+        if fabric is not None and isinstance(model, fabric._FabricModule):
+            inner: nn.Module = model._forward_module
+            return inner
+    return model
 
 
 def unwrapped_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ def adopt_mesh(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[str,
     mesh = _only_mesh(parameters)
     _check_rows(parameters, mesh)
     device = _device(mesh, parameters)
+    _warn_of_others(mesh)
     if mesh.ndim == 1:
         comm = GroupComm(device, group=mesh.get_group())
         return f"fully_shard over {comm.world_size} rank(s)", ShardEditing(comm, MeshPlacement(comm, model))
@@ -98,6 +100,18 @@ def _check_rows(parameters: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
     ranks = mesh.mesh.reshape(-1, mesh.shape[-1])
     if not bool((ranks.diff(dim=1) > 0).all() and (ranks.diff(dim=0) > 0).all()):
         raise UserError(f"the ranks of {_shown(mesh)} are not in ascending order; write init_device_mesh")
+
+
+def _warn_of_others(mesh: DeviceMesh) -> None:
+    """Says it if there are ranks outside of the mesh, which may be meant for something else."""
+    count = dist.get_world_size()
+    if mesh.size() < count and not any(mesh.get_coordinate() or ()):
+        warnings.warn(
+            f"LoQT: the layers are sharded over {_shown(mesh)}, but there are {count} ranks: nothing sums gradients "
+            "with the others, so they train models of their own. If all train one model, give fully_shard a mesh of "
+            "all (Lightning: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1))",
+            stacklevel=2,
+        )
 
 
 def _device(mesh: DeviceMesh, parameters: Mapping[str, Tensor]) -> torch.device:

@@ -106,6 +106,7 @@ class Loop:
         merges: Of it.
         micro: Passes of a step.
         counted: Whether the passes are told beforehand.
+        each_pass: Whether `prepare` and `finish` are called around each pass, not each step.
     """
 
     how: str
@@ -117,6 +118,7 @@ class Loop:
     counted: bool
     losses: list[float] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
+    each_pass: bool = False
 
     def steps(self, start: int, stop: int) -> None:
         """Takes steps, notes losses and merges. Every rank."""
@@ -124,7 +126,10 @@ class Loop:
         for step in range(start, stop):
             self.merges.prepare(backward_passes=self.micro if self.counted else None)
             total = torch.zeros(())
-            for piece in batch(step, rank, world_size).chunk(self.micro):
+            for index, piece in enumerate(batch(step, rank, world_size).chunk(self.micro)):
+                if self.each_pass and index > 0:
+                    self.reports.append(self.merges.finish())
+                    self.merges.prepare()
                 total += self._pass(piece) / self.micro
             if not self.how.startswith("zero"):
                 self.optimizer.step()
@@ -168,6 +173,7 @@ def make_loop(
     states: str = "",
     experts: bool = False,
     scattered: bool = False,
+    each_pass: bool = False,
 ) -> Loop:
     """A loop before its first step. Every rank.
 
@@ -179,6 +185,7 @@ def make_loop(
         states: Of our Muon's moments; "": torch's AdamW.
         experts: Whether the blocks are mixtures.
         scattered: Whether the weights before quantization are given as rows of all ranks, whatever mesh the model has.
+        each_pass: See `Loop`.
     """
     rank = 32 if states == "int8" else 8  # fewer columns are too few for a block of codes
     model, before, settings = converted(scheme, experts=experts, rank=rank)
@@ -187,7 +194,7 @@ def make_loop(
         everybody = init_device_mesh("cpu", (dist.get_world_size(),))
         before = {name: distribute_tensor(weight.clone(), everybody, [Shard(0)]) for name, weight in before.items()}
     merges = MergeCoordinator(wrapped, optimizer, settings, initial_weights=before)
-    return Loop(how, model, wrapped, optimizer, merges, micro, counted)
+    return Loop(how, model, wrapped, optimizer, merges, micro, counted, each_pass=each_pass)
 
 
 def train_own(how: str, scheme: str, *, saved_in: str = "", **given: Any) -> dict[str, Any]:
@@ -260,10 +267,11 @@ def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Mod
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micro: int) -> Any:
     import deepspeed
 
+    persistence = {"stage3_param_persistence_threshold": 0} if micro == 1 else {}  # else small ones stay whole
     settings = {
         "train_micro_batch_size_per_gpu": SEQUENCES // 2 // micro,
         "gradient_accumulation_steps": micro,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **persistence},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # Muon
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0

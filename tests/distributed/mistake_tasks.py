@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -53,6 +54,17 @@ def mistakes(folder: str) -> dict[str, Any]:
     dist.barrier()
     found["saved"] = (Path(folder) / "merged" / "model.safetensors").exists()
     return found
+
+
+def mesh_of_one() -> list[str]:
+    """What a rank is warned of that shards its model over itself alone. Every rank, of two."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))["data"]
+    model, before, settings = converted("none")
+    fully_shard(model, mesh=mesh)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(model, torch.optim.AdamW(trained(model)), settings, initial_weights=before)
+    return [str(each.message) for each in caught if "LoQT" in str(each.message)]
 
 
 def _late() -> str:

@@ -45,6 +45,18 @@ def test_a_loop_of_ones_own_trains_as_one_process(
             assert ours == pytest.approx(theirs, abs=20 * TOLERANCE[scheme], rel=0)
 
 
+def test_finish_after_each_pass_waits_until_the_engine_has_updated(
+    ranks: RankPool, single: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """As Lightning calls it: DeepSpeed accumulates by itself. Its own settings of stage 3 go on, too."""
+    for how in ("zero2", "zero3"):
+        given: dict[str, Any] = {"scheme": "none", "micro": 2, "each_pass": True, "saved_in": str(tmp_path / how)}
+        for result in ranks.run(2, f"{TASKS}:train_own", how=how, **given):
+            assert result["steps"] == [0, 5, 10, 15] and len(result["merges"]) == 3
+            assert result["losses"] == pytest.approx(single["none"]["losses"], abs=TOLERANCE["none"], rel=0)
+            assert result["again"] == result["losses"][7:]
+
+
 RANKS = {"hsdp": 4}
 MUON = [
     ("float32", ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]),

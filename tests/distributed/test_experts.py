@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,32 @@ def test_strategies_equal_the_single_process(runs: Runs, settings: dict[str, Any
     losses, expected = runs.losses(2, strategy, **exact), runs.losses(1, "single", **exact)
     assert len(losses) == 8 and expected[-1] < expected[0] - 0.1
     assert losses == pytest.approx(expected, rel=1e-4)
+
+
+BALANCED: dict[str, Any] = {"train.steps": 5, "train.micro_batch_size": 4, "optim.clip_norm": 0, **UNQUANTIZED}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("fsdp", {"optim.per_layer": True}),
+        *(pytest.param(name, {}, marks=pytest.mark.long) for name in ("ddp", "zero-2", "zero-3")),
+        pytest.param("zero-3", {"model.activation_checkpointing": True}, marks=pytest.mark.long),
+    ],
+)
+def test_strategies_balance_experts_and_mask_documents_as_the_single_process(
+    runs: Runs, settings: dict[str, Any], strategy: str, more: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The balance is that of each micro-batch: as many sequences for each rank as in a pass of one process."""
+    text = tmp_path_factory.getbasetemp() / "short-documents.jsonl"
+    topics = Path(runs.common["data.files"][0]).read_text().split()
+    text.write_text("".join(json.dumps({"text": " ".join(topics[at : at + 3])}) + "\n" for at in range(0, 9000, 3)))
+    balance = {"model.overrides": {"output_router_logits": True, "router_aux_loss_coef": 1.0}}
+    masked = {**settings, **BALANCED, "data.files": [str(text)], "data.mask_documents": True}
+    expected = runs.losses(1, "single", **{**masked, **balance})
+    assert runs.losses(2, strategy, **{**masked, **balance, **more}) == pytest.approx(expected, rel=1e-5)
+    for plain in ({**masked, "model.overrides": {}}, {**masked, **balance, "data.mask_documents": False}):
+        assert runs.losses(1, "single", **plain)[-1] != pytest.approx(expected[-1], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,12 @@ def test_each_rank_is_told_the_same(ranks: RankPool, tmp_path: Path) -> None:
     assert "merges.load_state_dict(state) on every rank" in first["state on one rank"]
 
 
+def test_ranks_outside_of_the_mesh_are_told_of(ranks: RankPool) -> None:
+    """Lightning's ModelParallelStrategy() shards over one rank of each node, unless it is told otherwise."""
+    for rank, told in enumerate(ranks.run(2, f"{TASKS}:mesh_of_one")):
+        assert len(told) == 1 and f"of ranks [{rank}], but there are 2 ranks: nothing sums gradients" in told[0]
+
+
 def test_evaluations_inside_a_step_change_nothing(ranks: RankPool) -> None:
     expected = ranks.run(1, f"{OWN_LOOPS}:train_own", how="single", scheme="none")[0]["losses"]
     for losses in ranks.run(2, f"{TASKS}:evaluates_in_a_step"):

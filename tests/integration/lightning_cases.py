@@ -6,14 +6,17 @@ import os
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-from loqt_scale import attach, convert_to_loqt
-from tests.integration.trainer_cases import CONFIG, Progressions, has_trained, state_of, tiny_llama
+from loqt_scale import attach, convert_to_loqt, to_dense
+from tests.integration.trainer_cases import CONFIG, Progressions, state_of, tiny_llama
 
 STEPS, SAVED, PASSES, ROWS = 11, 5, 2, 4  # step 5, with which a loaded run goes on, ends in a merge and begins an epoch
 
@@ -58,14 +61,49 @@ class Module(LightningModule):
         self.saved = checkpoint["merges"]
 
 
-def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = "auto", ranks: int = 1) -> Module:
+class Sharded(Module):
+    """The same for ModelParallelStrategy, which leaves `fully_shard` to the module."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """Lightning's own, without its wish for GPUs."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # its index is what DeepSpeed is given
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo serves, without a compiler
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+def strategy_of(how: str, ranks: int) -> str | Strategy:
+    """Lightning's strategy: auto, ddp, fsdp2, zero1, zero2 or zero3."""
+    if how == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    return DeepSpeedOnCPU(stage=int(how[-1])) if how.startswith("zero") else how
+
+
+def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, how: str = "auto", ranks: int = 1) -> Module:
     """Eleven steps of two passes over the progressions; with several ranks this is one of them. Every rank."""
-    module = Module(seed)
+    module = (Sharded if how == "fsdp2" else Module)(seed)
     plugins: list[Any] = [TorchElasticEnvironment()] if ranks > 1 else []
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=strategy,
+        strategy=strategy_of(how, ranks),
         plugins=plugins,
         max_steps=STEPS,
         accumulate_grad_batches=PASSES,
@@ -83,12 +121,46 @@ def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, strategy: str = 
     return module
 
 
-def ddp_rank(folder: str, *, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:
+def fabric_losses(file: str, *, first: int = 0, last: int = STEPS) -> list[float]:
+    """The same steps by Fabric, saved before step `SAVED`, or gone on with from there. One process."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, rows, found = tiny_llama(seed=first), Progressions(SAVED * PASSES * ROWS), []
+    before = model.state_dict()
+    convert_to_loqt(model, CONFIG)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    merges = attach(wrapped, optimizer, CONFIG, initial_weights=None if first else before)
+    everything = {"model": wrapped, "optimizer": optimizer, "merges": merges}
+    if first:
+        fabric.load(file, everything)
+    batches = list(torch.utils.data.DataLoader(rows, batch_size=ROWS))
+    for step in range(first, last):
+        if step == SAVED and not first:
+            fabric.save(file, everything)
+        merges.prepare()
+        for index in range(PASSES):
+            loss = wrapped(**batches[(step * PASSES + index) % len(batches)]).loss
+            fabric.backward(loss / PASSES)
+            found.append(loss.item())
+        fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+        optimizer.step()
+        merges.finish()
+        optimizer.zero_grad()
+    return found
+
+
+def rank_of_two(folder: str, *, how: str, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:
     """A run of two ranks: losses of all passes, what was found, a checksum of the end, whether all layers trained."""
-    module = fit(folder, seed=seed, ckpt=ckpt, strategy="ddp", ranks=2)
+    module = fit(folder, seed=seed, ckpt=ckpt, how=how, ranks=2)
+    engine = module.trainer.model
+    dense = to_dense(engine)
+    if how.startswith("zero"):  # DeepSpeed's own view of the process group, for the next task of this process
+        import deepspeed
+
+        engine.destroy()
+        deepspeed.comm.destroy_process_group()
     return {
         "losses": torch.stack(module.losses).tolist(),
         "found": module.merges.description,
-        "end": [float(tensor.double().sum()) for tensor in state_of(module).values()],
-        "trained": has_trained(module),
+        "end": [float(tensor.double().sum()) for tensor in state_of(dense).values()],
     }

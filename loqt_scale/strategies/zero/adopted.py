@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loqt_scale.errors import ConfigError, UserError
+from loqt_scale.layers import LoQTLayer
 from loqt_scale.optim import StreamedAdamW
 from loqt_scale.strategies.editing import Editing, ReplicaEditing
 from loqt_scale.strategies.placement import Replicated
@@ -76,6 +77,8 @@ def adopt_engine(engine: Any) -> tuple[str, Editing]:
     if stage == 0:
         return description, ReplicaEditing(comm, Replicated(engine.device))
     running = RunningEngine(sys.modules["deepspeed"], stage, engine)
+    if stage == 3:  # a layer reads its parts itself: gathered with it, not by each's access, which alters the trace
+        running.deepspeed.utils.set_z3_leaf_modules(engine.module, [LoQTLayer], raise_if_not_found=False)
     optimizer = base_optimizer(engine)
     if isinstance(optimizer, StreamedAdamW):
         optimizer.place(lambda tensor: tensor, lambda _: 0, master_shards(comm))

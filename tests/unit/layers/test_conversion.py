@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from loqt_scale import LoQTConfig, convert_to_loqt
 from loqt_scale.errors import UserError
@@ -146,6 +153,50 @@ def test_why_nothing_can_be_converted_is_said() -> None:
         convert_to_loqt(nn.Sequential(Scaled(32, 32)), LoQTConfig(rank=4))
     with pytest.raises(UserError, match=r"weight is a convolution|0 is a convolution"):
         convert_to_loqt(nn.Sequential(nn.Conv2d(8, 8, 3)), LoQTConfig(rank=4))
+
+
+def test_an_adapter_of_peft_is_left_and_its_merged_model_is_converted() -> None:
+    """Its matrices are layers of their own, of which some are larger than the rank."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), peft.LoraConfig(r=16))
+    with pytest.raises(UserError, match=r"lora_A.default, \.\.\. \(in an adapter of peft; merge it first"):
+        convert_to_loqt(model, LoQTConfig(rank=8))
+    merged = model.merge_and_unload()
+    inside = LlamaForCausalLM(LlamaConfig(**SIZES))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), inside)
+    report = convert(inside.requires_grad_(True), LoQTConfig(rank=8))
+    assert len(report) == 5 and len([item for item in report.left if "adapter" in item.why]) == 6
+    assert len(convert(merged.requires_grad_(True), LoQTConfig(rank=8))) == 7
+
+
+class Coded(torch.Tensor):
+    """A matrix that is held as whole numbers, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Coded:
+        made: Coded = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, requires_grad=True)
+        made.codes = codes
+        return made
+
+    codes: torch.Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(f"{function} of codes")
+
+
+def test_weights_that_are_made_of_other_tensors_are_left_and_named() -> None:
+    model = nn.ModuleDict({"coded": nn.Linear(32, 32), "plain": nn.Linear(32, 64)})
+    model["coded"].weight = nn.Parameter(Coded(torch.ones(32, 32, dtype=torch.int8)))
+    report = convert_to_loqt(model, LoQTConfig(rank=4))
+    assert report == ["plain"]
+    assert {item.name: item.why for item in report.left}["coded"].startswith("a Linear whose weight is a Coded")
 
 
 def test_a_layer_without_a_shape_yet_is_refused() -> None:

@@ -11,7 +11,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from loqt_scale.data.batching import summed_loss
 from loqt_scale.data.packing import IGNORED_LABEL
+from loqt_scale.errors import UserError
+from loqt_scale.model.balance import check_balance
+from loqt_scale.model.build import recompute_blocks
 from loqt_scale.model.loss import _CAPPED, _PLAIN, _SCALED, LossHead, end_in_loss
+from loqt_scale.model.structure import decoder_blocks
 
 SHAPE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 8}
@@ -105,3 +109,32 @@ def test_experts_learn_to_share_tokens_as_transformers_has_it(kind: str) -> None
     off(input_ids=tokens, targets=labels).backward()
     apart = [n for n, p in off.named_parameters() if not torch.allclose(p.grad, expected[n], rtol=1e-3, atol=1e-5)]
     assert any("gate.weight" in name for name in apart)
+
+
+def test_a_balance_that_transformers_does_not_compute_is_refused() -> None:
+    """Before anything is allocated; in the pass where no small copy could be tried."""
+    for kind in ("mixtral", "qwen3_moe"):
+        check_balance(model_of(kind, output_router_logits=True).config)
+    silent = model_of("deepseek_v3", output_router_logits=True)
+    with pytest.raises(UserError, match=r"deepseek_v3 model has .* no auxiliary loss .*output_router_logits: false"):
+        check_balance(silent.config)
+    silent.config.router_aux_loss_coef = 0.1
+    assert not end_in_loss(silent)
+    with pytest.raises(UserError, match="so nothing would balance them"):
+        silent(input_ids=batch()[0], targets=batch()[1])
+
+
+def test_compiled_and_recomputed_blocks_balance_too() -> None:
+    tokens, labels = batch()
+    found = []
+    for compiled in (False, True):
+        model = model_of("mixtral", output_router_logits=True, router_aux_loss_coef=0.5).train()
+        end_in_loss(model)
+        if compiled:
+            torch.compiler.reset()
+            recompute_blocks(model)
+            for _, block in decoder_blocks(model):
+                block.compile(backend="eager")
+        model(input_ids=tokens, targets=labels).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
