@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loqt_scale.config import ParallelConfig, RunConfig, names
+from loqt_scale.config import ParallelConfig, RunConfig, strategy_names
 from loqt_scale.config.yaml import load_run_config, parse_run_config, save_run_config
 from loqt_scale.errors import ConfigError, UserError
 from loqt_scale.strategies import SINGLE, StrategyKind, find_strategy, register_strategy, registry, resolve_strategy
@@ -18,7 +18,7 @@ KIND = StrategyKind(name="theirs", create=SINGLE.create)
 @pytest.fixture(autouse=True)
 def _forgotten_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_kinds", dict(registry._kinds))
-    monkeypatch.setattr(names, "_registered", set(names._registered))
+    monkeypatch.setattr(strategy_names, "_registered", set(strategy_names._registered))
 
 
 def install(folder: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
