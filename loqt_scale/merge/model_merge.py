@@ -121,13 +121,7 @@ class ModelMerge:
         if self._editing.keeps_gradients and self.search.outlives:
             warn(self._editing.comm, OUTLIVED)
         sketch_bytes = self.search.sent_bytes - self._sent_before
-        seen = self.search.finish()
-        own = self.search.quality
-        told = torch.cat([own, own.new_tensor([float(was_skipped), float(seen)])])
-        broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
-        if not seeing:
-            raise RuntimeError(NOTHING_SEEN)
-        reason = reason_to_wait(broken, alive, without)
+        reason = self._reason_to_wait(was_skipped, self.search.finish())
         if not reason:
             self._begun = BegunMerge(sketch_bytes)
             if any([copies.have_changed(layer) for layer in self._layers.values()]):
@@ -143,6 +137,15 @@ class ModelMerge:
         self.first_due &= set(begun.kept)
         self.initial_weights = still_due(self.initial_weights, self._layers, set(begun.kept))
         return begun
+
+    def _reason_to_wait(self, was_skipped: bool, seen: bool) -> str:
+        """See `find`; `seen`: whether this rank has seen a layer in a backward pass. Every rank. One all-reduce."""
+        own = self.search.quality
+        told = torch.cat([own, own.new_tensor([float(was_skipped), float(seen)])])
+        broken, alive, without, seeing = self._editing.comm.sum(told).tolist()
+        if not seeing:
+            raise RuntimeError(NOTHING_SEEN)
+        return reason_to_wait(broken, alive, without)
 
     def _of_one_layer(self) -> LayerMerge:
         return LayerMerge(

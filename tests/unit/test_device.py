@@ -20,6 +20,8 @@ from loqt_scale.config.yaml import parse_run_config
 from loqt_scale.functional import blockwise
 from loqt_scale.merge import MergeCoordinator
 from loqt_scale.merge.begun import BegunMerge
+from loqt_scale.merge.model_merge import ModelMerge
+from loqt_scale.merge.report import MERGE_DIAGNOSTICS
 from loqt_scale.model.attention import CAUSAL
 from loqt_scale.model.build import design_model
 from loqt_scale.model.documents import attend
@@ -78,8 +80,8 @@ def move(model: nn.Module) -> None:
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=ELSEWHERE)
 
 
-def _nothing_elsewhere(merges: MergeCoordinator, seen: bool) -> str:
-    return "" if seen and merges._merging.search.quality.device == ELSEWHERE else "not there"
+def _nothing_elsewhere(merging: ModelMerge, was_skipped: bool, seen: bool) -> str:
+    return "" if seen and merging.search.quality.device == ELSEWHERE else "not there"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +116,12 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
             merges.prepare(merge, backward_passes=1)
             step()
             with pytest.MonkeyPatch.context() as patch:  # what a merge says of itself is read at its end, and must be
-                patch.setattr(BegunMerge, "read", lambda self, _: {name: [0.0] * 5 for name in self.diagnostics})
-                patch.setattr(MergeCoordinator, "_reason_to_wait", _nothing_elsewhere)  # read before it
+                patch.setattr(
+                    BegunMerge,
+                    "read",
+                    lambda self, _: {name: [0.0] * len(MERGE_DIAGNOSTICS) for name in self.diagnostics},
+                )
+                patch.setattr(ModelMerge, "_reason_to_wait", _nothing_elsewhere)  # read before it
                 assert merges.finish(merge) is not None
         assert all(p.device == ELSEWHERE for p in model.parameters())
         assert all(state["step"].device == ELSEWHERE for state in optimizer.state.values())

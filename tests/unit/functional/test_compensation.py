@@ -85,7 +85,7 @@ def test_shards_give_the_uncut_result(
     shape: tuple[int, int], ranks: int, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(C, "CHUNK_VALUES", 256)  # many chunks too
-    weight, basis = problem(*shape, 4, side)
+    weight, basis = problem(*shape, min(4, shape[0] // 2), side)  # a square P leaves rounding alone to be quantized
     layout = MatrixLayout(*shape, "nf4")
     gram = basis.T @ basis
     whole = C.compensate(weight, layout, basis, gram, side=side, scale=0.5, rounds=4)
