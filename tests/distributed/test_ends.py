@@ -180,7 +180,7 @@ def test_told_to_stop_the_mpi_script_lets_the_ranks_save(
     with subprocess.Popen(command, cwd=ROOT, env=clean, **pipes) as process:
         try:
             while not (metrics.exists() and "train/loss" in metrics.read_text()):
-                assert process.poll() is None
+                assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.1)
             process.send_signal(number)
             status, output = finish(process)
