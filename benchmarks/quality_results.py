@@ -91,10 +91,10 @@ class Table:
             return None
         run, _ = ranked[0]
         same = {other.seed: record for other, record in self.by_family[family] if _rates(other) == _rates(run)}
-        lrs = {own.lr for own, _ in ranked}
+        beside = {own.lr for own, _ in ranked if own.rest == run.rest}
         rests = {own.rest for own, _ in ranked if own.lr == run.lr}
-        edges = {"at_edge": is_edge(run.lr, lrs), "rest_at_edge": is_edge(run.rest, rests)}
-        return Best(run, same, tried=len(ranked), rates=len(lrs), **edges)
+        edges = {"at_edge": is_edge(run.lr, beside), "rest_at_edge": is_edge(run.rest, rests)}
+        return Best(run, same, tried=len(ranked), rates=len({own.lr for own, _ in ranked}), **edges)
 
     def every_best(self) -> list[Best]:
         """One a family, lowest perplexity first."""
@@ -116,7 +116,7 @@ class Best:
         by_seed: Results at these rates by seed.
         tried: Pairs of rates that were tried.
         rates: Of them, different ones of the linears: three or more are a sweep.
-        at_edge: Whether its `lr` is the lowest or highest tried, so that a better one may lie beyond.
+        at_edge: Whether its `lr` is the lowest or highest of those tried at this `rest`: a better one may lie beyond.
         rest_at_edge: Whether its `rest` is, of those tried at this `lr`.
     """
 

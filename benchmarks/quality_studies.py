@@ -6,6 +6,7 @@ the last of its grid, and finalists can be chosen from what the sweep has found.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, zip_longest
@@ -16,7 +17,6 @@ from quality_runs import Run, Scale, variant_of, with_seed
 Study = Callable[[Scale, Table], list[Run]]
 
 REST = 5e-3  # rate of embeddings, norms and head from which a sweep starts
-REST_GRID = (2.5e-3, 1e-2)  # tried at the best rate of the linears
 SEEDS = (0, 1, 2)
 FURTHEST = 16.0
 
@@ -44,7 +44,7 @@ def swept(scale: Scale) -> list[tuple[str, dict[str, str], tuple[float, ...]]]:
 
 
 def sweep(scale: Scale, known: Table) -> list[Run]:
-    """Rates of the linears, further ones while the best is the last of them; then rates of the rest at the best."""
+    """Rates of the linears, then both rates in turns, until the best pair lies between others in either direction."""
     families = [
         [Run(method=method, scale=scale, lr=lr, rest=REST, variant=variant_of(variant, scale)) for lr in rates]
         for method, variant, rates in swept(scale)
@@ -53,44 +53,29 @@ def sweep(scale: Scale, known: Table) -> list[Run]:
 
 
 def one_sweep(grid: list[Run], known: Table) -> list[Run]:
-    """A family's runs so far and next.
+    """A family's runs so far and next: a descent over pairs of rates, by factors of two of one of them at a time.
+
+    The rates hang together: at another rate of the rest another one of the linears may be best.
 
     Args:
         grid: Its first runs: rates of the linears, all with one rate of the rest.
         known: What is known.
     """
     start = grid[0]
-    lrs = {run.lr: nats for run, nats in known.first_seed(start.family) if run.rest == start.rest}
-    if any(run.lr not in lrs for run in grid):
+    found = {(run.lr, run.rest): nats for run, nats in known.first_seed(start.family)}
+    if any((run.lr, run.rest) not in found for run in grid):
         return grid
-    if (lr := beyond(lrs, start.lr)) is not None:
-        return [*grid, replace(start, lr=lr)]
-    best = replace(start, lr=lowest(lrs))
-    rests = {run.rest: nats for run, nats in known.first_seed(start.family) if run.lr == best.lr}
-    if any(rest not in rests for rest in REST_GRID):
-        return [replace(best, rest=rest) for rest in REST_GRID]
-    rest = beyond(rests, start.rest)
-    return [] if rest is None else [replace(best, rest=rest)]
+    lr, rest = min(found, key=lambda pair: (found[pair], pair))
+    beside = [(near, rest) for near in neighbours(lr, start.lr)]
+    if all(pair in found for pair in beside) and found[lr, rest] < math.inf:
+        beside = [(lr, near) for near in neighbours(rest, start.rest)]
+    return [replace(start, lr=lr, rest=rest) for lr, rest in beside]
 
 
-def beyond(found: dict[float, float], first: float) -> float | None:
-    """The rate to try next if the best is the lowest or highest that was tried; None if it lies between others.
-
-    Args:
-        found: Nats by rate; infinite where a run diverged.
-        first: Where the sweep began: it does not go further than `FURTHEST` times from there.
-    """
-    best = lowest(found)
-    step = 0.5 if best == min(found) else 2.0 if best == max(found) else None
-    if step is None:
-        return None
-    rate = float(f"{best * step:.6g}")
-    return rate if 1 / FURTHEST <= rate / first <= FURTHEST else None
-
-
-def lowest(found: dict[float, float]) -> float:
-    """The rate with the fewest nats; of equal ones the lowest."""
-    return min(found, key=lambda rate: (found[rate], rate))
+def neighbours(rate: float, first: float) -> list[float]:
+    """Twice the rate and half of it, no further than `FURTHEST` times from the first one tried."""
+    each = (float(f"{rate * factor:.6g}") for factor in (2.0, 0.5))
+    return [near for near in each if 1 / FURTHEST <= near / first <= FURTHEST]
 
 
 def finalists(scale: Scale, known: Table) -> list[Run]:

@@ -62,6 +62,18 @@ def test_a_sweep_finds_both_best_rates_wherever_they_are(shifts: list[int]) -> N
         assert sorted(Table(known).best(best.run.family).by_seed) == [0, 1, 2]  # type: ignore[union-attr]
 
 
+def test_a_sweep_goes_on_where_another_rate_of_the_rest_wants_another_of_the_linears() -> None:
+    """The best pair is reached in steps of which each is better: (2, 1), (4, 1), (4, 2) times the first."""
+    known: list[tuple[Run, Record]] = []
+    while new := [run for run in sweep(SCALE, Table(known)) if run not in {done for done, _ in known}]:
+        for run in new:
+            x, y = math.log2(run.lr / 1e-3) - 2, math.log2(run.rest / REST) - 1
+            known.append((run, record(run, 1.0 + x * x + y * y - 0.8 * x * y)))
+    best = Table(known).best(("adamw", ()))
+    assert best is not None and (best.run.lr, best.run.rest) == (pytest.approx(4e-3), pytest.approx(2 * REST))
+    assert not best.at_edge and not best.rest_at_edge
+
+
 def test_a_method_that_always_diverges_ends_its_sweep_and_is_named() -> None:
     known: list[tuple[Run, Record]] = []
     while new := [run for run in sweep(SCALE, Table(known)) if run not in {done for done, _ in known}]:
