@@ -108,14 +108,14 @@ CONTRADICTIONS = [
     (
         {"data_types.grad_accum_dtype": "fp32"},
         {"dtype": "bfloat16", "zero_stage": 1},
-        'data_types.grad_accum_dtype is "fp32", but at stage 1 in bfloat16 DeepSpeed takes another optimizer for it, which '
-        'merges do not know; write "bf16", or leave it out, or change parallel.zero_stage',
+        'data_types.grad_accum_dtype is "fp32", but at stage 1 in bfloat16 DeepSpeed takes another optimizer for it, '
+        'which merges do not know; write "bf16", or leave it out, or change parallel.zero_stage',
     ),
     (
         {"data_types.param_dtype": "bf16"},
         {},
-        'data_types.param_dtype is "bf16", but dtypes follow model.dtype, and gradients add up in float32 where DeepSpeed '
-        "can; leave it out",
+        'data_types.param_dtype is "bf16", but dtypes follow model.dtype, and gradients add up in float32 where '
+        "DeepSpeed can; leave it out",
     ),
     ({"scheduler.params.warmup_num_steps": 9}, {}, f"scheduler.params.warmup_num_steps is 9, {NO_SUCH}"),
     ({"optimizer.params.momentum": 0.9}, {}, f"optimizer.params.momentum is 0.9, {NO_SUCH}"),
