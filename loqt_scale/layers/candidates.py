@@ -106,6 +106,8 @@ def _experts_obstacle(module: nn.Module, weight: nn.Parameter) -> str | None:
         return "experts spread over ranks by transformers' own expert parallelism"
     if not weight.is_floating_point():
         return f"a {type(module).__name__} that is quantized already"
+    if made := _made_of_others(weight):
+        return f"experts whose weight is a {made}"
     if "forward" in vars(module):
         return "a replaced forward, which would be lost"
     return None
@@ -175,8 +177,8 @@ def _obstacle(linear: nn.Module) -> str | None:
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or weight.dim() != 2:
         return f"a {kind} that is quantized already"
-    if hasattr(weight, "__tensor_flatten__"):  # torch's sign of a tensor that is made of others: torchao's
-        return f"a {kind} whose weight is a {type(weight).__name__}: quantized already, or no plain tensor"
+    if made := _made_of_others(weight):
+        return f"a {kind} whose weight is a {made}"
     if not weight.requires_grad:
         return "frozen (requires_grad is False)"
     if kind == "NonDynamicallyQuantizableLinear":
@@ -187,6 +189,13 @@ def _obstacle(linear: nn.Module) -> str | None:
         return f"a {kind} that holds more than a weight and a bias"
     if not is_conv1d(linear) and not _computes_linear(linear):
         return f"a subclass of nn.Linear ({kind}) that computes something else"
+    return None
+
+
+def _made_of_others(weight: Tensor) -> str | None:
+    """What a weight is that is made of other tensors, as torchao's are; None: it is a plain one."""
+    if hasattr(weight, "__tensor_flatten__"):  # torch's sign of them
+        return f"{type(weight).__name__}: quantized already, or no plain tensor"
     return None
 
 

@@ -107,9 +107,10 @@ def _warn_of_others(mesh: DeviceMesh) -> None:
     count = dist.get_world_size()
     if mesh.size() < count and not any(mesh.get_coordinate() or ()):
         warnings.warn(
-            f"LoQT: the layers are sharded over {_shown(mesh)}, but there are {count} ranks: nothing sums gradients "
-            "with the others, so they train models of their own. If all train one model, give fully_shard a mesh of "
-            "all (Lightning: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1))",
+            f"LoQT: the layers are sharded over {_shown(mesh)}, but there are {count} ranks: nothing sums these "
+            "gradients with the others. That is right if those have other layers (pipeline stages) or the same batches "
+            "(tensor parallelism elsewhere); else they train models of their own: give fully_shard a mesh of all "
+            "(Lightning: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1))",
             stacklevel=2,
         )
 

@@ -48,6 +48,9 @@ _SAME = {
 _SCHEDULERS = {"cosine": "WarmupCosineLR", "linear": "WarmupDecayLR", "constant": "WarmupLR"}  # optim.schedule: theirs
 _ADAM = {"adamw": ("AdamW", "Adam", "adamw", "adam"), "muon": ()}  # optim.name: optimizer.type
 _UNTOLD = ("optimizer", "scheduler", "train_batch_size", "sequence_parallel_size")  # compared, and DeepSpeed not told
+_RATES = "the optimizer and its rates are those of optim.lr, optim.schedule, optim.warmup_steps ..."
+_DTYPES = "dtypes follow model.dtype, and gradients add up in float32 where DeepSpeed can"
+_CLOSED = {"optimizer": _RATES, "scheduler": _RATES, "data_types": _DTYPES}  # nobody checks what else is in them
 
 
 def check_zero_unused(parallel: ParallelConfig) -> None:
@@ -118,8 +121,6 @@ def _merged(config: RunConfig, file: Mapping[str, Any], world_size: int) -> dict
     check_rules(file, shared)
     _refuse_unread(file, {rule.key for rule in (*RULES, *shared)})
     ours = {rule.key: rule.allowed[0] for rule in shared if rule.allowed not in ((), ("none",))} | _OURS
-    if not _sums_in_16_bits(config, file):
-        ours["data_types.grad_accum_dtype"] = "fp32"
     # DeepSpeed knows some keys without "stage3_" too, and takes the other if it has both
     filled = {key: value for key, value in ours.items() if not {key, key.replace("stage3_", "")} & file.keys()}
     settings = nested({**file, **filled})
@@ -149,6 +150,7 @@ def _shared(config: RunConfig, file: Mapping[str, Any], world_size: int) -> list
         _same(_STAGE, "parallel.zero_stage", stage),
         _same("bf16.enabled", "model.dtype", dtype == "bfloat16", shown(dtype)),
         Rule("gradient_accumulation_steps", (steps,), made, "train.micro_batch_size"),
+        _sums(config, file),
         Rule("optimizer.type", _ADAM[optim.name], f"optim.name is {shown(optim.name)}", "optim.name"),
         Rule("scheduler.type", schedulers, f"optim.schedule is {optim.schedule} ({named})", "optim.schedule"),
     ]
@@ -161,10 +163,10 @@ def _same(key: str, setting: str, value: Any, said: str = "") -> Rule:
 
 
 def _refuse_unread(file: Mapping[str, Any], read: set[str]) -> None:
-    """Of the blocks that DeepSpeed does not see nothing may be passed over."""
+    """Of the blocks that DeepSpeed does not see, or takes anything in, nothing may be passed over."""
     for key, value in file.items():
-        if key.partition(".")[0] in ("optimizer", "scheduler") and key not in {*read, "optimizer.params.torch_adam"}:
-            ours = "the optimizer and its rates are those of optim.lr, optim.schedule, optim.warmup_steps ..."
+        ours = _CLOSED.get(key.partition(".")[0])
+        if ours is not None and key not in {*read, "optimizer.params.torch_adam"}:
             raise ConfigError(f"{key} is {shown(value)}, but {ours}; leave it out")
 
 
@@ -179,12 +181,14 @@ def _offloaded(config: RunConfig, file: Mapping[str, Any]) -> dict[str, str]:
     return {_MOMENTS: "none" if offload == "none" else "cpu", _PARAMETERS: "cpu" if offload == "parameters" else "none"}
 
 
-def _sums_in_16_bits(config: RunConfig, file: Mapping[str, Any]) -> bool:
-    """Whether gradients of micro-batches are added up in bfloat16.
+def _sums(config: RunConfig, file: Mapping[str, Any]) -> Rule:
+    """In which dtype gradients of micro-batches are added up.
 
-    At stage 1, and unless the states are offloaded, float32 sums would make DeepSpeed choose its BF16_Optimizer, which
-    merges do not know.
+    At stage 1 in bfloat16, unless the states are offloaded, float32 sums would make DeepSpeed choose its
+    BF16_Optimizer, which merges do not know.
     """
-    return (
-        _stage(config, file) == 1 and config.model.dtype == "bfloat16" and _offloaded(config, file)[_MOMENTS] == "none"
-    )
+    key, in_bfloat16 = "data_types.grad_accum_dtype", config.model.dtype == "bfloat16"
+    if in_bfloat16 and _stage(config, file) == 1 and _offloaded(config, file)[_MOMENTS] == "none":
+        why = "at stage 1 in bfloat16 DeepSpeed takes another optimizer for it, which merges do not know"
+        return Rule(key, ("bf16",), why, "parallel.zero_stage")
+    return Rule(key, ("fp32",), "gradients add up in float32")

@@ -71,7 +71,7 @@ ENGINE_RULES = (
     Rule("hybrid_engine.enabled", _OFF, "it is an engine for inference between steps"),
     Rule("compile.deepcompile", _OFF, _HOOKS),
     Rule("sequence_parallel_size", (1,), "ranks share out sequences, not their positions"),
-    Rule("tensor_parallel.autotp_size", (0,), "layers are not cut over ranks during a step"),
+    Rule("tensor_parallel.autotp_size", (0, 1), "layers are not cut over ranks during a step"),
     Rule("pipeline", (), "the model is not cut into pipeline stages here"),
     Rule("weight_quantization", (), "it would quantize matrices that LoQT has already quantized"),
 )
@@ -82,7 +82,6 @@ RULES = (
     Rule(f"{_ZERO}stage", (1, 2, 3), _STAGES),
     Rule("fp16.enabled", _OFF, "float16 is not supported: for 16 bits write model.dtype: bfloat16"),
     Rule("torch_autocast.enabled", _OFF, "the dtype of the forward pass is set by model.dtype"),
-    Rule("data_types", (), "dtypes follow model.dtype, and gradients add up in float32 where DeepSpeed can"),
     Rule("bf16.check_grad_overflow", _ON, _FINITE),
     Rule(f"{_ZERO}compute_grad_norm", _ON, "clipping and the check for finite gradients need the norm"),
     Rule("prescale_gradients", _OFF, _SUMS),

@@ -20,6 +20,7 @@ from transformers import (
 from loqt_scale import LoQTConfig, convert_to_loqt
 from loqt_scale.errors import UserError
 from loqt_scale.layers import LoQTLinear, convert, loqt_layers
+from tests.unit.layers.expert_models import fused
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -197,6 +198,10 @@ def test_weights_that_are_made_of_other_tensors_are_left_and_named() -> None:
     report = convert_to_loqt(model, LoQTConfig(rank=4))
     assert report == ["plain"]
     assert {item.name: item.why for item in report.left}["coded"].startswith("a Linear whose weight is a Coded")
+    mixture = fused("mixtral")
+    mixture.down_proj = nn.Parameter(Coded(torch.ones(mixture.down_proj.shape, dtype=torch.int8)))
+    report = convert_to_loqt(mixture, LoQTConfig(rank=4))
+    assert report == ["gate_up_proj"] and "experts whose weight is a Coded" in report.left[0].why
 
 
 def test_a_layer_without_a_shape_yet_is_refused() -> None:

@@ -79,8 +79,8 @@ def test_buckets_are_no_larger_than_the_model(trained, reduce, gather):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_add_up_in_float32_where_deepspeed_can(stage, dtype, offload):
     values = resolved(run(zero_stage=stage, dtype=dtype, zero_offload=offload))
-    expected = None if (stage, dtype, offload) == (1, "bfloat16", "none") else {"grad_accum_dtype": "fp32"}
-    assert values.get("data_types") == expected
+    expected = "bf16" if (stage, dtype, offload) == (1, "bfloat16", "none") else "fp32"
+    assert values["data_types"] == {"grad_accum_dtype": expected}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,7 @@ def test_what_is_not_ours_is_passed_on(json_file):
     tree = {
         "wall_clock_breakdown": True,
         "communication_data_type": "bf16",
+        "data_types": {"grad_accum_dtype": "fp32"},
         "flops_profiler": {"enabled": True, "module_depth": -1, "output_file": None},
         "aio": {"block_size": "auto", "queue_depth": 8},
         "activation_checkpointing": {"partition_activations": False, "profile": True},
@@ -117,6 +118,7 @@ def test_what_is_not_ours_is_passed_on(json_file):
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
             "leaf_module": {"classes": ["Some.Class"]},
         },
+        "tensor_parallel": {"autotp_size": 1},
     }
     values = resolved(run(zero_config=json_file(tree)), 1)
     theirs = deepspeed.DeepSpeedConfig(values)

@@ -100,6 +100,23 @@ CONTRADICTIONS = [
         f"parameters are offloaded (parallel.zero_offload: parameters, or {OFFLOADED}), but stage 1 keeps all of them "
         "on every rank; write parallel.zero_stage: 3, or parallel.zero_offload: optimizer",
     ),
+    (
+        {"data_types.grad_accum_dtype": "bf16"},
+        {},
+        'data_types.grad_accum_dtype is "bf16", but gradients add up in float32; write "fp32", or leave it out',
+    ),
+    (
+        {"data_types.grad_accum_dtype": "fp32"},
+        {"dtype": "bfloat16", "zero_stage": 1},
+        'data_types.grad_accum_dtype is "fp32", but at stage 1 in bfloat16 DeepSpeed takes another optimizer for it, '
+        'which merges do not know; write "bf16", or leave it out, or change parallel.zero_stage',
+    ),
+    (
+        {"data_types.param_dtype": "bf16"},
+        {},
+        'data_types.param_dtype is "bf16", but dtypes follow model.dtype, and gradients add up in float32 where '
+        "DeepSpeed can; leave it out",
+    ),
     ({"scheduler.params.warmup_num_steps": 9}, {}, f"scheduler.params.warmup_num_steps is 9, {NO_SUCH}"),
     ({"optimizer.params.momentum": 0.9}, {}, f"optimizer.params.momentum is 0.9, {NO_SUCH}"),
 ]
@@ -146,7 +163,7 @@ def test_what_would_break_a_run_is_refused_with_the_reason(json_file, rule):
         resolved(run(zero_config=json_file(nested({rule.key: harmless}))))
 
 
-@pytest.mark.parametrize("key", ["data_types.grad_accum_dtype", "pipeline.stages", "checkpoint.tag_validation"])
+@pytest.mark.parametrize("key", ["data_types.buffer_dtype", "pipeline.stages", "checkpoint.tag_validation"])
 def test_a_block_that_is_refused_is_refused_for_each_of_its_keys(json_file, key):
     assert f": {key} is 7, but " in refusal(run(zero_config=json_file(nested({key: 7}))))
 
