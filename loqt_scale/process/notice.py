@@ -54,8 +54,8 @@ class Notice:
         self._told = True
         enough = 10 * math.ceil(needed / 5)
         tell(
-            f"WARNING: told to stop, this run needs about {needed:.0f} s for two steps and a save, but {self.killer} "
-            f"kills it after {self.seconds:.0f} s: what came after the last checkpoint would be lost; "
+            f"WARNING: told to stop, this run needs about {math.ceil(needed)} s for two steps and a save, but {self.killer} "
+            f"kills it after {self.seconds:g} s: what came after the last checkpoint would be lost; "
             f"{self.remedy.format(enough)}"
         )
 
@@ -71,7 +71,7 @@ def launchers_notice(environment: Environment = os.environ, command: Sequence[st
         ConfigError: What says so is no number of seconds.
     """
     if (given := given_notice(environment)) is not None:
-        return Notice(given, VARIABLE, f"give it more, and set {VARIABLE}={{}}")
+        return Notice(given, f"whoever stops it ({VARIABLE})", f"give it more, and set {VARIABLE}={{}}")
     started_by = _parents_command() if command is None else command
     if "TORCHELASTIC_RUN_ID" in environment:
         return _of_torchrun(environment, started_by)

@@ -12,6 +12,7 @@ from loqt_scale.errors import ConfigError
 from loqt_scale.process.launcher import join_launcher
 from loqt_scale.process.notice import Notice, knows_shutdown_timeout, launchers_notice
 
+GIVEN = "whoever stops it (LOQT_SCALE_NOTICE_SECONDS)"
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 DEEPSPEED = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30=", "launch/train.py"]
 
@@ -27,8 +28,8 @@ DEEPSPEED = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e3
         (TORCHRUN | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}, ["torchrun", "--shutdown-timeout=5"], 5.0, "torchrun"),
         ({"RANK": "0"}, DEEPSPEED, 30.0, "deepspeed"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["prted"], 1.0, "mpirun"),
-        (TORCHRUN | {"LOQT_SCALE_NOTICE_SECONDS": "120"}, ["torchrun"], 120.0, "LOQT_SCALE_NOTICE_SECONDS"),
-        ({"LOQT_SCALE_NOTICE_SECONDS": "inf"}, ["bash"], math.inf, "LOQT_SCALE_NOTICE_SECONDS"),
+        (TORCHRUN | {"LOQT_SCALE_NOTICE_SECONDS": "120"}, ["torchrun"], 120.0, GIVEN),
+        ({"LOQT_SCALE_NOTICE_SECONDS": "inf"}, ["bash"], math.inf, GIVEN),
     ],
 )
 def test_what_each_launcher_gives(environment, command, seconds, killer):
@@ -66,6 +67,8 @@ def test_a_run_that_needs_longer_says_so_once():
     ]
     Notice().compare(1e9, 1e9, told.append)
     assert len(told) == 1
+    launchers_notice({"LOQT_SCALE_NOTICE_SECONDS": "0.5"}, []).compare(0.2, 0.2, told.append)
+    assert f"needs about 1 s for two steps and a save, but {GIVEN} kills it after 0.5 s" in told[1]
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1", "nan"])
