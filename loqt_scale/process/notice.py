@@ -24,7 +24,8 @@ VARIABLE = "LOQT_SCALE_NOTICE_SECONDS"
 _USUAL = 30.0  # torchrun, deepspeed
 _OPEN_MPI = 1.0
 _OPTIONS = ("--shutdown-timeout", "--shutdown_timeout")  # of torchrun, from torch 2.13 on
-_BY_HAND = "to stop it, send SIGUSR1 to the ranks themselves (pkill -USR1 -f train.py)"
+RANKS_ONLY = "-u [^ ]*train.py"  # the launchers' own command lines name the script, too, and SIGUSR1 ends a launcher
+_BY_HAND = f"to stop it, send SIGUSR1 to the ranks, and not to their launcher: pkill -USR1 -f -- '{RANKS_ONLY}'"
 
 
 class Notice:
@@ -52,9 +53,9 @@ class Notice:
         if self._told or needed <= self.seconds:
             return
         self._told = True
-        enough = 10 * math.ceil(needed / 5)
+        about, enough = math.ceil(needed), 10 * math.ceil(needed / 5)
         tell(
-            f"WARNING: told to stop, this run needs about {math.ceil(needed)} s for two steps and a save, but {self.killer} "
+            f"WARNING: told to stop, this run needs about {about} s for two steps and a save, but {self.killer} "
             f"kills it after {self.seconds:g} s: what came after the last checkpoint would be lost; "
             f"{self.remedy.format(enough)}"
         )

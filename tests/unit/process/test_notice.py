@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from loqt_scale.errors import ConfigError
 from loqt_scale.process.launcher import join_launcher
-from loqt_scale.process.notice import Notice, knows_shutdown_timeout, launchers_notice
+from loqt_scale.process.notice import RANKS_ONLY, Notice, knows_shutdown_timeout, launchers_notice
 
 GIVEN = "whoever stops it (LOQT_SCALE_NOTICE_SECONDS)"
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
@@ -37,6 +38,19 @@ def test_what_each_launcher_gives(environment, command, seconds, killer):
         seconds = 30.0
     notice = launchers_notice(environment, command)
     assert (notice.seconds, notice.killer) == (seconds, killer)
+
+
+def test_what_is_sent_to_the_ranks_does_not_reach_their_launchers():
+    """SIGUSR1 ends torchrun, in whose process the ranks' store is, and with it the run: nothing is saved then."""
+    launchers = [
+        ["python", ".venv/bin/torchrun", "--standalone", "--nproc-per-node", "2", "launch/train.py"],
+        ["python", "-m", "torch.distributed.run", "--standalone", "launch/train.py"],
+        ["python", ".venv/bin/deepspeed", "--num_gpus", "2", "launch/train.py", "--train.steps", "9"],
+        DEEPSPEED,
+    ]
+    ranks = [["python3", "-u", "launch/train.py", "--train.steps", "9"], ["python3", "-u", "/home/me/launch/train.py"]]
+    found = [bool(re.search(RANKS_ONLY, " ".join(words))) for words in (*launchers, *ranks)]
+    assert found == [False] * len(launchers) + [True] * len(ranks)
 
 
 def test_the_parent_is_looked_up():
