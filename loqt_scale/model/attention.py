@@ -6,9 +6,9 @@ batch needs neither: it is causal, and no more. An attention implementation that
 `AttentionInterface`) spares both; inside is torch's `scaled_dot_product_attention`, as with `sdpa`, same bits.
 
 Where documents do not see one another (`documents`), what a layer is given tells how it attends (`packed_attention`):
-nothing but positions: document by document, on a CPU; a `BlockMask`: by FlexAttention; a mask of numbers: by that. Such a mask is
-made once a pass; given as true and false, each layer would turn it into numbers of its own and keep them for the
-backward pass.
+nothing but positions, on a CPU: document by document; a `BlockMask`: by FlexAttention; a mask of numbers: by that. Such
+a mask is made once a pass; given as true and false, each layer would turn it into numbers of its own and keep them for
+the backward pass.
 """
 
 from __future__ import annotations

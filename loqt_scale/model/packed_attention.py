@@ -265,11 +265,8 @@ def why_not_by_blocks(
         apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
     except Exception as error:  # a compiler or a kernel that is missing, or does not fit this device
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return (
-        ""
-        if max(apart) <= _ROUNDING.get(dtype, 2e-3)
-        else f"its numbers are {max(apart):.1g} apart from those of documents alone"
-    )
+    good = max(apart) <= _ROUNDING.get(dtype, 2e-3)
+    return "" if good else f"its numbers are {max(apart):.1g} apart from those of each document alone"
 
 
 def _some_values(heads: int, length: int, width: int, device: torch.device) -> Tensor:
