@@ -21,18 +21,19 @@ mpirun=mpirun
 [[ -x .venv/bin/mpirun ]] && mpirun=.venv/bin/mpirun
 
 options=(-np "$ranks" --bind-to none) # a rank has threads: do not tie it to one core
-[[ -n ${HOSTFILE:-} ]] && options+=(--hostfile "$HOSTFILE")
+[[ -n ${HOSTFILE:-} ]] && options+=(--hostfile "$HOSTFILE" -x LOQT_SCALE_NOTICE_SECONDS)
 [[ -n ${MASTER_ADDR:-} ]] && options+=(-x MASTER_ADDR)
 [[ $(id -u) -eq 0 ]] && options+=(--allow-run-as-root) # containers
 
 # mpirun kills the ranks a second after a SIGTERM or Ctrl-C, and passes SIGUSR1 on: told to stop, they may take their
-# time to save. A session of its own, since a terminal's Ctrl-C would reach mpirun too.
+# time to save. A process group of its own (-m), since a terminal's Ctrl-C would reach mpirun too.
 export LOQT_SCALE_NOTICE_SECONDS=${LOQT_SCALE_NOTICE_SECONDS:-inf}
-setsid "$mpirun" "${options[@]}" "$python" launch/train.py "$@" &
+set -m
+"$mpirun" "${options[@]}" "$python" launch/train.py "$@" </dev/null &
 job=$!
-trap 'kill -USR1 $job' TERM INT HUP USR1
-while true; do
-    status=0
-    wait $job || status=$?
-    kill -0 $job 2>/dev/null || exit $status
+set +m
+trap 'kill -USR1 $job 2>/dev/null || true' TERM INT HUP USR1
+while kill -0 $job 2>/dev/null; do
+    wait $job || true # a signal ends the waiting as well
 done
+wait $job # is over: its status is ours

@@ -253,7 +253,8 @@ def captured_shares(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
 
 
 def _shares(energies_R: Tensor) -> Tensor:
-    return energies_R / energies_R.sum(-1, keepdim=True).clamp_min(1e-30)
+    """Of float64 energies: those of a gradient of 1e-20 are none that float32 knows."""
+    return energies_R / energies_R.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
 def subspace_overlap(old_FR: Tensor, new_FR: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ batch needs neither: it is causal, and no more. An attention implementation that
 `AttentionInterface`) spares both; inside is torch's `scaled_dot_product_attention`, as with `sdpa`, same bits.
 
 Where documents do not see one another (`documents`), what a layer is given tells how it attends (`packed_attention`):
-nothing but positions: document by document; a `BlockMask`: by FlexAttention; a mask of numbers: by that. Such a mask is
-made once a pass; given as true and false, each layer would turn it into numbers of its own and keep them for the
-backward pass.
+nothing but positions, on a CPU: document by document; a `BlockMask`: by FlexAttention; a mask of numbers: by that. Such
+a mask is made once a pass; given as true and false, each layer would turn it into numbers of its own and keep them for
+the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 def _attend_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
     if mask is None:
-        return attend_by_document(module, query, key, value, **given)
+        whole = query.shape[2] == key.shape[2]  # nothing comes from a cache
+        if query.device.type == "cpu" and whole and not given.get("dropout"):
+            return attend_by_document(module, query, key, value, **given)
+        return sdpa_attention_forward(module, query, key, value, None, **given)  # the model is called by itself
     if isinstance(mask, BlockMask):
         return attend_by_blocks(module, query, key, value, mask, **given)
     numbers = mask.to(attention_dtype(query.dtype, query.device))  # no copy where it has been made for it

@@ -24,7 +24,8 @@ VARIABLE = "LOQT_SCALE_NOTICE_SECONDS"
 _USUAL = 30.0  # torchrun, deepspeed
 _OPEN_MPI = 1.0
 _OPTIONS = ("--shutdown-timeout", "--shutdown_timeout")  # of torchrun, from torch 2.13 on
-_BY_HAND = "to stop it, send SIGUSR1 to the ranks themselves (pkill -USR1 -f train.py)"
+RANKS_ONLY = "-u [^ ]*train.py"  # the launchers' own command lines name the script, too, and SIGUSR1 ends a launcher
+_BY_HAND = f"to stop it, send SIGUSR1 to the ranks, and not to their launcher: pkill -USR1 -f -- '{RANKS_ONLY}'"
 
 
 class Notice:
@@ -52,10 +53,10 @@ class Notice:
         if self._told or needed <= self.seconds:
             return
         self._told = True
-        enough = 10 * math.ceil(needed / 5)
+        about, enough = math.ceil(needed), 10 * math.ceil(needed / 5)
         tell(
-            f"WARNING: told to stop, this run needs about {needed:.0f} s for two steps and a save, but {self.killer} "
-            f"kills it after {self.seconds:.0f} s: what came after the last checkpoint would be lost; "
+            f"WARNING: told to stop, this run needs about {about} s for two steps and a save, but {self.killer} "
+            f"kills it after {self.seconds:g} s: what came after the last checkpoint would be lost; "
             f"{self.remedy.format(enough)}"
         )
 
@@ -71,7 +72,7 @@ def launchers_notice(environment: Environment = os.environ, command: Sequence[st
         ConfigError: What says so is no number of seconds.
     """
     if (given := given_notice(environment)) is not None:
-        return Notice(given, VARIABLE, f"give it more, and set {VARIABLE}={{}}")
+        return Notice(given, f"whoever stops it ({VARIABLE})", f"give it more, and set {VARIABLE}={{}}")
     started_by = _parents_command() if command is None else command
     if "TORCHELASTIC_RUN_ID" in environment:
         return _of_torchrun(environment, started_by)

@@ -129,7 +129,7 @@ def states_note(rows: Sequence[int], optim: OptimConfig) -> list[str]:
         return []
     return [
         f"note     optim.states is int8, but {len(odd)} of {len(rows)} linears have rows of {odd[0]} values, which "
-        "make no blocks of 32 or more: their moments are float32"
+        "make no blocks of 32 to 256: their moments are float32"
     ]
 
 

@@ -198,6 +198,13 @@ def test_overlap_by_energy_is_what_of_the_kept_gradient_lies_in_the_old_subspace
     assert float(P.energy_overlap(old, basis, estimate)) == pytest.approx(float(overlap), abs=0.05)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-18])  # whose squares are 1e-36
+def test_shares_add_up_whatever_the_gradients_size(size: float) -> None:
+    gradient = gradient_like(40, 60, size=size)
+    shares = P.captured_shares(gradient, P.svd_basis(gradient, 6, "input"), "input")
+    torch.testing.assert_close(shares.sum(), torch.ones(()))
+
+
 @pytest.mark.parametrize(("count", "rows", "rank"), [(5, 48, 8), (2, 100, 16)])
 def test_sketches_in_a_batch_give_the_bits_of_each_alone(count: int, rows: int, rank: int) -> None:
     """One of them a thousand times larger, one of rank 3 and one of zeros: none may disturb the others."""

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING
 from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.data.packing import IGNORED_LABEL, evaluation_windows, join_documents
 from loqt_scale.errors import UserError
-from loqt_scale.model import packed_attention
+from loqt_scale.model import attention, packed_attention
 from loqt_scale.model.attention import APART, ARCHITECTURES
 from loqt_scale.model.build import design_model, recompute_blocks
 from loqt_scale.model.documents import attend, check_documents
@@ -119,6 +119,26 @@ def test_recomputed_compiled_and_in_bfloat16_it_is_the_same() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(input_ids=tokens, targets=labels)
     assert loss.item() == pytest.approx(expected[0].item(), rel=0.02)
+
+
+def test_whoever_calls_the_model_by_itself_may_generate_and_needs_no_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = model_of("llama").eval()
+    prompt = torch.tensor([[1, 2, END, 3]])
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    end_in_loss(model)
+    attend(model, DATA, separator=END)
+    assert model.config._attn_implementation == APART
+    for cache in (True, False):  # goes on from keys of before
+        assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=cache), expected)
+    monkeypatch.setattr(attention, "attend_by_document", None)  # is for CPUs, and knows no dropout
+    dropping = model_of("llama", attention_dropout=0.5).train()
+    end_in_loss(dropping)
+    attend(dropping, DATA, separator=END)
+    assert not torch.equal(dropping(input_ids=prompt).logits, dropping(input_ids=prompt).logits)
+    model.to("meta")
+    assert model(input_ids=prompt.to("meta")).logits.shape[:2] == (1, 4)
 
 
 def test_models_that_cannot_keep_documents_apart_are_refused(tmp_path: Path) -> None:

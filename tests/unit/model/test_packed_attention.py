@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from loqt_scale.model import documents
 from loqt_scale.model.documents import DocumentInputs
@@ -19,6 +21,7 @@ from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.packed_attention import (
     GROUP,
     _by_document,
+    _one_by_one,
     attend_by_blocks,
     attend_by_document,
     block_mask,
@@ -119,6 +122,26 @@ def test_block_by_block_is_what_a_mask_gives(starts: Tensor, monkeypatch: pytest
     attended, _ = attend_by_blocks(nn.Identity(), *given, block_mask(starts))
     torch.testing.assert_close(with_gradients(attended, given), by_mask(starts), rtol=1e-12, atol=1e-12)
     assert why_not_by_blocks(4, 2, 16, 300, torch.float32, torch.device("cpu")) == ""
+
+
+def test_the_trial_of_blocks_compares_with_nothing_that_is_quadratic() -> None:
+    """On a device that a long sequence's mask does not fit, blocks would fail the trial, and that mask be used."""
+    given = heads()
+    starts = (torch.arange(700) // 234 * 234).expand(3, 700)
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            self.largest = max([self.largest, *(of.numel() for of in tree_leaves(made) if isinstance(of, Tensor))])
+            return made
+
+    with Watch() as watch:
+        attended, _ = _one_by_one(*given, 234)
+        found = with_gradients(attended, given)
+    assert watch.largest == given[0].numel()
+    torch.testing.assert_close(found, by_mask(starts), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 
 from loqt_scale.errors import ConfigError
 from loqt_scale.process.launcher import join_launcher
-from loqt_scale.process.notice import Notice, knows_shutdown_timeout, launchers_notice
+from loqt_scale.process.notice import RANKS_ONLY, Notice, knows_shutdown_timeout, launchers_notice
 
+GIVEN = "whoever stops it (LOQT_SCALE_NOTICE_SECONDS)"
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 DEEPSPEED = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30=", "launch/train.py"]
 
@@ -27,8 +29,8 @@ DEEPSPEED = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e3
         (TORCHRUN | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}, ["torchrun", "--shutdown-timeout=5"], 5.0, "torchrun"),
         ({"RANK": "0"}, DEEPSPEED, 30.0, "deepspeed"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["prted"], 1.0, "mpirun"),
-        (TORCHRUN | {"LOQT_SCALE_NOTICE_SECONDS": "120"}, ["torchrun"], 120.0, "LOQT_SCALE_NOTICE_SECONDS"),
-        ({"LOQT_SCALE_NOTICE_SECONDS": "inf"}, ["bash"], math.inf, "LOQT_SCALE_NOTICE_SECONDS"),
+        (TORCHRUN | {"LOQT_SCALE_NOTICE_SECONDS": "120"}, ["torchrun"], 120.0, GIVEN),
+        ({"LOQT_SCALE_NOTICE_SECONDS": "inf"}, ["bash"], math.inf, GIVEN),
     ],
 )
 def test_what_each_launcher_gives(environment, command, seconds, killer):
@@ -36,6 +38,19 @@ def test_what_each_launcher_gives(environment, command, seconds, killer):
         seconds = 30.0
     notice = launchers_notice(environment, command)
     assert (notice.seconds, notice.killer) == (seconds, killer)
+
+
+def test_what_is_sent_to_the_ranks_does_not_reach_their_launchers():
+    """SIGUSR1 ends torchrun, in whose process the ranks' store is, and with it the run: nothing is saved then."""
+    launchers = [
+        ["python", ".venv/bin/torchrun", "--standalone", "--nproc-per-node", "2", "launch/train.py"],
+        ["python", "-m", "torch.distributed.run", "--standalone", "launch/train.py"],
+        ["python", ".venv/bin/deepspeed", "--num_gpus", "2", "launch/train.py", "--train.steps", "9"],
+        DEEPSPEED,
+    ]
+    ranks = [["python3", "-u", "launch/train.py", "--train.steps", "9"], ["python3", "-u", "/home/me/launch/train.py"]]
+    found = [bool(re.search(RANKS_ONLY, " ".join(words))) for words in (*launchers, *ranks)]
+    assert found == [False] * len(launchers) + [True] * len(ranks)
 
 
 def test_the_parent_is_looked_up():
@@ -66,6 +81,8 @@ def test_a_run_that_needs_longer_says_so_once():
     ]
     Notice().compare(1e9, 1e9, told.append)
     assert len(told) == 1
+    launchers_notice({"LOQT_SCALE_NOTICE_SECONDS": "0.5"}, []).compare(0.2, 0.2, told.append)
+    assert f"needs about 1 s for two steps and a save, but {GIVEN} kills it after 0.5 s" in told[1]
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1", "nan"])
