@@ -278,7 +278,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, each: int) -> tuple[T
     """Of documents of `each` tokens, the last of which may be shorter."""
     heads = (of.repeat_interleave(query.shape[1] // of.shape[1], dim=1) for of in (query, key, value))
     documents = zip(*(of.split(each, dim=2) for of in heads), strict=True)
-    attended = [nn.functional.scaled_dot_product_attention(*document, is_causal=True) for document in documents]
+    attended = [nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in documents]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
