@@ -238,18 +238,23 @@ def _signed(basis_FR: Tensor) -> Tensor:
     return (basis_FR * torch.where(product < 0, -1.0, 1.0)).contiguous()
 
 
-def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
-    """||G P||_F^2 / ||G||_F^2 (input side) or ||P^T G||_F^2 / ||G||_F^2 (output side): scalar in [0, 1]."""
+def captured(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """What P keeps of a gradient's energy (`captured_energy`), and each column's part of that (`captured_shares`)."""
     gradient, basis = gradient_OI.double(), basis_FR.double()
     projected = gradient @ basis if side == "input" else basis.T @ gradient
-    return projected.square().sum() / gradient.square().sum().clamp_min(1e-300)
+    squares = projected.square()
+    energy = squares.sum() / gradient.square().sum().clamp_min(1e-300)
+    return energy, _shares(squares.sum(0 if side == "input" else 1)).float()
+
+
+def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
+    """||G P||_F^2 / ||G||_F^2 (input side) or ||P^T G||_F^2 / ||G||_F^2 (output side): scalar in [0, 1]."""
+    return captured(gradient_OI, basis_FR, side)[0]
 
 
 def captured_shares(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
     """Of the energy that P keeps, each column's share: ||G p_j||^2 / ||G P||^2 (input side). (r,) float32."""
-    gradient, basis = gradient_OI.double(), basis_FR.double()
-    projected = gradient @ basis if side == "input" else gradient.T @ basis
-    return _shares(projected.square().sum(0)).float()
+    return captured(gradient_OI, basis_FR, side)[1]
 
 
 def _shares(energies_R: Tensor) -> Tensor:

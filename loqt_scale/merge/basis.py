@@ -11,8 +11,7 @@ from torch import Tensor
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import (
-    captured_energy,
-    captured_shares,
+    captured,
     randomized_basis,
     sketch_columns,
     sketched_energy,
@@ -149,4 +148,4 @@ def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed
             power_iterations=config.power_iterations,
             seed=seed,
         )
-    return basis, captured_energy(gradient, basis, layer.side), captured_shares(gradient, basis, layer.side)
+    return basis, *captured(gradient, basis, layer.side)

@@ -128,11 +128,12 @@ class _EndingInLoss:
 
     def _balanced(self, loss: Tensor, found: Any, targets: Tensor) -> Tensor:
         """The loss, to whose gradients the auxiliary loss adds as much for each counted token."""
-        auxiliary, weight = getattr(found, "aux_loss", None), _balance_weight(self._model.config)
+        config: Any = self._model.config
+        auxiliary, weight = getattr(found, "aux_loss", None), _balance_weight(config)
         if not weight:
             return loss
         if auxiliary is None:
-            raise UserError(NO_BALANCE.format(kind=self._model.config.model_type))  # type: ignore[union-attr]
+            raise UserError(NO_BALANCE.format(kind=config.model_type))
         added = weight * (targets != IGNORED_LABEL).sum() * auxiliary.float()
         return loss + (added - added.detach())
 
