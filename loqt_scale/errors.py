@@ -18,6 +18,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _REASON_CHARS = 300
 # exceptions whose message says little without their name
@@ -130,6 +134,13 @@ def reason_of(error: BaseException, known: str = "") -> str:
 def one_line(error: BaseException) -> str:
     """An error's kind and message, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first thing that a pydantic schema found wrong, and where; what a stranger wrote is escaped and cut."""
+    first = error.errors(include_url=False)[0]
+    names = (shortened(ascii(part)) if isinstance(part, str) else str(part) for part in first["loc"])
+    return f"{'.'.join(names) or 'as a whole'}: {first['msg']}, got {shortened(ascii(first['input']))}"
 
 
 def shortened(text: str, most: int = 80) -> str:

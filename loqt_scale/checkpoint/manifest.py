@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import from_json
 
 from loqt_scale.checkpoint.files import ELSEWHERE, CheckpointError, read_inside
+from loqt_scale.errors import first_mistake, shortened
 
 FORMAT: Final = 1
 MANIFEST = "manifest.json"
@@ -129,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:  # a link, too
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error.strerror or error}); {ELSEWHERE}") from None
     except ValidationError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged ({_first_mistake(error)}); {ELSEWHERE}") from None
+        raise CheckpointError(f"{folder / MANIFEST} is damaged ({first_mistake(error)}); {ELSEWHERE}") from None
     except CheckpointError:
         raise
     except ValueError as error:  # not JSON, not UTF-8
@@ -148,8 +149,8 @@ def _checked(tree: Any, folder: Path) -> Manifest:
         raise ValueError("it holds no format version")
     if tree["format"] != FORMAT:
         raise CheckpointError(
-            f"{folder} has checkpoint format {_short(tree['format'])}, but this version reads {FORMAT}; use the "
-            "version of loqt_scale that wrote it"
+            f"{folder} has checkpoint format {shortened(ascii(tree['format']))}, but this version reads {FORMAT}; use "
+            "the version of loqt_scale that wrote it"
         )
     if tree.pop(_SELF, None) != _tree_digest(tree):
         raise ValueError("it does not have its checksum")
@@ -158,14 +159,3 @@ def _checked(tree: Any, folder: Path) -> Manifest:
 
 def _tree_digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _first_mistake(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(_short(part) if isinstance(part, str) else str(part) for part in first["loc"]) or "as a whole"
-    return f"{place}: {first['msg']}, got {_short(first['input'])}"
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from loqt_scale.errors import MissingFileError, UserError, explained
+from loqt_scale.errors import MissingFileError, UserError, explained, first_mistake
 
 # what transformers is told wherever it could run code, ask for leave to, or look elsewhere
 CAREFULLY = {"trust_remote_code": False, "local_files_only": True}
@@ -69,7 +69,7 @@ def indexed_files(index: Path) -> list[Path]:
     try:
         names = _Index.model_validate_json(index.read_bytes()).weight_map.values()
     except ValidationError as error:
-        raise UserError(f"{index} is no index of safetensors files beside it ({one_line(error)})") from None
+        raise UserError(f"{index} is no index of safetensors files beside it ({first_mistake(error)})") from None
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
@@ -128,7 +128,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     try:
         settings = AdapterSettings.model_validate_json((folder / ADAPTER_SETTINGS).read_bytes())
     except ValidationError as error:
-        raise UserError(f"{folder / ADAPTER_SETTINGS} is none that loqt-scale wrote ({one_line(error)})") from None
+        raise UserError(f"{folder / ADAPTER_SETTINGS} is none that loqt-scale wrote ({first_mistake(error)})") from None
     from peft import LoraConfig
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -152,10 +152,3 @@ def _is_finite(tensor: Tensor) -> bool:
 def _refuse(folder: Path, names: list[str]) -> None:
     if names:
         raise UserError(f"{folder}: {names[0]} holds NaN or infinity; write another folder")
-
-
-def one_line(error: ValidationError) -> str:
-    """The first mistake that a schema found."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(ascii(part)[:60] if isinstance(part, str) else str(part) for part in first["loc"])
-    return f"{place or 'as a whole'}: {first['msg']}"

@@ -3,7 +3,7 @@
 DeepSpeed validates its configuration when it reads it, inside `deepspeed.initialize`: too late for us. So it reads the
 configuration here first, and says in its own words what it does not take. Only a key at the top that it passes over is
 ours to refuse.
-(`engine.import_deepspeed` must have imported it: hence the imports inside functions.)
+(`engine.import_deepspeed` must have imported it: hence the import inside the function.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from loqt_scale.errors import ConfigError, reason_of
+from pydantic import ValidationError
+
+from loqt_scale.errors import ConfigError, first_mistake, reason_of
 
 
 def check_by_deepspeed(settings: dict[str, Any]) -> None:
@@ -30,8 +32,10 @@ def check_by_deepspeed(settings: dict[str, Any]) -> None:
         theirs = DeepSpeedConfig(noted)
         if theirs.zero_config.allgather_bucket_size % 2:  # looked at later
             raise ValueError("zero_optimization.allgather_bucket_size must be an even number")
+    except ValidationError as error:
+        raise ConfigError(f"DeepSpeed refuses these settings: {error.title}, {first_mistake(error)}") from error
     except Exception as error:
-        raise ConfigError(f"DeepSpeed refuses these settings: {_in_its_words(error)}") from error
+        raise ConfigError(f"DeepSpeed refuses these settings: {reason_of(error)}") from error
     for name in settings.keys() - noted.asked:
         nearest = difflib.get_close_matches(name, noted.asked, n=1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else "leave it out"
@@ -39,7 +43,7 @@ def check_by_deepspeed(settings: dict[str, Any]) -> None:
 
 
 class _Noted(dict[str, Any]):
-    """A configuration that notes which of its keys are asked for. Blocks below it refuse unknown keys themselves."""
+    """A configuration that notes which of its keys are read. Blocks below it refuse unknown keys themselves."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         super().__init__(tree)
@@ -52,16 +56,3 @@ class _Noted(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         return super().__getitem__(key)
-
-    def __contains__(self, key: Any) -> bool:
-        self.asked.add(key)
-        return super().__contains__(key)
-
-
-def _in_its_words(error: Exception) -> str:
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return reason_of(error)
-    said = (".".join(map(str, each["loc"])) + f": {each['msg']}, not {each['input']!r}" for each in error.errors())
-    return f"{error.title}, {'; '.join(said)}"

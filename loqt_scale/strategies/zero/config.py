@@ -23,17 +23,15 @@ LARGEST_BUCKET = 20_000_000  # values, of which DeepSpeed allocates a buffer; it
 _ZERO = "zero_optimization."
 _STAGE, _MOMENTS, _PARAMETERS = f"{_ZERO}stage", f"{_ZERO}offload_optimizer.device", f"{_ZERO}offload_param.device"
 _OURS = {
+    _STAGE: 3,
     "bf16.check_grad_overflow": True,
-    "fp16.enabled": False,
     "communication_data_type": "fp32",
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
-    f"{_ZERO}round_robin_gradients": False,
     f"{_ZERO}memory_efficient_linear": False,  # else zero.Init replaces torch.nn.functional.linear, for good
-    f"{_ZERO}stage3_prefetch_bucket_size": 50_000_000,
     f"{_ZERO}stage3_param_persistence_threshold": 0,  # small ones sharded too
 }
-"""What is filled in where the JSON says nothing, and is no setting."""
+"""What is filled in where neither the JSON nor a setting says something."""
 _SAME = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -45,12 +43,10 @@ _SAME = {
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
 """Keys of the JSON that are one setting of ours each. Others mean what follows from several (`_shared`)."""
-_SCHEDULERS = {"cosine": "WarmupCosineLR", "linear": "WarmupDecayLR", "constant": "WarmupLR"}  # optim.schedule: theirs
-_ADAM = {"adamw": ("AdamW", "Adam", "adamw", "adam"), "muon": ()}  # optim.name: optimizer.type
+_ADAM = {"adamw": ("AdamW", "Adam", "adamw", "adam")}  # optim.name: optimizer.type
+_SCHEDULERS = {"cosine": ("WarmupCosineLR",), "linear": ("WarmupDecayLR",), "constant": ("WarmupLR",)}
 _UNTOLD = ("optimizer", "scheduler", "train_batch_size", "sequence_parallel_size")  # compared, and DeepSpeed not told
-_RATES = "the optimizer and its rates are those of optim.lr, optim.schedule, optim.warmup_steps ..."
-_DTYPES = "dtypes follow model.dtype, and gradients add up in float32 where DeepSpeed can"
-_CLOSED = {"optimizer": _RATES, "scheduler": _RATES, "data_types": _DTYPES}  # nobody checks what else is in them
+_SUMS = "gradients add up in float32; at stage 1 in bfloat16 not, since merges do not know the optimizer that does it"
 
 
 def check_zero_unused(parallel: ParallelConfig) -> None:
@@ -116,79 +112,57 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _merged(config: RunConfig, file: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    check_rules(file, RULES)
-    shared = _shared(config, file, world_size)
-    check_rules(file, shared)
-    _refuse_unread(file, {rule.key for rule in (*RULES, *shared)})
-    ours = {rule.key: rule.allowed[0] for rule in shared if rule.allowed not in ((), ("none",))} | _OURS
-    # DeepSpeed knows some keys without "stage3_" too, and takes the other if it has both
-    filled = {key: value for key, value in ours.items() if not {key, key.replace("stage3_", "")} & file.keys()}
-    settings = nested({**file, **filled})
-    for name in _UNTOLD:
-        settings.pop(name, None)
-    check_by_deepspeed(settings)
-    return settings
-
-
-def _shared(config: RunConfig, file: Mapping[str, Any], world_size: int) -> list[Rule]:
-    """What both sides may name, with our value."""
-    train, optim, dtype, offload = config.train, config.optim, config.model.dtype, config.parallel.zero_offload
-    steps = micro_steps(train.global_batch_size, world_size, train.micro_batch_size)
-    made = f"{train.global_batch_size} sequences (train.global_batch_size) on {world_size} rank(s) make {steps} passes"
-    stage, devices = _stage(config, file), _offloaded(config, file)
+    stage, devices = _sharding(config.parallel, file)
+    shared = _shared(config, world_size, stage, devices)
+    check_rules(file, {**RULES, **shared})
     if stage < 3 and devices[_PARAMETERS] == "cpu":
         raise ConfigError(
             f"parameters are offloaded (parallel.zero_offload: parameters, or {_PARAMETERS}), but stage {stage} keeps "
             "all of them on every rank; write parallel.zero_stage: 3, or parallel.zero_offload: optimizer"
         )
-    named = ", ".join(f"{theirs} is {ours}" for ours, theirs in _SCHEDULERS.items())
-    schedulers = tuple(theirs for ours, theirs in _SCHEDULERS.items() if ours == optim.schedule)
+    ours = _OURS | {key: rule.allowed[0] for key, rule in shared.items() if rule.allowed not in ((), ("none",))}
+    # DeepSpeed knows some keys without "stage3_" too, but not twice
+    filled = {key: value for key, value in ours.items() if not {key, key.replace("stage3_", "")} & file.keys()}
+    told = {key: value for key, value in {**file, **filled}.items() if key.partition(".")[0] not in _UNTOLD}
+    settings = nested(told)
+    check_by_deepspeed(settings)
+    return settings
+
+
+def _sharding(parallel: ParallelConfig, file: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
+    """The stage, and by key where moments and parameters are kept: "cpu", or "none" for on the device."""
+    offload = parallel.zero_offload
+    devices = {key: file.get(key, "none") for key in (_MOMENTS, _PARAMETERS)}
+    if offload is not None:
+        devices[_MOMENTS] = "none" if offload == "none" else "cpu"
+        devices[_PARAMETERS] = "cpu" if offload == "parameters" else "none"
+    return parallel.zero_stage or file.get(_STAGE, _OURS[_STAGE]), devices
+
+
+def _shared(config: RunConfig, world_size: int, stage: int, devices: Mapping[str, str]) -> dict[str, Rule]:
+    """What both sides may name, with our value; nothing where we have none."""
+    train, parallel, dtype, schedule = config.train, config.parallel, config.model.dtype, config.optim.schedule
+    steps = micro_steps(train.global_batch_size, world_size, train.micro_batch_size)
+    made = f"{train.global_batch_size} sequences (train.global_batch_size) on {world_size} rank(s) make {steps} passes"
+    in_bfloat16 = dtype == "bfloat16"
+    sums = "bf16" if in_bfloat16 and stage == 1 and devices[_MOMENTS] == "none" else "fp32"
     settings = flat_settings(config)
-    return [
-        *(_same(key, setting, settings[setting]) for key, setting in _SAME.items()),
-        *(_same(key, "parallel.zero_offload", device, shown(offload)) for key, device in devices.items()),
-        _same(_STAGE, "parallel.zero_stage", stage),
-        _same("bf16.enabled", "model.dtype", dtype == "bfloat16", shown(dtype)),
-        Rule("gradient_accumulation_steps", (steps,), made, "train.micro_batch_size"),
-        _sums(config, file),
-        Rule("optimizer.type", _ADAM[optim.name], f"optim.name is {shown(optim.name)}", "optim.name"),
-        Rule("scheduler.type", schedulers, f"optim.schedule is {optim.schedule} ({named})", "optim.schedule"),
-    ]
+    rules = {key: _same(setting, settings[setting]) for key, setting in _SAME.items()}
+    if parallel.zero_stage is not None:
+        rules[_STAGE] = _same("parallel.zero_stage", stage)
+    if parallel.zero_offload is not None:
+        said = shown(parallel.zero_offload)
+        rules |= {key: _same("parallel.zero_offload", device, said) for key, device in devices.items()}
+    return rules | {
+        "bf16.enabled": _same("model.dtype", in_bfloat16, shown(dtype)),
+        "gradient_accumulation_steps": Rule((steps,), made, "train.micro_batch_size"),
+        "data_types.grad_accum_dtype": Rule((sums,), _SUMS),
+        "optimizer.type": Rule(_ADAM.get(config.optim.name, ()), f"optim.name is {config.optim.name}", "optim.name"),
+        "scheduler.type": Rule(_SCHEDULERS.get(schedule, ()), f"optim.schedule is {schedule}", "optim.schedule"),
+    }
 
 
-def _same(key: str, setting: str, value: Any, said: str = "") -> Rule:
+def _same(setting: str, value: Any, said: str = "") -> Rule:
     """One value of the JSON is one of ours; `said`: as the setting has it, if that is something else."""
     value = list(value) if isinstance(value, tuple) else value
-    return Rule(key, (value,), f"{setting} is {said or shown(value)}", setting)
-
-
-def _refuse_unread(file: Mapping[str, Any], read: set[str]) -> None:
-    """Of the blocks that DeepSpeed does not see, or takes anything in, nothing may be passed over."""
-    for key, value in file.items():
-        ours = _CLOSED.get(key.partition(".")[0])
-        if ours is not None and key not in {*read, "optimizer.params.torch_adam"}:
-            raise ConfigError(f"{key} is {shown(value)}, but {ours}; leave it out")
-
-
-def _stage(config: RunConfig, file: Mapping[str, Any]) -> int:
-    return config.parallel.zero_stage or int(file.get(_STAGE, 3))
-
-
-def _offloaded(config: RunConfig, file: Mapping[str, Any]) -> dict[str, str]:
-    """Where optimizer states and parameters are kept: "cpu", or "none" for on the device."""
-    if (offload := config.parallel.zero_offload) is None:
-        return {key: file.get(key, "none") for key in (_MOMENTS, _PARAMETERS)}
-    return {_MOMENTS: "none" if offload == "none" else "cpu", _PARAMETERS: "cpu" if offload == "parameters" else "none"}
-
-
-def _sums(config: RunConfig, file: Mapping[str, Any]) -> Rule:
-    """In which dtype gradients of micro-batches are added up.
-
-    At stage 1 in bfloat16, unless the states are offloaded, float32 sums would make DeepSpeed choose its
-    BF16_Optimizer, which merges do not know.
-    """
-    key, in_bfloat16 = "data_types.grad_accum_dtype", config.model.dtype == "bfloat16"
-    if in_bfloat16 and _stage(config, file) == 1 and _offloaded(config, file)[_MOMENTS] == "none":
-        why = "at stage 1 in bfloat16 DeepSpeed takes another optimizer for it, which merges do not know"
-        return Rule(key, ("bf16",), why, "parallel.zero_stage")
-    return Rule(key, ("fp32",), "gradients add up in float32")
+    return Rule((value,), f"{setting} is {said or shown(value)}", setting)

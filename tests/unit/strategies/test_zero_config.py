@@ -1,7 +1,8 @@
-"""The configuration that DeepSpeed gets: what is filled, and DeepSpeed's own view of it."""
+"""DeepSpeed's configuration: what is filled in, what is refused and in which words, and DeepSpeed's own view of it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,26 +10,69 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loqt_scale.functional.shares import micro_steps
-from loqt_scale.strategies.zero.config import size_buckets
-from loqt_scale.strategies.zero.rules import nested
-from tests.unit.strategies.zero_files import resolved, run
+from loqt_scale.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from loqt_scale.errors import ConfigError
+from loqt_scale.strategies.zero.config import check_zero_unused, deepspeed_config, size_buckets
+from loqt_scale.strategies.zero.rules import RULES, flattened, nested
 
 deepspeed = pytest.importorskip("deepspeed")
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-SHIPPED = sorted(CONFIGS.glob("zero_*.json"))
+SHIPPED = sorted((Path(__file__).resolve().parents[3] / "configs").glob("zero_*.json"))
+NUMBERS = st.floats(1e-9, 1e9)
+COUNTS = st.integers(1, 10**6)
+# key of the JSON: our value, as `AGREEING` has it; the setting it must agree with; other values
+SHARED = {
+    "train_batch_size": (24, "train.global_batch_size", COUNTS),
+    "train_micro_batch_size_per_gpu": (3, "train.micro_batch_size", COUNTS),
+    "gradient_accumulation_steps": (4, "train.micro_batch_size", COUNTS),
+    "gradient_clipping": (0.5, "optim.clip_norm", NUMBERS),
+    "log_level": ("warning", "parallel.zero_log_level", st.sampled_from(["debug", "info", "critical"])),
+    "bf16.enabled": (True, "model.dtype", st.just(False)),
+    "optimizer.type": ("AdamW", "optim.name", st.sampled_from(["OneBitAdam", "Lamb", "Muon"])),
+    "optimizer.params.lr": (0.25, "optim.lr", NUMBERS),
+    "optimizer.params.betas": ([0.5, 0.75], "optim.betas", st.lists(st.floats(0.0, 1.0), max_size=3)),
+    "optimizer.params.eps": (1e-6, "optim.eps", NUMBERS),
+    "optimizer.params.weight_decay": (0.125, "optim.weight_decay", NUMBERS),
+    "scheduler.type": ("WarmupCosineLR", "optim.schedule", st.sampled_from(["WarmupLR", "OneCycle", "StepLR"])),
+    "zero_optimization.stage": (2, "parallel.zero_stage", st.sampled_from([1, 3])),
+    "zero_optimization.offload_optimizer.device": ("cpu", "parallel.zero_offload", st.just("none")),
+    "zero_optimization.offload_param.device": ("none", "parallel.zero_offload", st.just("cpu")),
+}
 
 
-# ---- what is filled ----------------------------------------------------------------------------------------------
+# the run of which `SHARED` speaks
+AGREEING = {
+    "dtype": "bfloat16",
+    "optim": {"lr": 0.25, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.125, "clip_norm": 0.5},
+    "train": {"global_batch_size": 24, "micro_batch_size": 3},
+    **{"zero_stage": 2, "zero_offload": "optimizer", "zero_log_level": "warning"},
+}
+ALLOWED_BLOCKS = ("activation_checkpointing", "checkpoint", "datastates_ckpt")  # what is false in them
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "expected"), [(None, "auto", 3), (1, "auto", 1), (None, 2, 2), (2, 2, 2), (None, 1.0, 1)]
-)
-def test_stage(json_file, ours, theirs, expected):
-    path = json_file({} if theirs is None else nested({"zero_optimization.stage": theirs}))
-    assert resolved(run(zero_stage=ours, zero_config=path))["zero_optimization"]["stage"] == expected
+def run(*, dtype="float32", optim=None, train=None, **parallel) -> RunConfig:
+    """A run whose batch of 32 makes 2 micro-steps of 8 on each of 2 ranks."""
+    return RunConfig(
+        model=ModelConfig(dtype=dtype),
+        optim=OptimConfig(**(optim or {})),
+        parallel=ParallelConfig(strategy="zero", **parallel),
+        train=TrainConfig(**(train or {})),
+    )
+
+
+def resolved(config: RunConfig) -> dict:
+    return deepspeed_config(config, world_size=2)
+
+
+def refusal(config: RunConfig) -> str:
+    """The message of a refused run: one line, which begins with the file."""
+    with pytest.raises(ConfigError) as caught:
+        resolved(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{config.parallel.zero_config}: ")
+
+
+# ---- what is filled in -------------------------------------------------------------------------------------------
 
 
 def test_without_a_file_everything_is_ours():
@@ -40,7 +84,6 @@ def test_without_a_file_everything_is_ours():
         "gradient_clipping": 0.0,
         "log_level": "info",
         "bf16": {"enabled": True, "check_grad_overflow": True},
-        "fp16": {"enabled": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
@@ -49,55 +92,40 @@ def test_without_a_file_everything_is_ours():
             "stage": 3,
             "reduce_bucket_size": 1001,
             "allgather_bucket_size": 1002,
-            "round_robin_gradients": False,
             "memory_efficient_linear": False,
-            "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 0,
         },
     }
 
 
-@given(world_size=st.integers(1, 9), sequences=st.integers(1, 40), micro_batch=st.integers(1, 9))
-def test_batches_are_those_of_the_training_loop(world_size, sequences, micro_batch):
-    train = {"global_batch_size": sequences, "micro_batch_size": micro_batch}
-    values = resolved(run(train=train), world_size)
-    assert values["gradient_accumulation_steps"] == micro_steps(sequences, world_size, micro_batch)
-    assert values["train_micro_batch_size_per_gpu"] == micro_batch
-
-
-@pytest.mark.parametrize(
-    ("trained", "reduce", "gather"), [(0, 1, 2), (1001, 1001, 1002), (10**10, 20_000_000, 20_000_000)]
-)
-def test_buckets_are_no_larger_than_the_model(trained, reduce, gather):
+@pytest.mark.parametrize(("trained", "sizes"), [(0, (1, 2)), (1001, (1001, 1002)), (10**10, (20_000_000,) * 2)])
+def test_buckets_are_no_larger_than_the_model(trained, sizes):
     settings = {"zero_optimization": {}}
     size_buckets(settings, trained)
-    assert settings["zero_optimization"] == {"reduce_bucket_size": reduce, "allgather_bucket_size": gather}
+    assert tuple(settings["zero_optimization"].values()) == sizes
 
 
-@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("offload", ["none", "optimizer", "parameters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_add_up_in_float32_where_deepspeed_can(stage, dtype, offload):
-    values = resolved(run(zero_stage=stage, dtype=dtype, zero_offload=offload))
-    expected = "bf16" if (stage, dtype, offload) == (1, "bfloat16", "none") else "fp32"
-    assert values["data_types"] == {"grad_accum_dtype": expected}
-
-
-@pytest.mark.parametrize(
-    ("stage", "ours", "theirs", "optimizer", "param"),
-    [
-        (3, "none", {}, None, None),
-        (1, "optimizer", {}, "cpu", None),
-        (3, "parameters", {"offload_param": "cpu", "offload_optimizer": "auto"}, "cpu", "cpu"),
-        (3, None, {"offload_optimizer": "cpu", "offload_param": "cpu"}, "cpu", "cpu"),
-        (2, "optimizer", {"offload_optimizer": "cpu", "offload_param": "none"}, "cpu", "none"),
-    ],
-)
-def test_offload(json_file, stage, ours, theirs, optimizer, param):
-    tree = nested({f"zero_optimization.{block}.device": device for block, device in theirs.items()})
-    zero = resolved(run(zero_stage=stage, zero_offload=ours, zero_config=json_file(tree)))["zero_optimization"]
-    assert zero.get("offload_optimizer", {}).get("device") == optimizer
-    assert zero.get("offload_param", {}).get("device") == param
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_fit_any_run_and_deepspeed_understands_them(path, dtype, offload):
+    stage = int(path.stem[-1])
+    if stage < 3 and offload == "parameters":
+        return
+    settings = {"dtype": dtype, "zero_offload": offload, "train": {"global_batch_size": 7, "micro_batch_size": 2}}
+    ours, values = resolved(run(zero_stage=stage, **settings)), resolved(run(zero_config=str(path), **settings))
+    theirs = deepspeed.DeepSpeedConfig(values)
+    zero = theirs.zero_config
+    assert (zero.stage, zero.param_persistence_threshold, theirs.gradient_accumulation_steps) == (stage, 0, 2)
+    assert theirs.communication_data_type == torch.float32
+    assert theirs.grad_accum_dtype == ("bf16" if (stage, dtype, offload) == (1, "bfloat16", "none") else "fp32")
+    assert theirs.bfloat16_config.enabled == (dtype == "bfloat16") and not theirs.float16_config.enabled
+    places = [getattr(block, "device", "none") for block in (zero.offload_optimizer, zero.offload_param)]
+    assert places == ["none" if offload == "none" else "cpu", "cpu" if offload == "parameters" else "none"]
+    blocks = {"offload_optimizer", "offload_param"}  # "pin_memory" is the file's
+    filled = {key: value for key, value in ours.pop("zero_optimization").items() if key not in blocks}
+    assert values.pop("zero_optimization").items() >= filled.items()
+    assert values == ours
 
 
 def test_what_is_not_ours_is_passed_on(json_file):
@@ -105,86 +133,130 @@ def test_what_is_not_ours_is_passed_on(json_file):
     tree = {
         "wall_clock_breakdown": True,
         "communication_data_type": "bf16",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "flops_profiler": {"enabled": True, "module_depth": -1, "output_file": None},
+        "flops_profiler": {"enabled": True, "output_file": None},
         "aio": {"block_size": "auto", "queue_depth": 8},
-        "activation_checkpointing": {"partition_activations": False, "profile": True},
-        "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+        "activation_checkpointing": {"partition_activations": False},
+        "scheduler": {"type": "auto", "params": {"warmup_num_steps": "auto"}},
         "zero_optimization": {
-            "overlap_comm": True,
+            "stage": 1.0,
             "reduce_bucket_size": 2e5,
-            "allgather_bucket_size": 4,
             "param_persistence_threshold": 7,
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
-            "leaf_module": {"classes": ["Some.Class"]},
+            "cpu_offload_param": False,
         },
-        "tensor_parallel": {"autotp_size": 1},
     }
-    values = resolved(run(zero_config=json_file(tree)), 1)
-    theirs = deepspeed.DeepSpeedConfig(values)
-    assert (theirs.zero_config.param_persistence_threshold, theirs.zero_config.prefetch_bucket_size) == (7, 50_000_000)
+    values = resolved(run(zero_config=json_file("\ufeff" + json.dumps(tree))))  # a byte order mark is no error
+    assert deepspeed.DeepSpeedConfig(values).zero_config.param_persistence_threshold == 7
+    assert "scheduler" not in values
     size_buckets(values, 1000)
-    zero = values.pop("zero_optimization")
-    assert zero.items() >= tree.pop("zero_optimization").items()
-    tree["flops_profiler"].pop("output_file")
-    tree["aio"].pop("block_size")
-    assert {key: values[key] for key in tree} == tree
+    assert flattened(values).items() >= flattened(tree).items()
 
 
-def test_a_file_of_hugging_faces_trainer(json_file):
-    """All is auto but types, which say what our settings say. What only it knows is left out or passed on."""
-    auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
-    warmup = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")
-    tree = {
-        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
-        "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "Adam", "params": auto},
-        "scheduler": {"type": "WarmupDecayLR", "params": warmup},
-        "zero_optimization": {
-            "stage": 3,
-            "sub_group_size": 1e9,
-            "reduce_bucket_size": "auto",
-            "stage3_param_persistence_threshold": "auto",
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
-    }
-    values, ours = (resolved(run(optim={"schedule": "linear"}, zero_config=path)) for path in (json_file(tree), None))
-    for name in ("sub_group_size", "stage3_gather_16bit_weights_on_model_save"):
-        assert values["zero_optimization"].pop(name) == tree["zero_optimization"][name]
-    assert values.pop("fp16") == {**tree["fp16"], **ours.pop("fp16")}
-    assert values == ours
+# ---- what both sides name ----------------------------------------------------------------------------------------
 
 
-# ---- the files we ship, and DeepSpeed's view ---------------------------------------------------------------------
+@given(forms=st.fixed_dictionaries({key: st.sampled_from(["missing", "auto", None, "ours"]) for key in SHARED}))
+def test_auto_is_missing_is_ours(json_file, forms):
+    written = {key: SHARED[key][0] if form == "ours" else form for key, form in forms.items() if form != "missing"}
+    values = resolved(run(**AGREEING, zero_config=json_file(nested(written))))
+    values["zero_optimization"].pop("offload_param", None)  # may be there, saying what is so
+    assert values == resolved(run(**AGREEING))
+    assert not {"optimizer", "scheduler", "train_batch_size"} & values.keys()
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shipped_files_fit_any_run(path, dtype):
-    stage = int(path.stem[-1])
-    settings = {"dtype": dtype, "optim": {"clip_norm": 0.25}, "train": {"global_batch_size": 7, "micro_batch_size": 2}}
-    ours = resolved(run(zero_stage=stage, **settings))
-    values = resolved(run(zero_config=str(path), **settings))
-    assert values.pop("zero_optimization").items() >= ours.pop("zero_optimization").items()
-    assert values == ours
-    assert '"auto"' in path.read_text()
-    for offload in ("none", "optimizer") if stage < 3 else ("none", "optimizer", "parameters"):
-        resolved(run(zero_config=str(path), zero_offload=offload, **settings))
+@pytest.mark.parametrize("key", SHARED)
+def test_any_other_value_is_refused_with_both(json_file, key):
+    ours, setting, others = SHARED[key]
+
+    @given(value=others.filter(lambda value: value != ours))
+    def refused(value):
+        message = refusal(run(**AGREEING, zero_config=json_file(nested({key: value}))))
+        assert message.startswith(f"{key} is {json.dumps(value)[:25]}") and setting in message
+        assert f"; write {json.dumps(ours)}" in message and message.endswith(f", or leave it out, or change {setting}")
+
+    refused()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("stage", "offload"), [(1, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
+    ("key", "value", "settings", "expected"),
+    [
+        (
+            "gradient_accumulation_steps",
+            4,
+            {},
+            "gradient_accumulation_steps is 4, but 32 sequences (train.global_batch_size) on 2 rank(s) make 2 passes; "
+            "write 2, or leave it out, or change train.micro_batch_size",
+        ),
+        ("scheduler.type", "WarmupLR", {"optim": {"schedule": "wsd"}}, "is wsd; leave it out, or change optim.sched"),
+        ("optimizer.type", "AdamW", {"optim": {"name": "muon"}}, "is muon; leave it out, or change optim.name"),
+        ("data_types.grad_accum_dtype", "bf16", {}, 'is "bf16", but gradients add up in float32; at'),
+        (
+            "data_types.grad_accum_dtype",
+            "fp32",
+            {"dtype": "bfloat16", "zero_stage": 1},
+            'does it; write "bf16", or leave it out',
+        ),
+        ("scheduler.params.warmup_num_steps", 9, {}, "is 9, but the optimizer and its rates are those of optim.name"),
+        ("optimizer.params.momentum", 0.9, {}, "is 0.9, but the optimizer and its rates are those of optim.name"),
+        ("zero_optimization.offload_param.device", "cpu", {"zero_stage": 1}, "are offloaded (parallel.zero_offload"),
+        ("steps_per_print", 1, {"zero_stage": 2, "zero_offload": "parameters"}, "but stage 2 keeps all of them on"),
+    ],
 )
-def test_deepspeed_understands(stage, offload, dtype):
-    config = run(zero_stage=stage, zero_offload=offload, dtype=dtype, optim={"clip_norm": 0.0})
-    theirs = deepspeed.DeepSpeedConfig(resolved(config, 1))
-    zero = theirs.zero_config
-    assert (zero.stage, zero.param_persistence_threshold, zero.prefetch_bucket_size) == (stage, 0, 50_000_000)
-    assert (theirs.gradient_clipping, theirs.communication_data_type) == (0.0, torch.float32)
-    assert (theirs.gradient_accumulation_steps, theirs.train_batch_size) == (4, 32)
-    assert theirs.bfloat16_config.enabled == (dtype == "bfloat16")
-    assert theirs.bfloat16_config.check_grad_overflow and not theirs.float16_config.enabled
-    places = [getattr(block, "device", "none") for block in (zero.offload_optimizer, zero.offload_param)]
-    assert places == ["none" if offload == "none" else "cpu", "cpu" if offload == "parameters" else "none"]
+def test_what_follows_from_several_settings(json_file, key, value, settings, expected):
+    assert expected in refusal(run(zero_config=json_file(nested({key: value})), **settings))
+
+
+@pytest.mark.parametrize("given", [{"zero_config": "x.json"}, {"zero_stage": 2}, {"zero_offload": "optimizer"}])
+def test_settings_of_zero_belong_to_zero(given):
+    (name, value), *_ = given.items()
+    both = f"^parallel.{name} is {value!r}, but parallel.strategy is 'ddp'; write parallel.strategy: zero, or leave"
+    with pytest.raises(ConfigError, match=both):
+        check_zero_unused(ParallelConfig(strategy="ddp", **given))
+    check_zero_unused(ParallelConfig(strategy="ddp", zero_offload="none"))
+
+
+# ---- what would break a run, what DeepSpeed refuses, and files that are none -------------------------------------
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_what_would_break_a_run_is_refused_with_the_reason(json_file, key):
+    rule = RULES[key]
+    wrong = not rule.allowed[0] if rule.allowed and isinstance(rule.allowed[0], bool) else 7
+    wanted = f"write {' or '.join(map(json.dumps, rule.allowed))}, or " if rule.allowed else ""
+    said = refusal(run(zero_config=json_file(nested({key: wrong}))))
+    assert said == f"{key} is {json.dumps(wrong)}, but {rule.why}; {wanted}leave it out"
+    for harmless in ("auto", None, *(rule.allowed[:1] if key not in ALLOWED_BLOCKS else ())):
+        resolved(run(zero_config=json_file(nested({key: harmless}))))
+
+
+@pytest.mark.parametrize("key", ["data_types.buffer_dtype", "pipeline.stages", "checkpoint.parallel_write.stage"])
+def test_a_block_that_is_refused_is_refused_for_each_of_its_keys(json_file, key):
+    assert refusal(run(zero_config=json_file(nested({key: 7})))).startswith(f"{key} is 7, but ")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            {"zero_optimization": {"overlap_com": 1}},
+            "settings: DeepSpeedZeroConfig, overlap_com: Extra inputs",
+        ),
+        ({"communication_data_type": "fp8"}, "DeepSpeed refuses these settings: Invalid communication_data_type"),
+        ({"gradient_cliping": 1.0}, "'gradient_cliping' at the top of its settings; did you mean 'gradient_clipping'?"),
+        ({"zzz": {"enabled": True}}, "DeepSpeed has no key 'zzz' at the top of its settings; leave it out"),
+        ({"zero_optimization": True}, 'zero_optimization is true; write an object such as {"'),
+        ({"scheduler": 1}, "scheduler is 1, but the optimizer and its rates are those of"),
+        ([1], "it holds [1]; write an object such as {...}"),
+        ("{'a': 1}", "which cannot be read: Expecting property name enclosed in double quotes"),
+        ('{"a": {"b": true, "b": false}}', "which cannot be read: Duplicate keys"),
+        (b'{"a": "\xe9"}', "which cannot be read: 'utf-8' codec"),
+        (None, "which cannot be read: No such file"),
+    ],
+)
+def test_files_that_are_no_settings_of_deepspeeds(json_file, tmp_path, content, expected):
+    path = tmp_path / "x.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path = json_file(content)
+    assert expected in refusal(run(zero_config=str(path)))
