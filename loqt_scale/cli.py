@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import signal
 import sys
 import traceback
@@ -32,14 +31,13 @@ from loqt_scale.config.commands import (
 )
 from loqt_scale.config.yaml import override_run_config, parse_run_config
 from loqt_scale.errors import ConfigError, UserError, advice_on, explained, machine_error, reason_of, shortened
-from loqt_scale.process.environment import has_peers, has_rank, rank_label, speaks_for_its_node
+from loqt_scale.process.environment import has_peers, has_rank, rank_label, speaks_for_its_node, wants_tracebacks
 from loqt_scale.process.error_log import keep_errors_in, log_error
 from loqt_scale.process.launcher import join_launcher, wait_asleep
 from loqt_scale.process.streams import CLOSED, Watch, warn, watched_stdout
 from loqt_scale.training.stopping import StopRequest
 
 USER_ERROR, BUG = 2, 1
-TRACEBACK_VARIABLE = "LOQT_SCALE_TRACEBACK"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +175,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
         except Exception as error:
             if _may_be_of_stdout(error) and (status := _delivered(watch, prog)):
                 return status
-            if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            if wants_tracebacks():
                 raise
             return _report(prog, error)
 

@@ -7,7 +7,6 @@ in docs/checkpoints.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from loqt_scale.checkpoint.opened import read_settings
 from loqt_scale.checkpoint.records import Begun, Finished, identity, read_record
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import ConfigError
-from loqt_scale.process.environment import is_restart
+from loqt_scale.process.environment import OWN, Environment, is_restart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def decide_start(config: RunConfig, environment: Mapping[str, str] = os.environ, *, job: str = "") -> Start:
+def decide_start(config: RunConfig, environment: Environment = OWN, *, job: str = "") -> Start:
     """Decides where a run starts. Reads manifests and settings, no tensors. One rank.
 
     Args:

@@ -11,6 +11,7 @@ import os
 import re
 
 from loqt_scale.errors import ConfigError, shortened
+from loqt_scale.process.environment import has_variable
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # what file systems take
@@ -33,7 +34,7 @@ def expand_path(text: str, key: str) -> str:
         return text
     names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
     for name in names:
-        if name not in os.environ:
+        if not has_variable(name):
             raise ConfigError(
                 f"{key} is '{shortened(text)}', but the variable {name} is not set; set it, or write it out"
             )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from loqt_scale.data.packing import Tokens
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from loqt_scale.data.tokenizing import Encoder, document_hash, write_tokens
 from loqt_scale.errors import UserError
+from loqt_scale.process.environment import cache_home
 
 _FORMAT_VERSION = 2  # raise it when the files or the way they are made change
 _HASHES = 2**64
@@ -59,8 +59,7 @@ class TokenStore:
 
 def default_cache_dir() -> Path:
     """Return $XDG_CACHE_HOME/loqt_scale, or ~/.cache/loqt_scale."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "loqt_scale"
+    return cache_home() / "loqt_scale"
 
 
 def holdout_threshold(text: LocalText, eval_fraction: float) -> int:

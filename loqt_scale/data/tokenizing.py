@@ -35,6 +35,7 @@ from loqt_scale.data.packing import Tokens, join_documents
 from loqt_scale.data.reading_bar import reading_bar
 from loqt_scale.data.token_files import TokenFile, Written
 from loqt_scale.data.tokenizers import Tokenizer
+from loqt_scale.process.environment import tell_tokenizers
 
 SIDES = ("train", "eval")
 
@@ -253,7 +254,7 @@ _encoder: Encoder  # of another process
 def _begin(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    tell_tokenizers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 

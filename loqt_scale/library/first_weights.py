@@ -6,7 +6,6 @@ to the end of the first merge, so that nobody needs a second copy of the model, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +17,7 @@ from loqt_scale.layers import loqt_layers
 from loqt_scale.layers.names import plain_name
 from loqt_scale.merge import InitialWeights
 from loqt_scale.merge.initial_weights import as_initial_weights
+from loqt_scale.process.environment import only_rank_zero_loads
 
 
 class FirstWeights:
@@ -47,8 +47,7 @@ class FirstWeights:
 
 def _of_rank_zero(weight: Tensor) -> Tensor:
     """The weight in host memory. Where only rank 0 has loaded the model (FSDP's loading), its values. Every rank."""
-    lone = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
-    if not lone or PartialState().num_processes == 1:
+    if not only_rank_zero_loads() or PartialState().num_processes == 1:
         return weight.cpu()
     device = PartialState().device
     whole = torch.empty_like(weight, device=device) if weight.is_meta else weight.to(device)

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 
 from loqt_scale.errors import ConfigError
+from loqt_scale.process.environment import OWN
 from loqt_scale.process.notice import given_notice
 
 # set for each rank by: Open MPI; MPICH, Intel MPI and others that start with Hydra; MVAPICH
@@ -24,7 +25,7 @@ ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
-def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+def join_launcher(environment: MutableMapping[str, str] = OWN) -> None:
     """Completes this rank's variables. Under MPI: every rank. Without a launcher, or a second time, it does nothing.
 
     An existing MASTER_ADDR, MASTER_PORT or OMP_NUM_THREADS is kept.
@@ -48,7 +49,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(int(environment["LOCAL_WORLD_SIZE"]))))
 
 
-def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> None:
+def wait_asleep(environment: MutableMapping[str, str] = OWN) -> None:
     """Lets threads sleep that wait for one another, unless variables say how they wait. Before torch loads.
 
     Torch's OpenMP threads meet after every operator, and spin for up to some 20 ms until all are there. Where another

@@ -16,7 +16,7 @@ from importlib.metadata import version
 import psutil
 
 from loqt_scale.errors import ConfigError
-from loqt_scale.process.environment import Environment
+from loqt_scale.process.environment import OWN, Environment
 
 VARIABLE = "LOQT_SCALE_NOTICE_SECONDS"
 """Seconds from the first signal to the kill, of whatever stands above (a cluster, a container's grace period)."""
@@ -61,7 +61,7 @@ class Notice:
         )
 
 
-def launchers_notice(environment: Environment = os.environ, command: Sequence[str] | None = None) -> Notice:
+def launchers_notice(environment: Environment = OWN, command: Sequence[str] | None = None) -> Notice:
     """What the launcher of this process gives.
 
     Args:

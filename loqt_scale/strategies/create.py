@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-
 import torch
 from torch.distributed.distributed_c10d import Store
 
 from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.config.combinations import strategy_of
 from loqt_scale.errors import ConfigError, UserError
-from loqt_scale.process.environment import is_bound_to_one_gpu, is_launched, launched_world_size, local_rank
+from loqt_scale.process.environment import (
+    OWN,
+    Environment,
+    is_bound_to_one_gpu,
+    is_launched,
+    launched_world_size,
+    local_rank,
+)
 from loqt_scale.strategies.base import Strategy
 from loqt_scale.strategies.ddp import DDP
 from loqt_scale.strategies.fsdp import FSDP
@@ -24,7 +28,7 @@ for _kind in (SINGLE, DDP, FSDP, ZERO):
     register_strategy(_kind)
 
 
-def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os.environ) -> str:
+def resolve_strategy(config: ParallelConfig, environment: Environment = OWN) -> str:
     """The strategy's name; another package's is loaded, nothing is joined.
 
     Raises:
@@ -51,7 +55,7 @@ def resolve_strategy(config: ParallelConfig, environment: Mapping[str, str] = os
     return kind.name
 
 
-def resolve_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
+def resolve_device(name: str, environment: Environment = OWN) -> torch.device:
     """`auto`, `cpu` or `cuda` as this rank's device.
 
     The GPU is that of LOCAL_RANK; or the only one that CUDA_VISIBLE_DEVICES shows this rank, as SLURM and other

@@ -24,11 +24,9 @@ rank r's new word, an old answer lacks rank 0's new key.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 
@@ -36,6 +34,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from loqt_scale.process.environment import (
+    OWN,
+    Environment,
     agent_hosts_store,
     hosts_store,
     launched_rank,
@@ -47,7 +47,7 @@ from loqt_scale.strategies.bounded import bounded
 _POLL_SECONDS = 0.02
 
 
-def open_store(timeout_seconds: float, environment: Mapping[str, str] = os.environ) -> Store:
+def open_store(timeout_seconds: float, environment: Environment = OWN) -> Store:
     """The store that the ranks of this attempt share. Every rank; only torchrun's wait for each other here.
 
     Args:
@@ -79,7 +79,7 @@ class StoreLine:
         ConnectionError: It cannot be reached.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Environment = OWN) -> None:
         self._socket: socket.socket | None = None  # to this process itself: none
         if not hosts_store(environment):
             self._socket = socket.create_connection(meeting_place(environment), timeout=30.0)

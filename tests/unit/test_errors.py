@@ -23,6 +23,7 @@ from loqt_scale.errors import (
     shortened,
 )
 from loqt_scale.process import error_log
+from loqt_scale.process.environment import TRACEBACK
 
 
 def test_a_librarys_exception_is_explained_and_keeps_its_cause() -> None:
@@ -110,7 +111,7 @@ def probe(monkeypatch: pytest.MonkeyPatch, run) -> int:
 @pytest.fixture(autouse=True)
 def no_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(error_log.tempfile, "gettempdir", lambda: str(tmp_path))
-    for name in ("RANK", "LOCAL_RANK", cli.TRACEBACK_VARIABLE):
+    for name in ("RANK", "LOCAL_RANK", TRACEBACK):
         monkeypatch.delenv(name, raising=False)
     yield
     error_log.keep_errors_in(None)
@@ -170,10 +171,10 @@ def test_the_machines_doing_is_status_2_with_a_traceback_kept(capsys, monkeypatc
 
 
 def test_the_variable_shows_every_traceback(monkeypatch) -> None:
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(UserError):
         probe(monkeypatch, fail)
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "0")
+    monkeypatch.setenv(TRACEBACK, "0")
     assert probe(monkeypatch, fail) == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from types import ModuleType
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from loqt_scale.config import RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.optim import Fragment, StreamedAdamW
+from loqt_scale.process.environment import tell_deepspeed
 from loqt_scale.strategies.zero.config import deepspeed_config, size_buckets
 from loqt_scale.strategies.zero.flat import master_fragments, shapes_only
 
@@ -28,11 +28,7 @@ def import_deepspeed(device: torch.device, log_level: str) -> ModuleType:
     Raises:
         ValueError: It is not installed.
     """
-    os.environ["DS_ACCELERATOR"] = device.type
-    if device.index is not None:  # DeepSpeed takes these for the GPU's number, which a rank that sees one GPU calls 0
-        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
-            if name in os.environ:
-                os.environ[name] = str(device.index)
+    tell_deepspeed(device.type, device.index)
     try:
         import deepspeed
         from deepspeed.utils.logging import logger
