@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from loqt_scale.data.packing import Int64Array, evaluation_windows, join_documen
 from loqt_scale.data.text_files import row_texts
 from loqt_scale.data.tokenizers import Tokenizer
 from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
+from loqt_scale.process.caller import warn_caller
 
 if TYPE_CHECKING:  # it takes seconds to import, which the embedded corpus need not pay
     import datasets
@@ -208,9 +208,7 @@ def _objects(rows: Iterable[dict[str, str]], text_field: str, source: str) -> It
                     f"a line of {source} is no JSON object: {row['text'][:40]!r}; mend its file (data.dataset)"
                 )
             if text_field not in found:  # of one row perhaps, perhaps of a whole file that names it otherwise
-                warnings.warn(
-                    f"{source}: rows without a column {text_field!r} are left out (data.text_field)", stacklevel=2
-                )
+                warn_caller(f"{source}: rows without a column {text_field!r} are left out (data.text_field)")
             yield {text_field: None, **found}
 
 

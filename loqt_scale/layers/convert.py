@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 from torch import nn
@@ -14,6 +13,7 @@ from loqt_scale.layers.layer import LoQTLayer
 from loqt_scale.layers.names import is_replicated, named_modules
 from loqt_scale.layers.saving import save_merged_weights
 from loqt_scale.layers.select import select, unmatched_patterns
+from loqt_scale.process.caller import warn_caller
 
 LEAST_SHARE = 0.5
 
@@ -40,7 +40,7 @@ def convert_to_loqt(model: nn.Module, config: LoQTConfig) -> ConversionReport:
     """
     report = convert(model, config)
     if report.share < LEAST_SHARE:
-        warnings.warn(f"less than one half of the model became low-rank\n{report}", stacklevel=2)
+        warn_caller(f"less than one half of the model became low-rank\n{report}")
     return report
 
 
@@ -62,10 +62,9 @@ def convert(model: nn.Module, config: LoQTConfig) -> ConversionReport:
 
 def _tell_unmatched(model: nn.Module, config: LoQTConfig) -> None:
     for key, pattern in unmatched_patterns(model, config):
-        warnings.warn(
+        warn_caller(
             f"loqt.{key} has {pattern!r}, which nothing in the model is called; a pattern is of a whole name, so write "
             f"'*{pattern}*' for what has it inside",
-            stacklevel=4,
         )
 
 

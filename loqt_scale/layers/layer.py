@@ -6,7 +6,6 @@ A layer knows no ranks, steps or schedules.
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from loqt_scale.functional.low_rank_linear import OTHER_SIDE, LowRankSpec, resol
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.layers import copies
 from loqt_scale.layers.frozen import FrozenMatrix
+from loqt_scale.process.caller import warn_caller
 
 BLANK_PASSES = 32
 NO_MERGES = (
@@ -157,7 +157,7 @@ class LoQTLayer(nn.Module):
         self._blank_passes = -1
         packed = self.projection.codes if self.projection.scales is None else self.projection.scales
         if may_be_read(packed) and not bool(packed.any()):
-            warnings.warn(NO_MERGES, stacklevel=3)
+            warn_caller(NO_MERGES)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copies and pickles: without a probe, which belongs to a step of this model's own merges."""

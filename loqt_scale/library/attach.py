@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ from loqt_scale.layers import LoQTLayer, check_kinds, loqt_layers
 from loqt_scale.merge import InitialWeights, MergeCoordinator
 from loqt_scale.merge.initial_weights import TAKE_BEFORE, check_shape, stored_name
 from loqt_scale.model.weights import SafetensorsWeights
+from loqt_scale.process.caller import warn_caller
 from loqt_scale.strategies import Editing, unwrapped
 
 Given = InitialWeights | nn.Module | Mapping[str, Tensor] | str | PathLike[str] | None
@@ -72,11 +72,10 @@ def attach(
         merges.check_first_weights()
         merges.begin()
         if source is None and not all(layer.spec.base.kind.exact for layer in layers.values()) and merges.is_main:
-            warnings.warn(
+            warn_caller(
                 "LoQT: what quantization rounded away at the conversion is lost, because attach() was not given the "
                 "weights from before it. To have the first merge make up for it: before = model.state_dict(), then "
                 "convert_to_loqt(model, config), and attach(..., initial_weights=before), or a folder of safetensors",
-                stacklevel=2,
             )
     merges.expect_state(merged=merged)
     return merges

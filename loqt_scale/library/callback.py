@@ -10,7 +10,6 @@ state()               what Trainer writes of us into each checkpoint's trainer_s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -35,6 +34,7 @@ from loqt_scale.library.model_files import (
     write_checkpoints,
 )
 from loqt_scale.merge import MergeCoordinator, MergeReport
+from loqt_scale.process.caller import warn_caller
 from loqt_scale.strategies import engine_of, packed_bytes_may_be_sharded, replicas, unwrapped_optimizers
 from loqt_scale.strategies.whole import is_in_fsdp
 
@@ -241,10 +241,9 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "SyncRefModelCallback); write sync_ref_model=False"
         )
     if getattr(args, "precompute_ref_log_probs", False):
-        warnings.warn(
+        warn_caller(
             "LoQT: unless you give ref_model=..., precompute_ref_log_probs=True takes the rounded weights for the "
             "reference model; give it the model from before the conversion",
-            stacklevel=4,
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
+from loqt_scale.process.caller import warn_caller
 from loqt_scale.strategies import Comm
 
 MERGE_DIAGNOSTICS = (
@@ -72,6 +72,6 @@ class StartReport:
 
 
 def warn(comm: Comm, text: str) -> None:
-    """Says something to people, once for all ranks; the warning names who called the caller. Local."""
+    """Says something to people, once for all ranks; the warning names the program's line. Local."""
     if comm.is_main:
-        warnings.warn(f"LoQT: {text}", stacklevel=3)
+        warn_caller(f"LoQT: {text}")

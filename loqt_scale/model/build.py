@@ -11,7 +11,6 @@ So no rank ever holds the full-precision model, and what is filled does not depe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -35,6 +34,7 @@ from loqt_scale.model.fake_pass import check_widths
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.structure import build_meta_model, decoder_blocks
 from loqt_scale.model.weights import RandomWeights, WeightSource, pretrained_weights
+from loqt_scale.process.caller import warn_caller
 from loqt_scale.strategies import DTYPES, Editing, Placement, Strategy, whole_shape
 
 MOST_SURPRISES = 0.1  # of the parameters, that stay in full precision though they are no embedding or head
@@ -103,19 +103,18 @@ def design_model(config: RunConfig, *, vocab_size: int, occurring: Callable[[], 
     if config.method == "loqt":
         report = convert(model, config.loqt)
         if report.surprising_share > MOST_SURPRISES:
-            warnings.warn(str(report), stacklevel=2)
+            warn_caller(str(report))
     else:
         dense_layers = tuple(select_linears(model, replace(config.loqt, rank=1, rank_pattern={})))  # of any rank
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPES[config.model.trained_dtype])
     if not end_in_loss(model, chunk=config.model.loss_chunk_tokens) and config.model.loss_chunk_tokens:
-        warnings.warn(
+        warn_caller(
             f"model.loss_chunk_tokens is {config.model.loss_chunk_tokens}, but it is not known what a "
             f"{hf_config.model_type} model does after its head, or the head is low-rank, or output_router_logits wants "
             "the model's own pass: all logits are held; "
             "write a smaller train.micro_batch_size to save memory",
-            stacklevel=2,
         )
     return ModelDesign(model, source, dense_layers, hf_config)
 

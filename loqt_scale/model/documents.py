@@ -18,7 +18,6 @@ documents apart is tried on a small copy: some have no positions to give, or car
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -32,6 +31,7 @@ from loqt_scale.model.attention import attend_apart, attend_causally
 from loqt_scale.model.causality import VOCABULARY, agree, on_small_copies
 from loqt_scale.model.loss import give_with_tokens
 from loqt_scale.model.packed_attention import attention_dtype, block_mask, why_not_by_blocks
+from loqt_scale.process.caller import warn_caller
 
 Way = Literal["documents", "blocks", "mask", "given"]
 _SEPARATOR, _EACH = VOCABULARY - 1, 5  # of the copy: end of text, tokens of a document
@@ -82,10 +82,9 @@ class DocumentInputs:
             heads, config.num_key_value_heads, width, starts.shape[1], self._dtype(device), device
         )
         if reason:
-            warnings.warn(
+            warn_caller(
                 "data.mask_documents: a mask of all pairs of tokens is used, "
                 f"since FlexAttention cannot be ({reason}); the result is the same, long sequences take more time",
-                stacklevel=2,
             )
         return "mask" if reason else "blocks"
 

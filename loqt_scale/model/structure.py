@@ -7,12 +7,13 @@ sharded; only then does every rank allocate its own part and fill it from a weig
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from loqt_scale.process.caller import warn_caller
 
 
 def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> nn.Module:
@@ -42,7 +43,7 @@ def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = 
         if attn_implementation != "sdpa":
             raise
         model = build("eager")  # if the attention was not the trouble, this raises the same error
-        warnings.warn(f"eager attention is used, because sdpa could not be: {error}", stacklevel=2)
+        warn_caller(f"eager attention is used, because sdpa could not be: {error}")
         return model
 
 

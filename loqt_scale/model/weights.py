@@ -17,7 +17,6 @@ computes all of them on every rank.
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -32,6 +31,7 @@ from loqt_scale.errors import MissingFileError, UserError
 from loqt_scale.functional.seeding import isolated_rng
 from loqt_scale.model.hf_folder import CAREFULLY, indexed_files
 from loqt_scale.model.structure import bare_copy, skeleton, tied_names
+from loqt_scale.process.caller import warn_caller
 
 CHUNK_ELEMENTS = 2**18
 """Numbers drawn at a time (1 MB): a rank that owns few rows draws at most two chunks that it does not keep all of."""
@@ -327,9 +327,7 @@ def pretrained_weights(folder: str | Path, model: nn.Module) -> WeightSource:
             raise
         names, missing, reason = {}, [""], str(error)
     if missing:
-        warnings.warn(
-            f"model.path: {reason}; loading the whole model into host memory instead of streaming it", stacklevel=2
-        )
+        warn_caller(f"model.path: {reason}; loading the whole model into host memory instead of streaming it")
         source = _load_whole(folder)
         names, missing = _match_names(model, source.shapes)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from loqt_scale.errors import UserError
 from loqt_scale.functional.shares import shard_range
 from loqt_scale.optim import RowShards
+from loqt_scale.process.caller import warn_caller
 from loqt_scale.strategies.comm import Comm
 from loqt_scale.strategies.editing import Editing, ShardEditing
 from loqt_scale.strategies.fsdp_model import FSDPModelPlacement
@@ -106,12 +106,11 @@ def _warn_of_others(mesh: DeviceMesh) -> None:
     """Says it if there are ranks outside of the mesh, which may be meant for something else."""
     count = dist.get_world_size()
     if mesh.size() < count and not any(mesh.get_coordinate() or ()):
-        warnings.warn(
+        warn_caller(
             f"LoQT: the layers are sharded over {_shown(mesh)}, but there are {count} ranks: nothing sums these "
             "gradients with the others. That is right if those have other layers (pipeline stages) or the same batches "
             "(tensor parallelism elsewhere); else they train models of their own: give fully_shard a mesh of all "
             "(Lightning: ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1))",
-            stacklevel=2,
         )
 
 
