@@ -106,6 +106,7 @@ def export_checkpoint(
                 progress,
             )
             _write_adapter_config(folder / ADAPTER, parts, config.loqt.rank)
+            _tell_misread(parts, progress)
         files, size = write_tensors(
             folder,
             "model",
@@ -220,6 +221,17 @@ def _check_layers(parts: Parts) -> None:
         raise UserError(
             f"format is nf4, but the model stores {turned[0]} transposed (GPT-2's Conv1D), and 4-bit layers do not; "
             "write --format dense"
+        )
+
+
+def _tell_misread(parts: Parts, progress: Callable[[str], None]) -> None:
+    """Says it if a CPU will not read the 4-bit form (see `hf_folder.refuse_misread`)."""
+    bases = {part.name: part.spec.base for part in parts.all.values() if part.spec is not None}
+    cut = [name for name, layout in bases.items() if layout.cols % layout.block_size]
+    if cut:
+        progress(
+            f"NOTE: for GPUs only: on CPUs bitsandbytes 0.50 misreads {len(cut)} of {len(bases)} layers, whose rows "
+            f"are not whole blocks ({cut[0]}); there write --format dense"
         )
 
 

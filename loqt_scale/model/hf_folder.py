@@ -103,6 +103,8 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype | str) -> A
         )
         _check_whole(path, info)
         refuse_not_finite(path, model)
+        if device.type == "cpu":
+            refuse_misread(path, model)
         if (path / ADAPTER).is_dir():
             load_adapter(model, path / ADAPTER)
         return (model if quantized else model.to(device)).eval()
@@ -142,6 +144,20 @@ def load_adapter(model: Any, folder: Path) -> None:
 def refuse_not_finite(folder: Path, model: nn.Module) -> None:
     """Raises ValueError if a parameter of a loaded model, or a 4-bit one's scales, holds NaN or infinity."""
     _refuse(folder, [name for name, parameter in model.named_parameters() if not _is_finite(parameter)])
+
+
+def refuse_misread(folder: Path, model: nn.Module) -> None:
+    """Raises UserError if a model on a CPU has a 4-bit weight that bitsandbytes (0.50) reads wrongly there.
+
+    Where a row is not a whole number of blocks, its CPU kernel takes another block's scale, without a word.
+    """
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize:
+            raise UserError(
+                f"{folder}: {name} is 4-bit with rows of {state.shape[-1]} values, which on a CPU bitsandbytes reads "
+                f"wrongly unless blocks of {state.blocksize} divide them; use a GPU, or export with --format dense"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import CONFIG_MAPPING
 
 from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
@@ -14,6 +17,7 @@ from loqt_scale.errors import UserError
 from loqt_scale.model.architectures import load_model_config
 from loqt_scale.model.build import design_model
 from loqt_scale.model.causality import sees_ahead
+from loqt_scale.model.hf_folder import refuse_misread
 
 LLAMA = {
     "model_type": "llama",
@@ -33,6 +37,26 @@ def folder(path: Path, **fields: Any) -> str:
 def load(path: str, *, vocab_size: int = 64, **model: Any) -> Any:
     occurring = model.pop("occurring", None)
     return load_model_config(ModelConfig(path=path, **model), vocab_size=vocab_size, seq_len=16, occurring=occurring)
+
+
+@pytest.mark.parametrize(("width", "fits"), [(64, True), (96, False), (72, False)])
+def test_a_four_bit_weight_that_a_cpu_misreads_is_refused(width: int, fits: bool) -> None:
+    """The first two are also what bitsandbytes does: if it mends that, this fails, and the refusal can go."""
+    weight = torch.randn(32, width, generator=torch.Generator().manual_seed(0))
+    linear = Linear4bit(width, 32, bias=False, quant_type="nf4")
+    linear.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    state = linear.weight.quant_state
+    by_rows = dequantize_4bit(linear.weight.data, state)
+    in_one_row = torch.ops.bitsandbytes.dequantize_4bit(
+        linear.weight.data, state.absmax, 64, "nf4", (1, weight.numel()), torch.float32
+    )
+    if width != 72:
+        assert torch.equal(by_rows.flatten(), in_one_row.flatten()) == fits
+    if fits:
+        refuse_misread(Path("folder"), linear)
+        return
+    with pytest.raises(UserError, match=f"folder: weight is 4-bit with rows of {width} values.*blocks of 64 divide"):
+        refuse_misread(Path("folder"), linear)
 
 
 def test_models_that_attend_both_ways_are_found_and_those_that_do_not_are_let_through() -> None:
