@@ -264,14 +264,14 @@ def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Mod
     return model, optimizer
 
 
-def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micro: int) -> Any:
+def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micro: int, **zero: Any) -> Any:
     import deepspeed
 
     persistence = {"stage3_param_persistence_threshold": 0} if micro == 1 else {}  # else small ones stay whole
     settings = {
         "train_micro_batch_size_per_gpu": SEQUENCES // 2 // micro,
         "gradient_accumulation_steps": micro,
-        "zero_optimization": {"stage": stage, **persistence},
+        "zero_optimization": {"stage": stage, **persistence, **zero},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # Muon
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
@@ -323,6 +323,23 @@ def refusals() -> dict[str, str]:
     except UserError as error:
         told["muon before attach"] = str(error)
     return told
+
+
+def refused_engine() -> str:
+    """What an engine's owner is told whose settings break merges. Every rank."""
+    from loqt_scale.errors import UserError
+
+    _join("zero2")
+    model, _, settings = converted("none")
+    optimizer = torch.optim.AdamW(trained(model))
+    engine = _engine(model, optimizer, 2, 1, round_robin_gradients=True)
+    try:
+        MergeCoordinator(engine, optimizer, settings)
+    except UserError as error:
+        return str(error)
+    finally:
+        _close(engine)
+    return "nothing"
 
 
 def run_example(name: str, **arguments: Any) -> list[float]:

@@ -128,6 +128,14 @@ def test_what_would_drift_apart_is_refused(ranks: RankPool) -> None:
     assert "before fully_shard" in told["optimizer before fully_shard"]
 
 
+def test_an_engine_whose_settings_break_merges_is_refused(ranks: RankPool) -> None:
+    for told in ranks.run(2, f"{TASKS}:refused_engine"):
+        assert told.startswith(
+            "the DeepSpeed engine's configuration: zero_optimization.round_robin_gradients is true, but a merge would"
+        )
+        assert told.endswith("; write false, or leave it out")
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("own_fsdp2", {}), ("own_deepspeed", {"stage": 1})])
 def test_the_examples_for_several_ranks_run(ranks: RankPool, name: str, arguments: dict[str, Any]) -> None:
     losses = ranks.run(2, f"{TASKS}:run_example", name=name, **arguments)
