@@ -229,6 +229,7 @@ def test_what_would_break_a_run_is_refused_with_the_reason(json_file, key):
     ("content", "expected"),
     [
         ({"zero_optimization": {"overlap_com": 1}}, "DeepSpeedZeroConfig, 'overlap_com': Extra inputs are not"),
+        ({"zero_optimization": {"allgather_bucket_size": 7}}, "allgather_bucket_size must be an even number"),
         ({"communication_data_type": "fp8"}, "DeepSpeed refuses these settings: Invalid communication_data_type"),
         ({"gradient_cliping": 1.0}, "'gradient_cliping' at the top of its settings; did you mean 'gradient_clipping'?"),
         ({"zzz": {"enabled": True}}, "DeepSpeed has no key 'zzz' at the top of its settings; leave it out"),
