@@ -1,1 +1,1 @@
-"""This process and what surrounds it: its launcher, its standard streams, its error log. Loads without torch."""
+"""This process and what surrounds it: its launcher, variables, standard streams, error log, caller. Loads without torch."""
