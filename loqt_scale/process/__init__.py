@@ -1,1 +1,1 @@
-"""This process and what surrounds it: its launcher, variables, standard streams, error log, caller. Loads without torch."""
+"""This process and what surrounds it: its launcher, variables, streams, error log, caller. Loads without torch."""
