@@ -84,7 +84,7 @@ class Trainer:
         # what trains, and by what
         self.throughput = make_throughput(design.model, config, strategy)  # before it is sharded
         self.built = build_model(design, config.model, strategy)
-        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id)
+        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id, warns=strategy.comm.is_main)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.built, config, strategy.placement)
         self.model = strategy.step.wrap(self.built.model, self.optimizer)
