@@ -12,10 +12,11 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from loqt_scale.errors import UserError, explained, reason_of
+from loqt_scale.errors import UserError, explained, reason_of, shortened
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 1000  # by default a batch is a row group, which can be large, and which an empty file does not have
@@ -79,12 +80,13 @@ class TextFile:
         rows = self._parquet_rows() if kind == ".parquet" else self._json_rows()
         return row_texts(rows, self._text_field, str(self._path))
 
-    def _lines(self) -> Iterator[str]:
-        """Lines of text with their ends; a byte order mark is no part of the first."""
+    def _lines(self, most: int = -1) -> Iterator[str]:
+        """Lines of text with their ends, or pieces of `most` characters; a byte order mark is no part of the first."""
         path = self._path
         try:
             with path.open("rb") as raw, _uncompressed(raw, path) as file:
-                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig")):
+                text = io.TextIOWrapper(file, encoding="utf-8-sig")
+                for number, line in enumerate(iter(partial(text.readline, most), "")):
                     if number % _LINES_A_LOOK == 0:
                         self.read = raw.tell()
                     yield line
@@ -97,14 +99,19 @@ class TextFile:
             lzma.LZMAError,
             ValueError,
         ) as error:  # a disk that fails, an archive that is cut off
-            raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
+            reason = reason_of(error)
+            again = "compress it again without --long (zstd -dc --long=31 FILE | zstd > NEW)"
+            advice = again if "too much memory for decoding" in reason else "mend it"
+            raise UserError(
+                f"{path} cannot be read to its end: {reason}; {advice}, or leave it out of data.files"
+            ) from error
 
     def _paragraph_blocks(self) -> Iterator[str]:
         # Not load_dataset("text", sample_by="paragraph"): it parts documents at "\n\n" only, and so glues together
         # those parted by a line that holds spaces.
         block: list[str] = []
         size = 0
-        for line in self._lines():
+        for line in self._lines(_LONGEST_BLOCK + 1):
             if line.strip():
                 block.append(line)
                 size += len(line)
@@ -188,9 +195,10 @@ def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> I
         if text is None:
             continue
         if not isinstance(text, str):
+            others = ", ".join(str(name) for name in row if name != text_field)  # only the first row has them
             raise UserError(
-                f"column {text_field!r} of {source} holds {type(text).__name__}, not text; "
-                f"write data.text_field: one of {', '.join(map(str, row))}"
+                f"column {text_field!r} of {source} holds {type(text).__name__} ({shortened(repr(text), 40)}), not "
+                f"text; {f'write data.text_field: one of {others}' if others else 'mend that row, or leave it out'}"
             )
         if text.strip():
             yield text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell
