@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -130,15 +131,23 @@ class TextFile:
             )
 
     def _json_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of JSON lines, or of a list; the first as it is, of the others the text column, None if they have none.
+        """Rows of JSON lines, or of a list; the first as it is, of the others the text column.
+
+        One without it has None there; how many there were is said at the end.
 
         Not load_dataset("json"): it takes the types of all columns from the beginning of a file, and ends where another
         column appears, or one that nobody reads holds something else.
         """
-        first = True
-        for row in self._listed() if _is_a_list(self._path) else self._parsed_lines():
-            yield row if first else {self._text_field: row.get(self._text_field)}
-            first = False
+        field, number, missing = self._text_field, 0, 0
+        for number, row in enumerate(self._listed() if _is_a_list(self._path) else self._parsed_lines(), start=1):
+            missing += field not in row
+            yield row if number == 1 else {field: row.get(field)}
+        if missing:
+            warnings.warn(
+                f"{self._path}: {missing:,} of {number:,} rows have no column {field!r} (data.text_field) and are left "
+                "out",
+                stacklevel=2,
+            )
 
     def _parsed_lines(self) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(), start=1):
