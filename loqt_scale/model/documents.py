@@ -117,7 +117,11 @@ def attend(model: nn.Module, data: DataConfig, *, separator: int, warns: bool = 
         give_with_tokens(model, DocumentInputs(model, seq_len=data.seq_len, separator=separator, warns=warns))
     else:
         packed = attend_packed(model, data.seq_len)
-        give_with_tokens(model, (lambda tokens: {"attention_mask": no_mask(tokens)}) if packed else None)
+        give_with_tokens(model, _all_before if packed else None)
+
+
+def _all_before(tokens: Tensor) -> dict[str, Any]:
+    return {"attention_mask": no_mask(tokens)}
 
 
 def check_documents(data: DataConfig, hf_config: PreTrainedConfig) -> None:
