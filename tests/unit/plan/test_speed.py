@@ -196,6 +196,17 @@ def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> N
         find_machine("A100", gpus=1, path=str(tmp_path / "none.yaml"))
 
 
+def test_a_pass_holds_no_more_than_a_rank_has() -> None:
+    """A batch of one sequence a rank is planned as such, whatever the passes might hold."""
+    on = find_machine("H100", gpus=64)
+    words = ["--model.preset=llama_nano", "--loqt.rank=8", "--train.global_batch_size=64", "--data.seq_len=64"]
+    one, eight = (
+        plan_run(parse_run_config([*words, f"--train.micro_batch_size={size}"]), ranks=64, vocab_size=320, on=on)
+        for size in (1, 8)
+    )
+    assert one == eight and one.speed is not None
+
+
 def test_another_interconnect_is_that_of_all_gpus() -> None:
     """Inside of a node GPUs keep their own, where there are several nodes."""
     node, nodes = (find_machine("H100", gpus=gpus, interconnect="ib200") for gpus in (8, 64))
