@@ -175,9 +175,9 @@ def test_tied_heads_with_capped_logits_by_chunks_too(
     runs: Runs, tmp_path: Path, world_size: int, strategy: str
 ) -> None:
     """Gemma 2, whose embedding also has a buffer of its own, and leaves a row to padding."""
-    shape = {"num_key_value_heads": 2, "head_dim": 16, "final_logit_softcapping": 2.0, "pad_token_id": 0}
-    gemma = Gemma2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, **shape)
-    gemma.save_pretrained(tmp_path)
+    shape = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 2.0, "pad_token_id": 0}
+    Gemma2Config(**shape).save_pretrained(tmp_path)
     setting = {**UNQUANTIZED, "model.path": str(tmp_path), "model.overrides": {}}
     whole = runs.losses(1, "single", **setting, **{"model.loss_chunk_tokens": 0})
     losses = runs.losses(world_size, strategy, **setting, **{"model.loss_chunk_tokens": 24})
