@@ -16,7 +16,7 @@ import pyarrow
 import pytest
 
 from loqt_scale.data import corpora, text_files
-from loqt_scale.data.corpora import EMBEDDED_MAX_BYTES, embedded_text, files_text
+from loqt_scale.data.corpora import EMBEDDED_MAX_BYTES, embedded_text, files_text, joined_text
 
 ROWS = ["first\n\nstill first", "second", "third"]
 
@@ -192,6 +192,20 @@ def test_names_with_glob_characters_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "a[1]"
     folder.mkdir()
     assert read(write_jsonl(folder / "x?.jsonl", ["hello"])) == ["hello"]
+
+
+def test_several_texts_come_by_turns_so_that_a_beginning_holds_all_of_them(tmp_path: Path) -> None:
+    """A BPE is trained on the first characters: of each source as many."""
+    for name, document, count in (("long", "l" * 10, 50), ("short", "s" * 3, 2), ("wide", "w" * 30, 40)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([document] * count))
+    texts = [files_text([str(tmp_path / f"{name}.txt")], "text") for name in ("long", "short", "wide")]
+    joined = joined_text(texts)
+    documents = list(joined.documents())
+    assert sorted(documents) == sorted(document for text in texts for document in text.documents())
+    sizes = [sum(len(document) for document in documents[:30] if document[0] == letter) for letter in "lsw"]
+    assert abs(sizes[0] - sizes[2]) <= 31 and 6 <= sizes[1] <= 8
+    assert joined.size == sum(text.size for text in texts) and joined_text(texts[:1]) is texts[0]
+    assert joined.key != joined_text(texts[::-1]).key
 
 
 def test_key_follows_the_content(tmp_path: Path) -> None:
