@@ -29,7 +29,8 @@ _WHITE = b" \t\r\n"
 _LONGEST_BLOCK = 100_000_000  # characters of a .txt file without a blank line that may be one document
 
 
-def _unzstd(file: IO[bytes]) -> Any:
+def unzstd(file: IO[bytes]) -> Any:
+    """Reads a zstd file, of several frames all."""
     import pyarrow  # heavy: only who has such a file waits for it
 
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
@@ -39,7 +40,7 @@ _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": _unzstd,
+    ".zst": unzstd,
 }
 
 
