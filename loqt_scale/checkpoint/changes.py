@@ -20,7 +20,7 @@ from loqt_scale.checkpoint.opened import Checkpoint
 from loqt_scale.config import RunConfig
 from loqt_scale.config.keys import flat_settings, path_settings
 from loqt_scale.config.paths import same_files
-from loqt_scale.config.sources import ALWAYS, goes_on
+from loqt_scale.config.sources import ALWAYS, goes_on, read_sources, why_not
 
 FREE = (
     "checkpoint.",
@@ -117,8 +117,9 @@ def check_changes(checkpoint: Path, manifest: Manifest, changes: Changes, config
     _check_rates(checkpoint, manifest)
     wrong = of_another_run(changes)
     if wrong:
+        hint = _of_sources(wrong, manifest.step)
         raise CheckpointError(
-            f"settings have changed since {checkpoint}: {describe(wrong)}. {_ways(checkpoint, wrong)}"
+            f"settings have changed since {checkpoint}: {describe(wrong)}. {hint}{_ways(checkpoint, wrong)}"
         )
     before, steps = changes.get("train.steps", (0, 0))
     if steps < before:
@@ -165,6 +166,15 @@ def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]
     if "train.steps" in notes:
         notes["train.steps"] += f", {describe_growth(manifest, config, changes['train.steps'][0])}"
     return list(notes.values())
+
+
+def _of_sources(wrong: Changes, done: int) -> str:
+    """How other sources and weights can be had from the next step on."""
+    old, new = wrong.get(_SOURCES, ([], []))
+    if not old or not new:
+        return ""
+    why = why_not(read_sources(old), read_sources(new), done)
+    return f"Of data.sources those of steps after {done} may change: {why}. "
 
 
 def _ways(checkpoint: Path, wrong: Changes) -> str:

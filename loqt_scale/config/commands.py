@@ -85,7 +85,7 @@ class PlanOptions:
         gpu_memory: What a GPU has, e.g. 24GB (10^9 bytes) or 24GiB (2^30).
         vocab_size: Rows of the embedding. Default: the tokenizer's.
         gpu: Name of the GPU, e.g. H100: then step time, tokens/s and MFU are planned, too.
-        interconnect: Name of what connects them. Default: the GPU's own, in a node of 8 and beyond.
+        interconnect: Name of what connects them, or their nodes if there are several. Default: the GPU's own.
         devices: YAML file of GPUs, interconnects and assumptions in place of the package's own.
         tokens: Tokens of the whole run, e.g. 20e9, for its days. Default: those of its steps.
     """

@@ -28,8 +28,8 @@ class DataConfig:
             one rank reads and tokenizes, so their number is to be a multiple of the number of ranks. Default: the
             greatest divisor up to 64 (up to 8, or the number of files, if those are fewer than 64).
         text_field: Column of JSON, parquet or data-set rows that holds the text.
-        tokenizer: bytes = one token a byte; bpe = a byte-level BPE trained on the corpus in seconds; else a folder or
-            Hugging Face id for `AutoTokenizer`.
+        tokenizer: bytes = one token a byte; bpe = a byte-level BPE trained on the corpus, on its first 64 million
+            characters if it is larger; else a folder or Hugging Face id for `AutoTokenizer`.
         bpe_vocab_size: Vocabulary of `tokenizer: bpe`.
         seq_len: Tokens per sequence that are predicted.
         mask_documents: A sequence holds several documents; true = they do not see one another: attention ends and

@@ -139,6 +139,32 @@ def goes_on(before: Sequence[SourceConfig], after: Sequence[SourceConfig], done:
     )
 
 
+def why_not(before: Sequence[SourceConfig], after: Sequence[SourceConfig], done: int) -> str:
+    """What to write instead, where a run of `before` cannot go on with `after` when `done` steps are done."""
+    old, new = {source.name: source for source in before}, {source.name: source for source in after}
+    gone = next((name for name in old if name not in new), None)
+    if gone is not None:
+        return f"'{gone}' is not there; put it back, with {_then(old[gone].weight, done, 0)} to read it no more"
+    if [name for name in new if name in old] != [*old]:
+        return f"write {', '.join(old)} in this order"
+    other = next((name for name in old if not old[name].same_text(new[name])), None)
+    if other is not None:
+        return f"'{other}' names another text; write its files or dataset as they were, other text as a new source"
+    early = next((source for source in after if source.name not in old and source.weight_at(done - 1)), None)
+    if early is not None:
+        return f"'{early.name}' is new; write {_then([(0, 0)], done, early.weight_at(done))}"
+    changed = next((name for name in old if old[name].weight_at(done - 1) != new[name].weight_at(done - 1)), None)
+    if changed is None:
+        return f"weights of the first {done} steps have changed; write them as they were"
+    wanted = _then(old[changed].weight, done, new[changed].weight_at(done))
+    return f"the weight of '{changed}' has changed for steps that are done; write {wanted}"
+
+
+def _then(weight: Sequence[tuple[int, float]], done: int, later: float) -> str:
+    parts = [*(part for part in weight if part[0] < done), (done, later)]
+    return f"weight: [{', '.join(f'{{from_step: {step}, weight: {value:g}}}' for step, value in parts)}]"
+
+
 def _until(shares: Sequence[Shares], done: int) -> list[Shares]:
     return [part for part in shares if part.from_step < done]
 

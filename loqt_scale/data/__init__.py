@@ -46,6 +46,8 @@ from loqt_scale.data.token_store import default_cache_dir, tokenized, trained_bp
 from loqt_scale.data.tokenizers import Tokenizer, load_tokenizer
 from loqt_scale.functional.seeding import stable_seed
 
+_CHANGES_TOLD = 4  # of weights
+
 __all__ = ["AnotherTextError", "Batch", "Corpus", "Tokenizer", "TrainStream", "build_corpus", "join_positions"]
 
 
@@ -130,6 +132,11 @@ def _joined(found: dict[str, Corpus], mixing: Mixing, seq_len: int) -> Corpus:
     mixed = MixedTexts({name: part.train for name, part in found.items()}, mixing, seq_len=seq_len)
     shares = zip(found.items(), mixing.weights(0), strict=True)
     lines = [f"         {name} ({share:.2%}): {part.description}" for (name, part), share in shares]
+    for step in mixing.changes[:_CHANGES_TOLD]:
+        now = (f"{name} {share:.2%}" for name, share in zip(found, mixing.weights(step), strict=True))
+        lines.append(f"         after step {step}: {', '.join(now)}")
+    if more := mixing.changes[_CHANGES_TOLD:]:
+        lines.append(f"         and {len(more)} changes more, the last after step {more[-1]}")
     held_out = {name: part.eval for name, part in found.items()}
     return Corpus(
         parts[0].tokenizer,

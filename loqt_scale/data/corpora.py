@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import heapq
 import json
 import os
 import platform
@@ -155,14 +156,37 @@ def files_text(patterns: Iterable[str], text_field: str) -> LocalText:
     return LocalText(name=name, key=f"files-{digest}", parts=[TextFile(path, text_field) for path in paths])
 
 
+@dataclass(frozen=True)
+class _ByTurns:
+    """A part with the documents of several texts: the next is of the text that has had the fewest characters."""
+
+    texts: Sequence[LocalText]
+    read: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(text.size for text in self.texts)
+
+    def documents(self) -> Iterator[str]:
+        waiting = [(0, place, text.documents()) for place, text in enumerate(self.texts)]
+        while waiting:
+            taken, place, documents = waiting[0]
+            document = next(documents, None)
+            if document is None:
+                heapq.heappop(waiting)
+                continue
+            yield document
+            heapq.heapreplace(waiting, (taken + len(document), place, documents))
+
+
 def joined_text(texts: Sequence[LocalText]) -> LocalText:
-    """Several texts, one after the other, as one."""
+    """Several texts as one, which has as many characters of each, wherever it is left off, until one is through."""
     if len(texts) == 1:
         return texts[0]
     return LocalText(
         name=f"{len(texts)} texts (first: {texts[0].name})",
-        key=json.dumps([text.key for text in texts]),
-        parts=[part for text in texts for part in text.parts],
+        key=json.dumps(["by turns", *(text.key for text in texts)]),
+        parts=[_ByTurns(texts)],
     )
 
 

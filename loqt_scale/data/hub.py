@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from loqt_scale.config import DataConfig
 from loqt_scale.data.packing import Int64Array, evaluation_windows, join_documents, text_groups
-from loqt_scale.data.text_files import row_texts
+from loqt_scale.data.text_files import row_texts, unzstd
 from loqt_scale.data.tokenizers import Tokenizer
 from loqt_scale.errors import MissingFileError, UserError, explained, reason_of
 from loqt_scale.process.caller import warn_caller
@@ -136,6 +136,7 @@ def _load(config: DataConfig) -> dict[str, Split]:
     import datasets
 
     assert config.dataset is not None
+    _read_zstd()
     try:
         builder = datasets.load_dataset_builder(config.dataset, config.dataset_config)
         found = dict(builder.as_streaming_dataset())
@@ -156,6 +157,17 @@ def _load(config: DataConfig) -> dict[str, Split]:
             f"{config.dataset} cannot be opened ({reason}); write a Hugging Face id or an existing folder in "
             "data.dataset, and one of its configurations in data.dataset_config"
         ) from error
+
+
+def _read_zstd() -> None:
+    """Has the library read .zst files, which it leaves to a package that may not be there."""
+    from fsspec.compression import compr, register_compression
+
+    def opened(file: IO[bytes], mode: str = "rb", **given: Any) -> Any:
+        return unzstd(file)
+
+    if "zstd" not in compr:
+        register_compression("zstd", opened, "zst")
 
 
 def _text_only(builder: Any, split: Split, name: str) -> Split:

@@ -85,6 +85,11 @@ class Mixing:
                 del self._sums[old]
         return self._sums[step]
 
+    @property
+    def changes(self) -> list[int]:
+        """Steps at which shares become others."""
+        return self._firsts[1:]
+
     def weights(self, step: int) -> list[float]:
         """J numbers: the texts' shares at a step."""
         shares: list[float] = (np.diff(self._bounds[self._part(step)]) / self.batch_size).tolist()

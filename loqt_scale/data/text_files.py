@@ -12,10 +12,12 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from loqt_scale.errors import UserError, explained, reason_of
+from loqt_scale.errors import UserError, explained, reason_of, shortened
+from loqt_scale.process.caller import warn_caller
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 1000  # by default a batch is a row group, which can be large, and which an empty file does not have
@@ -27,7 +29,8 @@ _WHITE = b" \t\r\n"
 _LONGEST_BLOCK = 100_000_000  # characters of a .txt file without a blank line that may be one document
 
 
-def _unzstd(file: IO[bytes]) -> Any:
+def unzstd(file: IO[bytes]) -> Any:
+    """Reads a zstd file, of several frames all."""
     import pyarrow  # heavy: only who has such a file waits for it
 
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
@@ -37,7 +40,7 @@ _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": _unzstd,
+    ".zst": unzstd,
 }
 
 
@@ -79,12 +82,13 @@ class TextFile:
         rows = self._parquet_rows() if kind == ".parquet" else self._json_rows()
         return row_texts(rows, self._text_field, str(self._path))
 
-    def _lines(self) -> Iterator[str]:
-        """Lines of text with their ends; a byte order mark is no part of the first."""
+    def _lines(self, most: int = -1) -> Iterator[str]:
+        """Lines of text with their ends, or pieces of `most` characters; a byte order mark is no part of the first."""
         path = self._path
         try:
             with path.open("rb") as raw, _uncompressed(raw, path) as file:
-                for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig")):
+                text = io.TextIOWrapper(file, encoding="utf-8-sig")
+                for number, line in enumerate(iter(partial(text.readline, most), "")):
                     if number % _LINES_A_LOOK == 0:
                         self.read = raw.tell()
                     yield line
@@ -97,14 +101,19 @@ class TextFile:
             lzma.LZMAError,
             ValueError,
         ) as error:  # a disk that fails, an archive that is cut off
-            raise UserError(f"{path} cannot be read to its end: {reason_of(error)}") from error
+            reason = reason_of(error)
+            again = "compress it again without --long (zstd -dc --long=31 FILE | zstd > NEW)"
+            advice = again if "too much memory for decoding" in reason else "mend it"
+            raise UserError(
+                f"{path} cannot be read to its end: {reason}; {advice}, or leave it out of data.files"
+            ) from error
 
     def _paragraph_blocks(self) -> Iterator[str]:
         # Not load_dataset("text", sample_by="paragraph"): it parts documents at "\n\n" only, and so glues together
         # those parted by a line that holds spaces.
         block: list[str] = []
         size = 0
-        for line in self._lines():
+        for line in self._lines(_LONGEST_BLOCK + 1):
             if line.strip():
                 block.append(line)
                 size += len(line)
@@ -123,15 +132,22 @@ class TextFile:
             )
 
     def _json_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of JSON lines, or of a list; the first as it is, of the others the text column, None if they have none.
+        """Rows of JSON lines, or of a list; the first as it is, of the others the text column.
+
+        One without it has None there; how many there were is said at the end.
 
         Not load_dataset("json"): it takes the types of all columns from the beginning of a file, and ends where another
         column appears, or one that nobody reads holds something else.
         """
-        first = True
-        for row in self._listed() if _is_a_list(self._path) else self._parsed_lines():
-            yield row if first else {self._text_field: row.get(self._text_field)}
-            first = False
+        field, number, missing = self._text_field, 0, 0
+        for number, row in enumerate(self._listed() if _is_a_list(self._path) else self._parsed_lines(), start=1):
+            missing += field not in row
+            yield row if number == 1 else {field: row.get(field)}
+        if missing:
+            warn_caller(
+                f"{self._path}: {missing:,} of {number:,} rows have no column {field!r} (data.text_field) and are left "
+                "out",
+            )
 
     def _parsed_lines(self) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(self._lines(), start=1):
@@ -188,9 +204,10 @@ def row_texts(rows: Iterable[dict[str, Any]], text_field: str, source: str) -> I
         if text is None:
             continue
         if not isinstance(text, str):
+            others = ", ".join(str(name) for name in row if name != text_field)  # only the first row has them
             raise UserError(
-                f"column {text_field!r} of {source} holds {type(text).__name__}, not text; "
-                f"write data.text_field: one of {', '.join(map(str, row))}"
+                f"column {text_field!r} of {source} holds {type(text).__name__} ({shortened(repr(text), 40)}), not "
+                f"text; {f'write data.text_field: one of {others}' if others else 'mend that row, or leave it out'}"
             )
         if text.strip():
             yield text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell

@@ -24,6 +24,7 @@ from loqt_scale.config import ParallelConfig, RunConfig
 from loqt_scale.errors import UserError
 from loqt_scale.model.architectures import declared_layers
 from loqt_scale.model.build import ModelDesign, design_model, place_model
+from loqt_scale.process.streams import warnings_of
 from loqt_scale.strategies import Comm, Strategy
 
 RUN_SETTINGS = "loqt_scale.yaml"  # in a folder that `loqt-scale export` writes: the settings of the run
@@ -103,7 +104,8 @@ def open_saved(checkpoint: Checkpoint, config: RunConfig, comm: Comm) -> SavedMo
     Raises:
         CheckpointError: It is damaged, or not what its manifest and settings say.
     """
-    design = _design(checkpoint, config)
+    with warnings_of(comm.is_main):
+        design = _design(checkpoint, config)
     check_tensors(checkpoint, design.model)
     verify_checkpoint(checkpoint, comm)
     return SavedModel(checkpoint, config, design)

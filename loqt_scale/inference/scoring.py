@@ -67,7 +67,7 @@ def evaluate_saved(location: str, override: Callable[[RunConfig], RunConfig] = l
             model = open_saved(saved, config, strategy.comm).load(strategy)
         _check_tokens(model, corpus)
         if config.data.mask_documents:
-            attend(model, config.data, separator=corpus.tokenizer.eos_token_id)
+            attend(model, config.data, separator=corpus.tokenizer.eos_token_id, warns=strategy.comm.is_main)
         size = config.train.micro_batch_size
         loss, losses = evaluate_corpus(model, corpus, step=strategy.step, micro_batch_size=size)
         if not math.isfinite(loss):

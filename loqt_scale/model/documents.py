@@ -27,13 +27,13 @@ from transformers.masking_utils import and_masks, causal_mask_function, eager_ma
 
 from loqt_scale.config import DataConfig
 from loqt_scale.errors import UserError
-from loqt_scale.model.attention import attend_apart, attend_causally
+from loqt_scale.model.attention import attend_packed, no_mask, own_document
 from loqt_scale.model.causality import VOCABULARY, agree, on_small_copies
 from loqt_scale.model.loss import give_with_tokens
 from loqt_scale.model.packed_attention import attention_dtype, block_mask, why_not_by_blocks
 from loqt_scale.process.caller import warn_caller
 
-Way = Literal["documents", "blocks", "mask", "given"]
+Way = Literal["documents", "blocks", "mask", "together", "given"]
 _SEPARATOR, _EACH = VOCABULARY - 1, 5  # of the copy: end of text, tokens of a document
 
 
@@ -45,27 +45,30 @@ class DocumentInputs:
         seq_len: T.
         separator: Id of the token that begins a document.
         way: How an architecture that `attention` knows attends. None: the cheapest that its device has.
+        warns: Whether it says so where the cheapest cannot be used: one rank does, of them all.
     """
 
-    def __init__(self, model: nn.Module, *, seq_len: int, separator: int, way: Way | None = None) -> None:
-        self._separator, self._way = separator, way
+    def __init__(
+        self, model: nn.Module, *, seq_len: int, separator: int, way: Way | None = None, warns: bool = True
+    ) -> None:
+        self._separator, self._way, self._warns = separator, way, warns
         self._config: Any = model.config
         self._embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        if self._embeddings.weight.is_meta:
-            attend_causally(model, seq_len)  # for `plan`, whose tokens have no values: no document costs more
-            self._way = "given"
-        elif not attend_apart(model, seq_len):
+        if not attend_packed(model, seq_len):
             self._way = "given"  # the model makes its own masks of positions
+        elif self._embeddings.weight.is_meta:
+            self._way = "together"  # for `plan`, whose tokens have no values: no document costs more
 
     def __call__(self, input_ids: Tensor) -> dict[str, Any]:
-        """Of tokens (B, T) int64: `position_ids`, the same shape, and `attention_mask` if it is needed."""
+        """Of tokens (B, T) int64: `position_ids`, the same shape, and `attention_mask` if the model takes it."""
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         starts = torch.where(input_ids == self._separator, places, 0).cummax(dim=1).values
         positions = {"position_ids": places - starts}
         self._way = self._way or self._cheapest(starts)
-        if self._way == "blocks":
-            return positions | {"attention_mask": block_mask(starts)}
-        return positions | {"attention_mask": self._mask(starts)} if self._way == "mask" else positions
+        if self._way == "given":
+            return positions
+        makers = {"documents": own_document, "blocks": block_mask, "mask": self._mask, "together": no_mask}
+        return positions | {"attention_mask": makers[self._way](starts)}
 
     def _dtype(self, device: torch.device) -> torch.dtype:
         return attention_dtype(self._embeddings.weight.dtype, device)
@@ -81,7 +84,7 @@ class DocumentInputs:
         reason = why_not_by_blocks(
             heads, config.num_key_value_heads, width, starts.shape[1], self._dtype(device), device
         )
-        if reason:
+        if reason and self._warns:
             warn_caller(
                 "data.mask_documents: a mask of all pairs of tokens is used, "
                 f"since FlexAttention cannot be ({reason}); the result is the same, long sequences take more time",
@@ -100,19 +103,24 @@ class DocumentInputs:
         )
 
 
-def attend(model: nn.Module, data: DataConfig, *, separator: int) -> None:
+def attend(model: nn.Module, data: DataConfig, *, separator: int, warns: bool = True) -> None:
     """Has a model that ends in the loss attend as a run's packed sequences want it, in place. Local.
 
     Args:
         model: As `loss.end_in_loss` left it, sharded or not.
         data: `seq_len`, and whether documents see one another.
         separator: The tokenizer's end of text.
+        warns: Whether this rank says if the cheapest way to keep documents apart cannot be used.
     """
     if data.mask_documents:
-        give_with_tokens(model, DocumentInputs(model, seq_len=data.seq_len, separator=separator))
+        give_with_tokens(model, DocumentInputs(model, seq_len=data.seq_len, separator=separator, warns=warns))
     else:
-        give_with_tokens(model, None)
-        attend_causally(model, data.seq_len)
+        packed = attend_packed(model, data.seq_len)
+        give_with_tokens(model, _all_before if packed else None)
+
+
+def _all_before(tokens: Tensor) -> dict[str, Any]:
+    return {"attention_mask": no_mask(tokens)}
 
 
 def check_documents(data: DataConfig, hf_config: PreTrainedConfig) -> None:

@@ -117,7 +117,7 @@ class _EndingInLoss:
         if targets is None:
             return self._whole(*args, **given)
         if self.made is not None:
-            given |= self.made(given["input_ids"])
+            given |= self._beside(args[0] if args else given["input_ids"], given)
         head: Any = None if self._chunk == 0 else self._model.get_output_embeddings()  # type: ignore[operator]
         chunk = (self._chunk or chunk_tokens(head.out_features)) if isinstance(head, LossHead) else targets.numel()
         if targets.numel() <= chunk:
@@ -125,6 +125,18 @@ class _EndingInLoss:
             return self._balanced(summed_loss(found.logits, targets), found, targets)
         hidden = self._model.base_model(*args, use_cache=False, **given)[0]  # type: ignore[operator]
         return head(hidden, targets=targets, chunk=chunk)
+
+    def _beside(self, tokens: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """What `made` gives, none of which may be given already."""
+        assert self.made is not None
+        made = self.made(tokens)
+        twice = next((key for key in ("attention_mask", "position_ids") if given.get(key) is not None), None)
+        if twice is not None:
+            raise UserError(
+                f"{twice} is given beside targets, whose sequences are packed without padding; leave it out (of tokens "
+                f"that do not count the targets are {IGNORED_LABEL}), or call the model without targets, which takes it"
+            )
+        return made
 
     def _balanced(self, loss: Tensor, found: Any, targets: Tensor) -> Tensor:
         """The loss, to whose gradients the auxiliary loss adds as much for each counted token."""

@@ -64,8 +64,10 @@ def attend_by_document(
     """
     refuse_dropout(dropout)
     heads, dtype = query.shape[1], attention_dtype(query.dtype, query.device)
-    tensors = (of.repeat_interleave(heads // of.shape[1], dim=1) for of in (query, key, value))
-    query, key, value = (of.to(dtype).transpose(1, 2) for of in tensors)
+    query, key, value = (of.transpose(1, 2) for of in (query, key, value))  # as a model has laid them out
+    if key.shape[2] != heads:
+        key, value = (of.repeat_interleave(heads // of.shape[2], dim=2) for of in (key, value))
+    query, key, value = (of.to(dtype) for of in (query, key, value))
     places = position_ids.expand(query.shape[:2])  # a model that is given none makes one row for all sequences
     attended, _ = _by_document(query, key, value, places, scaling)
     return attended, None

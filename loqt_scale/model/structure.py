@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from loqt_scale.process.caller import warn_caller
+from loqt_scale.strategies import whole_shape
 
 
 def build_meta_model(hf_config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> nn.Module:
@@ -84,11 +85,14 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy of a module tree with all parameters and buffers on meta: classes and shapes, no link to the original."""
+    """A copy of a module tree with all parameters and buffers on meta: classes and shapes, no link to the original.
+
+    Shapes are those of the whole, where a rank holds a part only.
+    """
     clone = bare_copy(module)
     for name, parameter in clone._parameters.items():
         if parameter is not None:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            empty = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
             clone._parameters[name] = nn.Parameter(empty, requires_grad=False)
     for name, buffer in clone._buffers.items():
         clone._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="meta")

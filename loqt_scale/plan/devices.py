@@ -13,6 +13,7 @@ from loqt_scale.errors import ConfigError, explained
 from loqt_scale.metrics import DEVICES
 
 T = TypeVar("T")
+_SHARES = ("products", "attention", "memory", "dequantize", "fused", "network", "unhidden")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def find_machine(name: str, *, gpus: int, interconnect: str | None = None, path:
     Args:
         name: A GPU's name in the table, in any case.
         gpus: How many; more than a node has are connected by the GPU's network.
-        interconnect: Another one's name in the table, which then connects all. Default: the GPU's own.
+        interconnect: Another one's name in the table, which then bounds a ring through all: inside of the node, or
+            where there are several, between them. Default: the GPU's own.
         path: A table of the user's. Default: `devices.yaml`.
 
     Raises:
@@ -89,13 +91,20 @@ def find_machine(name: str, *, gpus: int, interconnect: str | None = None, path:
     key = _known(name.lower(), known, f"gpu is '{name}'", where)
     gpu = _made(Gpu, table["gpus"][known[key]], f"gpus.{known[key]}{where}")
     assumed = _made(Assumptions, table["assumptions"], f"assumptions{where}")
+    for share in _SHARES:
+        if getattr(assumed, share) > 1:
+            raise ConfigError(
+                f"assumptions.{share}{where} is {getattr(assumed, share):g}; write a share of the whole, above 0 and "
+                "at most 1"
+            )
     own = gpu.inside if gpus <= assumed.node_gpus else gpu.across
     links = table["interconnects"]
 
     def rate(link: str) -> float:
         return _number(links[_known(link, links, f"interconnect is '{link}'", where)], f"interconnects.{link}{where}")
 
-    link, inside = interconnect or own, interconnect or gpu.inside
+    link = interconnect or own
+    inside = link if gpus <= assumed.node_gpus else gpu.inside
     return Machine(known[key], gpu, link, rate(link), rate(inside), assumed)
 
 

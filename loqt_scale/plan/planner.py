@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loqt_scale.config import RunConfig
 from loqt_scale.functional.shares import micro_steps
@@ -49,6 +49,9 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int, on: Machine | No
         ValueError: Settings that do not fit the model, or a strategy that is not planned.
     """
     spread = planned_spread(config.parallel, config.train.global_batch_size, ranks)
+    share = -(-config.train.global_batch_size // spread.data_size)  # a pass holds no more than a rank has
+    size = min(config.train.micro_batch_size, share)
+    config = replace(config, train=replace(config.train, micro_batch_size=size))
     design = design_model(config, vocab_size=vocab_size)
     shapes = model_shapes(design)
     one_pass = OnePass(config, vocab_size=vocab_size)
@@ -56,8 +59,7 @@ def plan_run(config: RunConfig, *, ranks: int, vocab_size: int, on: Machine | No
     traffic = planned_traffic(config, shapes, spread)
     speed = None
     if on is not None:
-        train, recomputes = config.train, config.model.activation_checkpointing
-        size = min(train.micro_batch_size, train.global_batch_size)
+        recomputes = config.model.activation_checkpointing
         flops = pass_flops(design.model, sequences=size, seq_len=config.data.seq_len, recomputes=recomputes)
         speed = planned_speed(config, shapes, one_pass, flops, spread, traffic, on)
     return Plan(spread, memory, *traffic, speed)

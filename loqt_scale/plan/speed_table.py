@@ -81,6 +81,8 @@ def _assumed(on: Machine, ranks: int, dtype: str) -> str:
     machine = f"{ranks} x {on.name}: {peak:g} TFLOP/s in {dtype}, {gpu.bandwidth:g} GB/s, {gpu.memory:g} GB"
     if ranks > 1:
         machine += f", {on.link} of {on.link_rate:g} GB/s a GPU"
+    if ranks > on.assumed.node_gpus:
+        machine += f" (inside of a node {gpu.inside} of {on.inside_rate:g})"
     fractions = ", ".join(f"{name} {value:g}" for name, value in asdict(on.assumed).items())
     guesses = f"{', '.join(GUESSED[:-1])} and {GUESSED[-1]} (of a merge) are guesses where the table is ours"
     return (

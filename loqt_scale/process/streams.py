@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
@@ -67,6 +68,19 @@ def silence_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+@contextmanager
+def warnings_of(speaks: bool) -> Iterator[None]:
+    """Context whose warnings all ranks would give alike: those of ranks that do not speak are dropped.
+
+    Args:
+        speaks: Whether this rank does.
+    """
+    with warnings.catch_warnings():
+        if not speaks:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def warn(text: str) -> None:

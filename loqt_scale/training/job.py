@@ -32,6 +32,7 @@ from loqt_scale.optim import momentum_only
 from loqt_scale.process.environment import launched_world_size
 from loqt_scale.process.error_log import keep_errors_in
 from loqt_scale.process.launcher import join_launcher
+from loqt_scale.process.streams import warnings_of
 from loqt_scale.strategies import (
     Comm,
     Store,
@@ -105,7 +106,8 @@ def _train_in(run: OpenRun, config: RunConfig, strategy: Strategy, stop: StopReq
     check_same(strategy.comm, corpus.fingerprint)
     if config.model.path is not None and config.model.weights == "pretrained":
         check_ids(corpus.tokenizer, config.model.path)
-    design = design_model(config, vocab_size=corpus.tokenizer.vocab_size, occurring=corpus.occurring)
+    with warnings_of(strategy.comm.is_main):
+        design = design_model(config, vocab_size=corpus.tokenizer.vocab_size, occurring=corpus.occurring)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, design, corpus, config.optim, strategy.comm)
     with stop.patience():  # what has been moved is said, whatever signal comes

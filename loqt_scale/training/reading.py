@@ -9,7 +9,11 @@ import torch
 
 from loqt_scale.data import Batch, TrainStream
 from loqt_scale.errors import UserError, one_line
+from loqt_scale.metrics import RateMeter, Reminder, Tell
 from loqt_scale.strategies import Comm
+
+LONG_WAIT = 0.1  # of a step's time
+_EVERY = 50  # steps, as many as a `RateMeter` averages over
 
 
 class UnreadableDataError(UserError):
@@ -67,3 +71,29 @@ class ShareReader:
         reasons = enumerate(comm.gather_objects(None if self.fault is None else one_line(self.fault)))
         who = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None)
         raise UnreadableTogetherError(f"the data of step {step + 1} cannot be read: {who}") from self.fault
+
+
+class WaitWatch:
+    """Tells that this rank's text comes too slowly: all ranks wait for it, and metrics are those of rank 0.
+
+    Args:
+        rank: This one.
+        tell: Takes a line for people.
+    """
+
+    def __init__(self, rank: int, tell: Tell) -> None:
+        self._rank, self._reminder, self._steps = rank, Reminder(tell), 0
+
+    def take(self, rates: RateMeter) -> None:
+        """After each step. The first ones wait for the reading to begin, and do not count. Local."""
+        self._steps += 1
+        if self._steps % _EVERY or self._steps == _EVERY:
+            return
+        waited, seconds = rates.waited_per_step, rates.seconds_per_step
+        if waited > LONG_WAIT * seconds:
+            self._reminder.trouble(
+                f"rank {self._rank} waits {waited:.2g} of {seconds:.2g} s a step for its text, and all ranks with it; "
+                "give it more cores, or tokenize beforehand (data.files in place of data.dataset)"
+            )
+        else:
+            self._reminder.over(f"rank {self._rank} waits for its text no longer")

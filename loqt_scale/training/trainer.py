@@ -39,6 +39,7 @@ from loqt_scale.model.documents import attend
 from loqt_scale.optim import LearningRates, StreamedAdamW, UpdateInBackward
 from loqt_scale.process.environment import node_size
 from loqt_scale.process.notice import launchers_notice
+from loqt_scale.process.streams import warn
 from loqt_scale.strategies import Strategy
 from loqt_scale.training.agreement import Flags, StepTag
 from loqt_scale.training.assembly import make_merges, make_optimizer, make_throughput
@@ -48,7 +49,7 @@ from loqt_scale.training.health import Health, spoil_gradient
 from loqt_scale.training.messages import eval_line, merge_line, start_line
 from loqt_scale.training.pending import HostCopy, PendingStep
 from loqt_scale.training.profiling import StepProfile
-from loqt_scale.training.reading import ShareReader
+from loqt_scale.training.reading import ShareReader, WaitWatch
 from loqt_scale.training.rescue import saved_first
 from loqt_scale.training.restart import manifest_of, side_files_of
 from loqt_scale.training.stopping import Stopped, StopRequest
@@ -84,7 +85,7 @@ class Trainer:
         # what trains, and by what
         self.throughput = make_throughput(design.model, config, strategy)  # before it is sharded
         self.built = build_model(design, config.model, strategy)
-        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id)
+        attend(self.built.model, config.data, separator=corpus.tokenizer.eos_token_id, warns=strategy.comm.is_main)
         self.parameters = [p for p in self.built.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.built, config, strategy.placement)
         self.model = strategy.step.wrap(self.built.model, self.optimizer)
@@ -123,6 +124,7 @@ class Trainer:
 
         # what is told of it
         self.rates = RateMeter()
+        self.waits = WaitWatch(strategy.comm.rank, progress.line if strategy.comm.is_main else warn)
         self.notice = launchers_notice()
         self.merge_seconds = 0.0  # of this process
         rank, device = strategy.comm.rank, strategy.comm.device
@@ -217,6 +219,7 @@ class Trainer:
             self.finish_pending()
         self.scheduler.step()
         self.rates.tick(self.tokens_per_step, self.reader.waited)
+        self.waits.take(self.rates)
 
     def tag(self, step: int) -> StepTag:
         """What this rank believes a step to be."""

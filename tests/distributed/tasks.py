@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def run_refused(**settings: Any) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def warnings_of_run(**settings: Any) -> list[str]:
+    """What a run on this rank has warned of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train_run(**settings)
+    return [str(warning.message) for warning in told]
 
 
 def evaluate_checkpoint(path: str) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 from tests.distributed.pool import RankPool
 from tests.distributed.runs import Runs, seldom, strategy_settings
@@ -166,6 +167,21 @@ def test_the_loss_by_chunks_too(runs: Runs, world_size: int, strategy: str) -> N
     """Of 24 tokens, where a pass has 64 or more."""
     losses = runs.losses(world_size, strategy, **UNQUANTIZED, **{"model.loss_chunk_tokens": 24})
     assert_same_losses(losses, runs.losses(1, "single", **UNQUANTIZED), exact=True)
+
+
+@pytest.mark.filterwarnings("ignore:eager attention is used")
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "zero-3"), *seldom((2, "fsdp"), (2, "zero-2"), (3, "ddp"))])
+def test_tied_heads_with_capped_logits_by_chunks_too(
+    runs: Runs, tmp_path: Path, world_size: int, strategy: str
+) -> None:
+    """Gemma 2, whose embedding also has a buffer of its own, and leaves a row to padding."""
+    shape = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 2.0, "pad_token_id": 0}
+    Gemma2Config(**shape).save_pretrained(tmp_path)
+    setting = {**UNQUANTIZED, "model.path": str(tmp_path), "model.overrides": {}}
+    whole = runs.losses(1, "single", **setting, **{"model.loss_chunk_tokens": 0})
+    losses = runs.losses(world_size, strategy, **setting, **{"model.loss_chunk_tokens": 24})
+    assert len(losses) == STEPS and losses == pytest.approx(whole, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

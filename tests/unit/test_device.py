@@ -22,7 +22,7 @@ from loqt_scale.merge import MergeCoordinator
 from loqt_scale.merge.begun import BegunMerge
 from loqt_scale.merge.model_merge import ModelMerge
 from loqt_scale.merge.report import MERGE_DIAGNOSTICS
-from loqt_scale.model.attention import CAUSAL
+from loqt_scale.model.attention import PACKED
 from loqt_scale.model.build import design_model
 from loqt_scale.model.documents import attend
 from loqt_scale.optim import UpdateInBackward, create_optimizer
@@ -94,7 +94,7 @@ def test_a_step_and_a_merge_stay_on_their_device(words: list[str]) -> None:
     model = design_model(config, vocab_size=320).model
     attend(model, config.data, separator=256)
     attention: Any = model.config
-    assert attention._attn_implementation == CAUSAL
+    assert attention._attn_implementation == PACKED
     with FakeTensorMode(), Reads() as reads:
         move(model)
         strategy = single_process(ELSEWHERE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from loqt_scale.checkpoint.changes import changes_between, of_another_run
 from loqt_scale.config import DataConfig, RunConfig
-from loqt_scale.config.sources import ALWAYS, goes_on, read_sources, run_shares, shares_of
+from loqt_scale.config.sources import ALWAYS, goes_on, read_sources, run_shares, shares_of, why_not
 from loqt_scale.config.yaml import dump_run_config, load_run_config, override_run_config, parse_run_config
 from loqt_scale.errors import ConfigError
 
@@ -114,6 +115,34 @@ def test_a_run_goes_on_with_sources_that_were_the_same_until_then(tmp_path: Path
     assert changed(WEB, MATH, CODE) == [0, 5]  # it is read from step 9 on
     assert changed({**WEB, "files": ["other.txt"]}, CODE) == changed(CODE, WEB) == changed(WEB) == []
     assert [part.from_step for part in shares_of(read_sources([WEB, MATH]))] == [0, 9]
+
+
+def test_what_cannot_change_says_what_to_write_and_that_works() -> None:
+    """As the weights are written in the message, the run goes on."""
+
+    def advice(*sources: dict[str, Any]) -> str:
+        assert not goes_on(before, read_sources(sources), 7)
+        return why_not(before, read_sources(sources), 7)
+
+    def since_7(old: float, new: float) -> list[dict[str, float]]:
+        return [{"from_step": 0, "weight": old}, {"from_step": 7, "weight": new}]
+
+    before = read_sources([WEB, CODE])
+    new = {**MATH, "weight": 2}
+    heavier = {**WEB, "weight": 9}
+    assert "weight of 'web' has changed" in advice(heavier, CODE)
+    assert "write weight: [{from_step: 0, weight: 1}, {from_step: 7, weight: 9}]" in advice(heavier, CODE)
+    assert goes_on(before, read_sources([{**WEB, "weight": since_7(1, 9)}, CODE]), 7)
+    assert "'math' is new; write weight: [{from_step: 0, weight: 0}, {from_step: 7, weight: 2}]" in advice(
+        WEB, CODE, new
+    )
+    assert goes_on(before, read_sources([WEB, CODE, {**new, "weight": since_7(0, 2)}]), 7)
+    assert re.search(r"'web' is not there; put it back, with .*from_step: 7, weight: 0}", advice(CODE))
+    assert goes_on(before, read_sources([{**WEB, "weight": since_7(1, 0)}, CODE]), 7)
+    assert advice(CODE, WEB) == "write web, code in this order"
+    assert "'web' names another text" in advice({**WEB, "files": ["other.txt"]}, CODE)
+    sooner = [{"from_step": 0, "weight": 3}, {"from_step": 2, "weight": 1}]
+    assert "weights of the first 7 steps have changed" in advice({**WEB, "weight": sooner}, CODE)
 
 
 def test_what_may_change_when_a_run_goes_on_is_not_another_run() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
+import lzma
 import math
 import threading
 from pathlib import Path
@@ -263,6 +265,20 @@ def test_a_column_that_nobody_needs_ends_no_stream(tmp_path: Path, kind: str, re
     seen = set(documents_of(read(build(dataset=str(tmp_path), streams=1), 2200 // (4 * T))))  # two epochs at least
     assert any("rows without a column 'text' are left out" in str(told) for told in recwarn) == (kind == "jsonl")
     assert seen >= {f"shard {shard}, row {row}" for shard in range(3) for row in range(20)}
+
+
+def test_compressed_shards_are_read_to_their_end(tmp_path: Path) -> None:
+    """Of several frames too, as tools that compress in parallel write them."""
+    import pyarrow as pa
+
+    lines = [json.dumps({"text": f"row {row}"}) + "\n" for row in range(40)]
+    frames = [pa.compress("".join(lines[at : at + 10]).encode(), "zstd", asbytes=True) for at in range(0, 40, 10)]
+    (tmp_path / "train-0.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "train-1.jsonl.gz").write_bytes(gzip.compress(b'{"text": "gzip"}\n') * 2)
+    (tmp_path / "validation.jsonl.xz").write_bytes(lzma.compress(b'{"text": "held out"}\n'))
+    training, held_out = open_splits(DataConfig(dataset=str(tmp_path)))
+    assert list(training.texts(training.rows)) == [*(f"row {row}" for row in range(40)), "gzip", "gzip"]
+    assert list(held_out.texts(held_out.rows)) == ["held out"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from loqt_scale.data import corpora
-from loqt_scale.data.corpora import EMBEDDED_MAX_BYTES, embedded_text, files_text
+from loqt_scale.data import corpora, text_files
+from loqt_scale.data.corpora import EMBEDDED_MAX_BYTES, embedded_text, files_text, joined_text
 
 ROWS = ["first\n\nstill first", "second", "third"]
 
@@ -131,8 +132,36 @@ def test_compressed_files_and_folders_are_read(
     assert read(tmp_path) == ["caf\u00e9\n", "another\n", *ROWS]
     cut_off = tmp_path / f"cut.txt{suffix}"
     cut_off.write_bytes((tmp_path / f"a.txt{suffix}").read_bytes()[:-7])
-    with pytest.raises(ValueError, match=rf"cut\.txt\{suffix} cannot be read to its end"):
+    with pytest.raises(ValueError, match=rf"cut\.txt\{suffix} cannot be read to its end: .*; mend it, or leave it"):
         read(cut_off)
+
+
+def test_a_window_that_is_too_large_to_read_says_how_to_compress_anew(tmp_path: Path) -> None:
+    header = bytes([0x28, 0xB5, 0x2F, 0xFD, 0x00, (31 - 10) << 3])  # zstd --long=31, of a length that is not told
+    (tmp_path / "long.txt.zst").write_bytes(header + bytes(20))
+    with pytest.raises(ValueError, match=r"long\.txt\.zst cannot be read to its end.*compress it again without --long"):
+        read(tmp_path / "long.txt.zst")
+
+
+def test_a_text_without_a_border_is_refused_before_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "_LONGEST_BLOCK", 1000)
+    path = tmp_path / "one.txt"
+    path.write_text("a " * 499 + "\n\n" + "b\n" * 499)  # two documents that are just short enough
+    assert [len(document) for document in read(path)] == [999, 998]
+    path.write_text("line\n\n" + "a " * 50_000)
+    longest = 0
+
+    class Watched(io.TextIOWrapper):
+        def readline(self, size: int = -1) -> str:  # type: ignore[override]
+            nonlocal longest
+            line = super().readline(size)
+            longest = max(longest, len(line))
+            return line
+
+    monkeypatch.setattr(text_files.io, "TextIOWrapper", Watched)
+    with pytest.raises(ValueError, match=r"one\.txt has 1,001 characters without a blank line"):
+        read(path)
+    assert longest == 1001
 
 
 def test_columns_that_nobody_needs_end_nothing(tmp_path: Path) -> None:
@@ -141,9 +170,11 @@ def test_columns_that_nobody_needs_end_nothing(tmp_path: Path) -> None:
     rows += [{"text": "late", "n": "three", "url": {"a": [1, "b"]}}, {"n": None}, {"text": None}, {"text": "last"}]
     path = tmp_path / "late.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)))
-    assert read(path)[-2:] == ["late", "last"]
+    with pytest.warns(UserWarning, match=r"late\.jsonl: 1 of 60,004 rows have no column 'text' .*are left out"):
+        assert read(path)[-2:] == ["late", "last"]
     path.write_text(json.dumps(rows[-4:], indent=1))
-    assert read(path) == ["late", "last"]
+    with pytest.warns(UserWarning, match="1 of 4 rows"):
+        assert read(path) == ["late", "last"]
     path.write_text('{"text": "a"}\n"text"\n')
     with pytest.raises(ValueError, match=r"line 2 holds str, not an object; write one JSON object a line"):
         read(path)
@@ -161,6 +192,20 @@ def test_names_with_glob_characters_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "a[1]"
     folder.mkdir()
     assert read(write_jsonl(folder / "x?.jsonl", ["hello"])) == ["hello"]
+
+
+def test_several_texts_come_by_turns_so_that_a_beginning_holds_all_of_them(tmp_path: Path) -> None:
+    """A BPE is trained on the first characters: of each source as many."""
+    for name, document, count in (("long", "l" * 10, 50), ("short", "s" * 3, 2), ("wide", "w" * 30, 40)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([document] * count))
+    texts = [files_text([str(tmp_path / f"{name}.txt")], "text") for name in ("long", "short", "wide")]
+    joined = joined_text(texts)
+    documents = list(joined.documents())
+    assert sorted(documents) == sorted(document for text in texts for document in text.documents())
+    sizes = [sum(len(document) for document in documents[:30] if document[0] == letter) for letter in "lsw"]
+    assert abs(sizes[0] - sizes[2]) <= 31 and 6 <= sizes[1] <= 8
+    assert joined.size == sum(text.size for text in texts) and joined_text(texts[:1]) is texts[0]
+    assert joined.key != joined_text(texts[::-1]).key
 
 
 def test_key_follows_the_content(tmp_path: Path) -> None:
@@ -209,8 +254,13 @@ def test_missing_column_lists_the_columns(tmp_path: Path) -> None:
 
 def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(ValueError, match=r"column 'n' of .* holds int, not text; write data\.text_field"):
+    with pytest.raises(
+        ValueError, match=r"column 'n' of .* holds int \(0\), not text; write data\.text_field: one of text"
+    ):
         read(path, field="n")
+    path.write_text('{"text": "a", "n": 1}\n{"text": [5], "n": 1}\n')
+    with pytest.raises(ValueError, match=r"column 'text' of .* holds list \(\[5\]\), not text; mend that row"):
+        read(path)
 
 
 def test_broken_json_is_named(tmp_path: Path) -> None:

@@ -231,6 +231,15 @@ def test_a_source_that_is_read_often_and_a_weight_that_never_comes_are_told(corp
     assert "'b'" not in notes(5)
 
 
+def test_a_run_says_which_shares_it_will_have(corpus: Corpus, texts: Path) -> None:
+    lines = [line.strip() for line in corpus.description.splitlines()]
+    assert lines[0] == "3 sources, shares of tokens at step 0" and lines[1].startswith("a (75.00%): ")
+    assert lines[4:] == ["after step 6: a 40.00%, b 6.67%, c 53.33%"]
+    often = sources(texts)
+    often[0]["weight"] = [{"from_step": 10 * k, "weight": k + 1} for k in range(9)]
+    assert build(texts, sources=often).description.endswith("and 5 changes more, the last after step 80")
+
+
 def test_bpe_is_trained_on_all_local_texts(texts: Path) -> None:
     corpus = build(texts, streams=None, sources=sources(texts)[:2], tokenizer="bpe", bpe_vocab_size=300, seq_len=2)
     ids = corpus.tokenizer.encode_batch(["aaaaaaaa", "bbbb", "zzzz"])

@@ -18,7 +18,7 @@ from loqt_scale.config import DataConfig, LoQTConfig, ModelConfig, RunConfig
 from loqt_scale.data.packing import IGNORED_LABEL, evaluation_windows, join_documents
 from loqt_scale.errors import UserError
 from loqt_scale.model import attention, packed_attention
-from loqt_scale.model.attention import APART, ARCHITECTURES
+from loqt_scale.model.attention import ARCHITECTURES, PACKED
 from loqt_scale.model.build import design_model, recompute_blocks
 from loqt_scale.model.documents import attend, check_documents
 from loqt_scale.model.loss import end_in_loss
@@ -91,7 +91,7 @@ def test_a_packed_sequence_gives_what_its_documents_give_alone(kind: str, more: 
     together = exact_loss(model, tokens, labels)  # they see one another
     attend(model, DATA, separator=END)
     config: Any = model.config
-    assert (config._attn_implementation == APART) == (kind in ARCHITECTURES and not more)
+    assert (config._attn_implementation == PACKED) == (kind in ARCHITECTURES and not more)
     apart = loss_and_gradients(model, [(tokens, labels)], exact=True)
     scale = max(float(gradient.abs().max()) for gradient in alone)
     torch.testing.assert_close(apart, alone, rtol=100 * rounding, atol=rounding * scale)
@@ -129,7 +129,7 @@ def test_whoever_calls_the_model_by_itself_may_generate_and_needs_no_cpu(
     expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
     end_in_loss(model)
     attend(model, DATA, separator=END)
-    assert model.config._attn_implementation == APART
+    assert model.config._attn_implementation == PACKED
     for cache in (True, False):  # goes on from keys of before
         assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=cache), expected)
     monkeypatch.setattr(attention, "attend_by_document", None)  # is for CPUs, and knows no dropout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loqt_scale.config import DataConfig
 from loqt_scale.model import documents
-from loqt_scale.model.documents import DocumentInputs
+from loqt_scale.model.documents import DocumentInputs, attend
 from loqt_scale.model.loss import end_in_loss
 from loqt_scale.model.packed_attention import (
     GROUP,
@@ -193,3 +195,32 @@ def test_where_blocks_cannot_be_used_it_says_why_and_takes_a_mask(monkeypatch: p
     monkeypatch.setattr(documents, "why_not_by_blocks", lambda *what: tried(*what[:-1], cpu))
     with pytest.warns(UserWarning, match=r"mask of all pairs.*does not support backward on CPU"):
         assert given._cheapest(fake) == "mask"
+    of_rank_1: Any = model_of("llama")
+    end_in_loss(of_rank_1)
+    attend(of_rank_1, DataConfig(seq_len=64, mask_documents=True), separator=5, warns=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # rank 0 has said it
+        assert of_rank_1.forward.made._cheapest(fake) == "mask"
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_models_heads_are_not_copied_beyond_what_they_share(key_heads: int) -> None:
+    """Queries, and keys of as many heads, reach the operator as the model has laid them out."""
+    query, key = (torch.randn(2, 9, count, 8).transpose(1, 2) for count in (4, key_heads))
+    places = torch.arange(9).expand(2, 9)
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.loqt_scale.attend_by_document.default:
+                self.seen = list(args[:3])
+            return func(*args, **(kwargs or {}))
+
+    with Watch() as watch:
+        attend_by_document(nn.Identity(), query, key, key, position_ids=places)
+    assert watch.seen[0].data_ptr() == query.data_ptr()
+    assert (watch.seen[1].data_ptr() == key.data_ptr()) == (key_heads == 4)
+    assert all(tensor.is_contiguous() for tensor in watch.seen), "sequences would be copied once more to be cut"

@@ -185,6 +185,7 @@ def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> N
         (lambda t: t["gpus"]["A100"].pop("memory"), "gpus.A100 in .*add or remove memory"),
         (lambda t: t["gpus"]["A100"].update(bandwidth="fast"), "bandwidth is 'fast'; write a number above 0"),
         (lambda t: t.pop("assumptions"), "no mapping 'assumptions'"),
+        (lambda t: t["assumptions"].update(products=7), "assumptions.products in .* is 7; write a share of the whole"),
     ):
         broken = yaml.safe_load(yaml.safe_dump(table))
         change(broken)
@@ -193,6 +194,26 @@ def test_names_and_numbers_that_cannot_be_say_what_to_write(tmp_path: Path) -> N
             find_machine("A100", gpus=1, path=str(tmp_path / "broken.yaml"))
     with pytest.raises(ConfigError, match="cannot be read"):
         find_machine("A100", gpus=1, path=str(tmp_path / "none.yaml"))
+
+
+def test_a_pass_holds_no_more_than_a_rank_has() -> None:
+    """A batch of one sequence a rank is planned as such, whatever the passes might hold."""
+    on = find_machine("H100", gpus=64)
+    words = ["--model.preset=llama_nano", "--loqt.rank=8", "--train.global_batch_size=64", "--data.seq_len=64"]
+    one, eight = (
+        plan_run(parse_run_config([*words, f"--train.micro_batch_size={size}"]), ranks=64, vocab_size=320, on=on)
+        for size in (1, 8)
+    )
+    assert one == eight and one.speed is not None
+
+
+def test_another_interconnect_is_that_of_all_gpus() -> None:
+    """Inside of a node GPUs keep their own, where there are several nodes."""
+    node, nodes = (find_machine("H100", gpus=gpus, interconnect="ib200") for gpus in (8, 64))
+    assert (node.link_rate, node.inside_rate) == (25, 25)
+    assert (nodes.link_rate, nodes.inside_rate) == (25, 450)
+    own = find_machine("H100", gpus=64)
+    assert (own.link, own.link_rate, own.inside_rate) == ("ib400", 50, 450)
 
 
 def test_more_gpus_than_sequences_say_what_to_write(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,5 +231,5 @@ def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.Capt
         assert expected in said
     assert "text  a 75.0% (3.07M tokens), b 25.0% (1.02M tokens)" in said
     assert "16 x RTX4090: 82.6 TFLOP/s in float32" in said
-    assert "ethernet100 of 12.5 GB/s" in said and "products 0.68" in said
+    assert "ethernet100 of 12.5 GB/s a GPU (inside of a node pcie4 of 32)" in said and "products 0.68" in said
     assert "factorise 0.5" in said and "launch_us and factorise (of a merge) are guesses" in said
