@@ -19,14 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loqt_scale.functional.orthogonal import gram, orthogonalizer, pack_symmetric, unpack_symmetric, update_scale
-from loqt_scale.optim.fragment import Chunk
+from loqt_scale.optim.chunk_updates import accelerate, descend
 from loqt_scale.optim.row_shards import RowShards
 from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
 
@@ -83,7 +82,7 @@ class StreamedMuon(StreamedAdamW):
             if not work.fragment.values:
                 continue
             piece.matrix = turn @ piece.matrix if of_rows else piece.matrix @ turn
-            self._replace(work, partial(_descend, piece, group["lr"], 1.0 - group["lr"] * group["weight_decay"]))
+            self._descend(work, piece, group)
 
     def _accelerate(self, work: Work, *, whole: bool) -> _Rows:
         """Updates the momentum and returns the rows of U that a fragment touches, or all."""
@@ -94,11 +93,20 @@ class StreamedMuon(StreamedAdamW):
         count_update(state, work.skip)
         moment = state["exp_avg"]
         for chunk in moment.chunks():
-            grad = work.grad[chunk.start : chunk.stop].float()
-            mean = moment.load(chunk, copy=work.skip is not None).lerp_(grad, 1.0 - self._momentum)
-            torch.lerp(grad, mean, self._momentum, out=piece.values[chunk.start : chunk.stop])
-            moment.store(chunk, mean, work.skip)
+            ahead = chunk.within(piece.values)
+            self._run(accelerate, moment.stored(chunk), chunk.within(work.grad), ahead, self._momentum, work.skip)
         return piece
+
+    def _descend(self, work: Work, piece: _Rows, group: dict[str, Any]) -> None:
+        """Takes the step of `piece`, which is orthogonal now."""
+        rate: float | Tensor = group["lr"] * piece.update_scale
+        decay: float | Tensor = 1.0 - group["lr"] * group["weight_decay"]
+        if self._compiled:  # in which numbers would be constants, and these change from step to step
+            rate, decay = torch.tensor([rate, decay], dtype=torch.float64).to(work.weight.device, non_blocking=True)
+        noise = self._noise_of(work)
+        for chunk in self.state[work.fragment.parameter]["exp_avg"].chunks():
+            weights = self._weights_of(work, chunk, noise)
+            self._run(descend, weights, chunk.within(piece.values), rate, decay)
 
     def _sum(self, grams: Tensor) -> Tensor:
         """Sums Gram matrices over the shards. Every rank of them. One all-reduce."""
@@ -205,8 +213,3 @@ class _Rows:
         head = [(0, 0)] if self.offset and self.length else []
         open_end = (self.offset + self.length) % self.matrix.shape[1] != 0
         return head + ([(1, last)] if open_end and not (head and last == 0) else [])
-
-
-def _descend(piece: _Rows, rate: float, decay: float, chunk: Chunk, weight: Tensor) -> Tensor:
-    """New weights of a chunk, float32."""
-    return (weight * decay).sub_(piece.values[chunk.start : chunk.stop], alpha=rate * piece.update_scale)

@@ -1,0 +1,76 @@
+"""Updates that torch.compile makes one kernel of: bit for bit what the operators give one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loqt_scale.functional.blockwise import _search, level_tables
+from loqt_scale.functional.fused_multiply_add import exact_root
+from loqt_scale.functional.rounding import seed_from, stochastic_bfloat16
+from loqt_scale.optim import RowShards, StreamedAdamW, StreamedMuon, step_if_finite
+
+SHAPES = [(300, 64), (70,), (9, 48), (1, 64), (4, 10)]  # with blocks of 64, none, of 48, one block, none
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Each test compiles its own few kinds, of which torch keeps eight."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def optimizer_of(name: str, parameters: list[nn.Parameter], states: str, *, compiled: bool) -> StreamedAdamW:
+    adam: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "states": states, "seed": 3}
+    rows: dict[str, Any] = {"local": lambda tensor: tensor, "first_row": lambda _: 0, "compiled": compiled}
+    if name == "adamw":
+        return StreamedAdamW([{"params": parameters, "lr": 0.01}], **adam, **rows | {"first_row": lambda _: 5})
+    groups = [{"params": [p for p in parameters if p.dim() == 2], "lr": 0.01, "muon": True}]
+    return StreamedMuon(groups, momentum=0.9, shards=RowShards(), **adam, **rows)
+
+
+def train(name: str, dtype: torch.dtype, states: str, *, compiled: bool, guarded: bool = True) -> list[Tensor]:
+    """Weights and what is kept of them after five steps, of which one has a gradient that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    optimizer = optimizer_of(name, parameters, states, compiled=compiled)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)  # no constant of the compiled code
+        for p in parameters:
+            sizes = torch.exp(3.0 * torch.randn(p.shape, generator=generator))  # decades in a block
+            p.grad = (torch.randn(p.shape, generator=generator) * sizes * 1e-3).to(p.dtype)
+        if guarded:
+            step_if_finite(optimizer, torch.tensor(math.nan if step == 2 else 1.0))
+        else:
+            optimizer.step()
+    kept = [t for p in parameters for m in optimizer.state[p].values() if not isinstance(m, Tensor) for t in m.tensors()]
+    return [p.detach() for p in parameters] + kept
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize(
+    ("name", "dtype", "states"),
+    [
+        ("adamw", torch.bfloat16, "int8"),
+        ("adamw", torch.float32, "float32"),
+        ("muon", torch.bfloat16, "int8"),
+        ("muon", torch.float32, "float32"),
+    ],
+)
+def test_one_kernel_has_the_bits_of_its_operators(name: str, dtype: torch.dtype, states: str, guarded: bool) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        expected = train(name, dtype, states, compiled=True, guarded=guarded)
+    found = train(name, dtype, states, compiled=True, guarded=guarded)
+    assert len(found) == len(expected) > 6
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    plain = train(name, dtype, states, compiled=False, guarded=guarded)  # whose roots are a library's
+    for a, b in zip(found[: len(SHAPES)], plain, strict=False):
+        torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
