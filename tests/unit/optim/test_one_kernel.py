@@ -74,3 +74,35 @@ def test_one_kernel_has_the_bits_of_its_operators(name: str, dtype: torch.dtype,
     plain = train(name, dtype, states, compiled=False, guarded=guarded)  # whose roots are a library's
     for a, b in zip(found[: len(SHAPES)], plain, strict=False):
         torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), signed=st.booleans())
+def test_eight_comparisons_are_bucketize(seed: int, signed: bool) -> None:
+    """Of any values: levels, midpoints and their neighbours, infinite ones and NaN."""
+    levels, midpoints = level_tables(signed, torch.device("cpu"))
+    near = torch.cat([levels, midpoints, torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])])
+    drawn = torch.randn(500, generator=torch.Generator().manual_seed(seed)).pow(3)
+    values = torch.cat([near, near.nextafter(torch.tensor(9.0)), near.nextafter(torch.tensor(-9.0)), drawn])
+    assert torch.equal(_search(values, midpoints), torch.bucketize(values, midpoints, out_int32=True))
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(-(2**63), 2**63 - 1), first=st.integers(0, 2**40), values=st.integers(1, 300))
+def test_a_seed_that_counts_from_a_chunk(seed: int, first: int, values: int) -> None:
+    seeds, numbers = torch.tensor(seed), torch.linspace(-3.0, 3.0, values)
+    expected = stochastic_bfloat16(numbers, seed=seeds, first_index=first)
+    assert torch.equal(stochastic_bfloat16(numbers, seed=seed_from(seeds, first), first_index=0), expected)
+
+
+def test_roots_are_rounded_correctly() -> None:
+    """A square of 12 bits has an exact root, and so do the nearest numbers to a square of 24 bits."""
+    exact = torch.arange(1.0, 4096.0)
+    assert torch.equal(exact_root(exact.square()), exact)
+    drawn = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    root = exact_root(drawn).double()
+    above, below = (root.float().nextafter(torch.tensor(end)).double() for end in (9.0, 0.0))
+    error = (root.square() - drawn.double()).abs()  # the nearest root has the least error, up to the square's curve
+    assert bool(((root - drawn.double().sqrt()).abs() <= (above - drawn.double().sqrt()).abs()).all())
+    assert bool(((root - drawn.double().sqrt()).abs() <= (below - drawn.double().sqrt()).abs()).all())
+    assert float(error.max()) < 2**-23
