@@ -1,9 +1,11 @@
 """Sums of a product that are rounded once, in eager and in compiled code, to the same bits.
 
-torch's kernels for `lerp`, `addcmul` and `sub(alpha=)` take the processor's fused multiply-add, which rounds a b + c once.
-torch.compile writes the same operators as a product and a sum, each rounded, unless the code asks for the fused one. So
-these functions ask for it where they are compiled, and elsewhere are torch's own operators. And `sqrt` of float32 on a CPU is the one of a maths library, not correctly rounded, which compiled code's is:
-`exact_root` is.
+torch's kernels for `lerp`, `addcmul` and `sub(alpha=)` take the processor's fused multiply-add, which rounds a b + c
+once. torch.compile writes the same operators as a product and a sum, each rounded, unless the code asks for the fused
+one. So these functions ask for it where they are compiled, and elsewhere are torch's own operators.
+
+A CPU's `sqrt` of float32 is that of a maths library, which is not rounded correctly; that of compiled code is. So is
+`exact_root`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     accelerate   Muon's momentum from the gradient, and what of it is made orthogonal
     descend      weights from Muon's orthogonal step
 
-Each runs as it stands, or compiled into one kernel a chunk (`in_one_kernel`), which reads a value's weight, gradient and
-moments once and writes them once, where the operators one by one make some forty passes over them. The bits are the
-same: whoever wants them to be takes `exact` roots (see `functional.fused_multiply_add`).
+Each runs as it stands, operator by operator, some forty passes over a chunk; or compiled (`in_one_kernel`), and then
+reads a value's weight, gradient and moments at most twice and writes them once. The bits are the same if both take
+`exact` roots (see `functional.fused_multiply_add`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loqt_scale.errors import explained
 from loqt_scale.functional.fused_multiply_add import add_square_, exact_root, lerp, subtract_scaled_
 from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.optim.fragment import Stored, replace_unless
@@ -25,6 +26,7 @@ from loqt_scale.optim.fragment import Stored, replace_unless
 Update = Callable[..., None]
 _ROUNDED_AS_IN_EAGER = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Of a GPU's kernels; those of a CPU divide and multiply so anyway."""
+_NO_COMPILER = "install a C++ compiler (for a GPU Triton, which comes with torch), or write optim.compile: false"
 
 
 class Weights(NamedTuple):
@@ -95,6 +97,8 @@ def in_one_kernel(update: Update) -> Update:
     It is compiled for each dtype and size of blocks, seconds each, unless an earlier run has left the kernel in torch's
     cache. A chunk of a single block, as where a rank's part begins inside one, is updated as it stands.
     """
+    from torch._dynamo.exc import TorchDynamoException as failed  # late: it imports the compiler
+
     options = _ROUNDED_AS_IN_EAGER if torch.cuda.is_available() else None
     compiled = torch.compile(update, dynamic=False, options=options)
 
@@ -106,7 +110,8 @@ def in_one_kernel(update: Update) -> Update:
         for tensor in _leaves((chunk, values, *others)):
             if tensor.dim() and tensor.shape[0] == length:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        compiled(chunk, values, *others)
+        with explained("optim.compile: torch.compile makes no kernel of an update", _NO_COMPILER, of=(failed,)):
+            compiled(chunk, values, *others)
 
     return run
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loqt_scale.config.blocks import row_block
-from loqt_scale.functional.blockwise import level_tables, block_runs
+from loqt_scale.functional.blockwise import block_runs, level_tables
 from loqt_scale.optim import Fragment, Moment, StreamedAdamW, fragment, step_if_finite
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

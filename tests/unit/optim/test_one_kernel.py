@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
+from loqt_scale.errors import UserError
 from loqt_scale.functional.blockwise import _search, level_tables
 from loqt_scale.functional.fused_multiply_add import exact_root
 from loqt_scale.functional.rounding import seed_from, stochastic_bfloat16
@@ -51,7 +53,8 @@ def train(name: str, dtype: torch.dtype, states: str, *, compiled: bool, guarded
             step_if_finite(optimizer, torch.tensor(math.nan if step == 2 else 1.0))
         else:
             optimizer.step()
-    kept = [t for p in parameters for m in optimizer.state[p].values() if not isinstance(m, Tensor) for t in m.tensors()]
+    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+    kept = [t for own in states for name in ("exp_avg", "exp_avg_sq") if name in own for t in own[name].tensors()]
     return [p.detach() for p in parameters] + kept
 
 
@@ -74,6 +77,19 @@ def test_one_kernel_has_the_bits_of_its_operators(name: str, dtype: torch.dtype,
     plain = train(name, dtype, states, compiled=False, guarded=guarded)  # whose roots are a library's
     for a, b in zip(found[: len(SHAPES)], plain, strict=False):
         torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_without_a_compiler_it_is_said_what_to_write() -> None:
+    """At the first update, which has changed nothing then."""
+    parameter = nn.Parameter(torch.ones(8, 64))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = optimizer_of("adamw", [parameter], "int8", compiled=True)
+    with (
+        inductor.patch({"cpp.cxx": (None, "/nowhere/c++"), "force_disable_caches": True}),
+        pytest.raises(UserError, match=r"optim\.compile: .*install a C\+\+ compiler .*, or write optim.compile: false"),
+    ):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(8, 64))
 
 
 @settings(max_examples=25)

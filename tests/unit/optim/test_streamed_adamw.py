@@ -16,7 +16,7 @@ from torch import nn
 
 from loqt_scale.config.blocks import row_block
 from loqt_scale.errors import UserError
-from loqt_scale.functional.blockwise import level_tables, decode, encode
+from loqt_scale.functional.blockwise import decode, encode, level_tables
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.optim import StreamedAdamW, UpdateInBackward, fragment, open_moments, step_if_finite
 
