@@ -1,7 +1,7 @@
 """The streamed update, operator by operator and compiled into one kernel a chunk (`optim.compile`).
 
-Times alternate A B B A on one thread. Operators are those that torch starts for one chunk of one parameter (views are
-none), beside those of the parameter's count, rates and seed; on a GPU each is a kernel.
+Times alternate A B B A on one thread. Operators are those that torch starts (views are none), for a whole update and
+for each parameter of one chunk in it; on a GPU each is a kernel.
 
     python benchmarks/updates.py              # 2^22 values
     python benchmarks/updates.py --quick      # 2^16, to see that it runs; does not touch RESULTS.md
@@ -36,21 +36,31 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loqt_scale.optim import RowShards, StreamedAdamW, StreamedMuon, step_if_finite
+from loqt_scale.optim.fragment import CHUNK_VALUES
 
 COLUMNS = 256
-HEADER = ["weights and states", "optimizer", "operators, a chunk", "and a parameter", "ms", "compiled, ms", "/ before"]
-HEADER = [*HEADER, "/ torch's fused AdamW, before", "compiled"]
+HEADER = [
+    "weights and states",
+    "optimizer",
+    "operators, an update",
+    "and a parameter",
+    "compiled",
+    "ms",
+    "compiled, ms",
+]
+HEADER = [*HEADER, "/ before", "/ torch's fused AdamW, before", "compiled"]
 NOTE = (
     "One parameter of {rows} x {columns} values, weight decay, a step that is skipped if the norm is not finite, one "
-    "thread, {repeats} rounds in turns, medians. A compiled chunk is one kernel (Muon: two, before and after its Gram "
-    "matrix). torch's fused AdamW: float32 weights and states."
+    "thread, {repeats} rounds in turns, medians. Operators: of an update with its counts, rates and seeds, and of each "
+    "parameter of one chunk; what is compiled is one (Muon: two, before and after its Gram matrix). torch's fused "
+    "AdamW: float32 weights and states."
 )
 TRITON_HEADER = ["weights and states", "optimizer", "norm", "kernels of an update", "values", "that differ"]
 TRITON_NOTE = (
-    "Triton that torch.compile writes, run in Triton's interpreter: two steps of one parameter of {rows} x {columns}, a "
-    "chunk. Not counted: the parameter's count, rates and seed, and Muon's Gram matrix. `norm`: of the gradient, which "
-    "decides on the device whether the step is skipped. `values`: weights, codes, scales; none may differ from what the "
-    "operators give one by one."
+    "Triton that torch.compile writes, run in Triton's interpreter: two steps of one parameter of {rows} x {columns}, "
+    "a chunk. Not counted: counts, rates and seeds, of all parameters together, and Muon's Gram matrices. `norm`: of "
+    "the gradient, which decides on the device whether the step is skipped. `values`: weights, codes, scales; none may "
+    "differ from what the operators give one by one."
 )
 
 
@@ -94,10 +104,10 @@ def parameter_of(kind: Kind, values: int) -> nn.Parameter:
     return parameter
 
 
-def optimizer_of(kind: Kind, parameter: nn.Parameter, *, compiled: bool) -> StreamedAdamW:
+def optimizer_of(kind: Kind, parameters: list[nn.Parameter], *, compiled: bool) -> StreamedAdamW:
     adam: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "states": kind.states}
     rows: dict[str, Any] = {"local": lambda t: t, "first_row": lambda _: 0, "seed": 0, "compiled": compiled}
-    group = {"params": [parameter], "lr": 1e-3, "muon": kind.muon}
+    group = {"params": parameters, "lr": 1e-3, "muon": kind.muon}
     if kind.muon:
         return StreamedMuon([group], momentum=0.9, shards=RowShards(), **adam, **rows)
     return StreamedAdamW([group], **adam, **rows)
@@ -114,23 +124,28 @@ def guarded(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return partial(step_if_finite, optimizer, torch.ones(()))
 
 
-def operators_of(kind: Kind) -> tuple[int, int]:
-    """(of a chunk, of a parameter beside its chunks), from updates of one and of two chunks."""
-    counts = []
-    for chunks in (1, 2):
-        optimizer = optimizer_of(kind, parameter_of(kind, chunks * 2**18), compiled=False)
+def operators_of(kind: Kind) -> tuple[int, int, int]:
+    """(of an update, of each parameter in it, of which what is compiled)."""
+    one, chunks, parameters = (_count(kind, *shape) for shape in ((1, 1), (1, 2), (2, 1)))
+    seeds = int(kind.dtype == torch.bfloat16)  # each chunk but the first moves its seed on
+    return 2 * one - parameters, parameters - one, chunks - one - seeds
+
+
+def _count(kind: Kind, parameters: int, chunks: int) -> int:
+    """Operators of an update of so many parameters."""
+    held = [parameter_of(kind, chunks * CHUNK_VALUES) for _ in range(parameters)]
+    optimizer = optimizer_of(kind, held, compiled=False)
+    guarded(optimizer)()
+    with Operators() as counted:
         guarded(optimizer)()
-        with Operators() as counted:
-            guarded(optimizer)()
-        counts.append(counted.count)
-    return counts[1] - counts[0], 2 * counts[0] - counts[1]
+    return counted.count
 
 
 def measure(kind: Kind, values: int, repeats: int) -> list[object]:
     """A row."""
     variants: dict[str, Callable[[], None]] = {}
     for name in ("before", "compiled"):
-        variants[name] = guarded(optimizer_of(kind, parameter_of(kind, values), compiled=name == "compiled"))
+        variants[name] = guarded(optimizer_of(kind, [parameter_of(kind, values)], compiled=name == "compiled"))
     plain = parameter_of(KINDS[0], values)
     variants["torch"] = guarded(torch.optim.AdamW([plain], fused=True))
     for update in variants.values():
@@ -138,8 +153,9 @@ def measure(kind: Kind, values: int, repeats: int) -> list[object]:
         update()
     times = measured_in_turns(list(variants), repeats, lambda name, turn: seconds_of(variants[name]))
     before, compiled, torchs = (statistics.median(times[name]) for name in variants)
-    chunk, parameter = operators_of(kind)
-    row: list[object] = [kind.name, kind.optimizer, chunk, parameter, f"{1000 * before:.1f}"]
+    whole, parameter, chunk = operators_of(kind)
+    rest = parameter - chunk + (2 if kind.muon else 1)
+    row: list[object] = [kind.name, kind.optimizer, whole, parameter, rest, f"{1000 * before:.1f}"]
     row += [f"{1000 * compiled:.1f}", f"**{compiled / before:.2f}**"]
     return [*row, f"{before / torchs:.1f}", f"**{compiled / torchs:.1f}**"]
 
@@ -165,7 +181,7 @@ def triton_rows(values: int) -> list[list[object]]:
 def _stepped(kind: Kind, values: int, norm: float | None, ran: list[str]) -> tuple[list[Tensor], int]:
     """What two steps leave, and the kernels of the second."""
     parameter = parameter_of(kind, values)
-    optimizer = optimizer_of(kind, parameter, compiled=True)
+    optimizer = optimizer_of(kind, [parameter], compiled=True)
     for _ in range(2):
         ran.clear()
         if norm is None:

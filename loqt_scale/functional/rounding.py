@@ -15,8 +15,13 @@ _LOW_BITS = 0xFFFF
 _STRIDE = 0x9E3779B97F4A7C15  # of the hash, from index to index
 
 
-def seed_of_update(seed: int, count: Tensor) -> Tensor:
-    """A seed of its own for each count, a whole number in a scalar tensor that never leaves its device; int64."""
+def seed_of_update(seed: int | Tensor, count: Tensor) -> Tensor:
+    """A seed of its own for each count, whole numbers in a tensor that never leaves its device; int64, of its shape.
+
+    Args:
+        seed: One for all, or int64 of the counts' shape.
+        count: Any shape.
+    """
     return _hash(count.to(torch.int64), seed)
 
 

@@ -24,7 +24,7 @@ from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.optim.fragment import Stored, replace_unless
 
 Update = Callable[..., None]
-_ROUNDED_AS_IN_EAGER = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+_ROUNDED_AS_IN_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Of a GPU's kernels; those of a CPU divide and multiply so anyway."""
 _NO_COMPILER = "install a C++ compiler (for a GPU Triton, which comes with torch), or write optim.compile: false"
 

@@ -78,6 +78,8 @@ class StreamedAdamW(torch.optim.Optimizer):
         super().__init__(list(groups), {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._states, self._local, self._first_row, self._seed = states, local, first_row, seed
         self._compiled = compiled
+        self._skips: dict[torch.device, Tensor] = {}  # of one update
+        self._seeds: dict[tuple[int, torch.device], Tensor] = {}
         self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
         self.number()
 
@@ -124,12 +126,14 @@ class StreamedAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient. Local."""
         assert closure is None
+        self._skips.clear()
         for group in self.param_groups:
             self._update(group["params"], group)
 
     @torch.no_grad()
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter from its `.grad`, if it has one. Local."""
+        self._skips.clear()
         self._update([parameter], self._group_of(parameter))
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,15 +242,27 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates tensors that a group names."""
-        for work in self._work_of(tensors):
-            if not work.fragment.values:
-                continue
-            state = self.ensure_state(work.fragment.parameter)
-            terms, noise = _terms(state, group, work.skip), self._noise_of(work)
-            for chunk in state["exp_avg"].chunks():
-                first, second = state["exp_avg"].stored(chunk), state["exp_avg_sq"].stored(chunk)
-                weights = self._weights_of(work, chunk, noise)
-                self._run(adamw, weights, chunk.within(work.grad), first, second, terms)
+        for together in self._by_device(tensors):
+            held = [part for tensor in together for part in self._fragments_of(tensor) if part.values]
+            counts = self._count(held)
+            works = (work for work in self._work_of(together) if work.fragment.values)
+            for work, terms, noise in zip(works, _terms(counts, group), self._noises(held, counts), strict=True):
+                first, second = (self.state[work.fragment.parameter][name] for name in ADAM_MOMENTS)
+                for chunk in first.chunks():
+                    weights = self._weights_of(work, chunk, noise)
+                    self._run(adamw, weights, chunk.within(work.grad), first.stored(chunk), second.stored(chunk), terms)
+
+    def _by_device(self, tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+        """Those with a gradient, by where their rows are."""
+        found: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.grad is not None:
+                found[self._local(tensor.detach()).device].append(tensor)
+        return found.values()
+
+    def _fragments_of(self, tensor: Tensor) -> Sequence[Fragment]:
+        _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
+        return fragments
 
     def _work_of(self, tensors: Sequence[Tensor]) -> Iterator[Work]:
         """What this rank has to update of tensors that a group names; nothing of those without a gradient."""
@@ -254,21 +270,45 @@ class StreamedAdamW(torch.optim.Optimizer):
             if tensor.grad is None:
                 continue
             weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
-            skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
-            _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
-            for part in fragments:
-                yield Work(part, part.within(weights), part.within(gradients), skip)
+            for part in self._fragments_of(tensor):
+                yield Work(part, part.within(weights), part.within(gradients), self._skip_on(weights.device))
 
-    def _noise_of(self, work: Work) -> Tensor | None:
-        """The seed by which an update that was counted rounds bfloat16 weights; None if they are float32."""
-        if work.weight.dtype != torch.bfloat16:
+    def _skip_on(self, device: torch.device) -> Tensor | None:
+        """Whether this update is to be left out, a bool scalar there; None: it is not."""
+        if self.found_inf is None:
             return None
-        seed = stable_seed("rounding", self._seed, self._index_of[id(work.fragment.parameter)])
-        return seed_of_update(seed, self.state[work.fragment.parameter]["step"])
+        if device not in self._skips:
+            self._skips[device] = self.found_inf.to(device) != 0
+        return self._skips[device]
+
+    def _count(self, held: Sequence[Fragment]) -> Tensor:
+        """Counts an update of each, unless it is left out; returns the counts, (n,) float64 on their one device."""
+        if not held:
+            return torch.zeros(0, dtype=torch.float64)
+        steps = [self.ensure_state(part.parameter)["step"] for part in held]
+        skip = self._skip_on(steps[0].device)
+        torch._foreach_add_(steps, 1.0 if skip is None else (~skip).double())
+        return torch.stack(steps)
+
+    def _noises(self, held: Sequence[Fragment], counts: Tensor) -> Sequence[Tensor | None]:
+        """The seed of each by which bfloat16 weights are rounded in an update that was counted."""
+        if all(part.parameter.dtype != torch.bfloat16 for part in held):
+            return [None] * len(held)
+        seeds = torch.stack([self._seed_on(self._index_of[id(part.parameter)], counts.device) for part in held])
+        return seed_of_update(seeds, counts).unbind()
+
+    def _seed_on(self, index: int, device: torch.device) -> Tensor:
+        """Of the rounding of the index-th parameter, int64 scalar there."""
+        if (index, device) not in self._seeds:
+            seed = stable_seed("rounding", self._seed, index)
+            self._seeds[index, device] = torch.tensor(seed, dtype=torch.int64, device=device)
+        return self._seeds[index, device]
 
     def _weights_of(self, work: Work, chunk: Chunk, noise: Tensor | None) -> Weights:
         """A chunk's weights, to be replaced."""
-        if noise is not None:
+        if work.weight.dtype != torch.bfloat16:
+            noise = None
+        elif noise is not None:
             noise = seed_from(noise, work.fragment.first + chunk.start)
         return Weights(chunk.within(work.weight), work.skip, noise, self._compiled)
 
@@ -285,17 +325,11 @@ class Work(NamedTuple):
     skip: Tensor | None
 
 
-def count_update(state: dict[str, Any], skip: Tensor | None) -> Tensor:
-    """Counts an update in `state`, unless `skip`, and returns the count, a float64 scalar on its device."""
-    step: Tensor = state["step"]
-    step += 1 if skip is None else ~skip
-    return step
-
-
-def _terms(state: dict[str, Any], group: dict[str, Any], skip: Tensor | None) -> AdamTerms:
-    """Counts an update in `state`, unless `skip`, and returns its terms."""
-    step = count_update(state, skip)
+def _terms(counts: Tensor, group: dict[str, Any]) -> Iterator[AdamTerms]:
+    """Of each count, (n,)."""
     beta1, beta2 = group["betas"]
-    rate, decay = group["lr"], torch.full_like(step, 1.0 - group["lr"] * group["weight_decay"])
-    root, corrected = (1.0 - torch.pow(beta2, step)).sqrt(), rate / (1.0 - torch.pow(beta1, step))
-    return AdamTerms((beta1, beta2), group["eps"], decay, root, corrected)
+    decay = torch.full((), 1.0 - group["lr"] * group["weight_decay"], dtype=torch.float64, device=counts.device)
+    roots = (1.0 - torch.pow(beta2, counts)).sqrt()
+    rates = group["lr"] / (1.0 - torch.pow(beta1, counts))
+    for root, rate in zip(roots.unbind(), rates.unbind(), strict=True):
+        yield AdamTerms((beta1, beta2), group["eps"], decay, root, rate)

@@ -30,7 +30,7 @@ Bound = Literal["compute", "memory bandwidth", "network", "host"]
 CAUSAL = 0.5  # of attention's counted FLOPs, what is not masked
 FUSED_UPDATE_BYTES = 36  # a value: read gradient, parameter, two moments, write three; the norm, the clipping
 STREAMED_UPDATE_BYTES, STREAMED_KERNELS = 320, 40  # a value, and of a chunk: about forty float32 operators
-COMPILED_UPDATE_BYTES, PARAMETER_KERNELS = 40, 20  # a value, read twice; of a parameter: its count, rates and seed
+COMPILED_UPDATE_BYTES, UPDATE_KERNELS = 40, 80  # a value, read twice; two groups' counts, rates and seeds
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
 
@@ -180,7 +180,7 @@ def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine)
     if config.streams_updates:
         chunks = sum(math.ceil(size / chunk_values("cuda")) for size in values)
         a_value = COMPILED_UPDATE_BYTES if config.optim.compile else STREAMED_UPDATE_BYTES
-        launches = chunks + PARAMETER_KERNELS * len(values) if config.optim.compile else STREAMED_KERNELS * chunks
+        launches = chunks + UPDATE_KERNELS if config.optim.compile else STREAMED_KERNELS * chunks
     return sum(values) * a_value / (on.gpu.bandwidth * GIGA * on.assumed.memory), launches
 
 
