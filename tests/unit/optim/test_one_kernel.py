@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from loqt_scale.functional.fused_multiply_add import exact_root
 from loqt_scale.functional.rounding import seed_from, stochastic_bfloat16
 from loqt_scale.optim import RowShards, StreamedAdamW, StreamedMuon, step_if_finite
 
+ROOT = Path(__file__).resolve().parents[3]
 SHAPES = [(300, 64), (70,), (9, 48), (1, 64), (4, 10)]  # with blocks of 64, none, of 48, one block, none
 
 
@@ -39,18 +43,26 @@ def optimizer_of(name: str, parameters: list[nn.Parameter], states: str, *, comp
     return StreamedMuon(groups, momentum=0.9, shards=RowShards(), **adam, **rows)
 
 
-def train(name: str, dtype: torch.dtype, states: str, *, compiled: bool, guarded: bool = True) -> list[Tensor]:
+def train(
+    name: str,
+    dtype: torch.dtype,
+    states: str,
+    *,
+    compiled: bool,
+    guarded: bool = True,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
     """Weights and what is kept of them after five steps, of which one has a gradient that is not finite."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
     optimizer = optimizer_of(name, parameters, states, compiled=compiled)
     for step in range(5):
         optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)  # no constant of the compiled code
         for p in parameters:
             sizes = torch.exp(3.0 * torch.randn(p.shape, generator=generator))  # decades in a block
-            p.grad = (torch.randn(p.shape, generator=generator) * sizes * 1e-3).to(p.dtype)
+            p.grad = (torch.randn(p.shape, generator=generator) * sizes * 1e-3).to(device, p.dtype)
         if guarded:
-            step_if_finite(optimizer, torch.tensor(math.nan if step == 2 else 1.0))
+            step_if_finite(optimizer, torch.tensor(math.nan if step == 2 else 1.0, device=device))
         else:
             optimizer.step()
     states = [optimizer.state[p] for p in parameters if p in optimizer.state]
@@ -58,16 +70,16 @@ def train(name: str, dtype: torch.dtype, states: str, *, compiled: bool, guarded
     return [p.detach() for p in parameters] + kept
 
 
+KINDS = [
+    ("adamw", torch.bfloat16, "int8"),
+    ("adamw", torch.float32, "float32"),
+    ("muon", torch.bfloat16, "int8"),
+    ("muon", torch.float32, "float32"),
+]
+
+
 @pytest.mark.parametrize("guarded", [True, False])
-@pytest.mark.parametrize(
-    ("name", "dtype", "states"),
-    [
-        ("adamw", torch.bfloat16, "int8"),
-        ("adamw", torch.float32, "float32"),
-        ("muon", torch.bfloat16, "int8"),
-        ("muon", torch.float32, "float32"),
-    ],
-)
+@pytest.mark.parametrize(("name", "dtype", "states"), KINDS)
 def test_one_kernel_has_the_bits_of_its_operators(name: str, dtype: torch.dtype, states: str, guarded: bool) -> None:
     with torch.compiler.set_stance("force_eager"):
         expected = train(name, dtype, states, compiled=True, guarded=guarded)
@@ -77,6 +89,19 @@ def test_one_kernel_has_the_bits_of_its_operators(name: str, dtype: torch.dtype,
     plain = train(name, dtype, states, compiled=False, guarded=guarded)  # whose roots are a library's
     for a, b in zip(found[: len(SHAPES)], plain, strict=False):
         torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_gpus_kernels_have_the_bits_too() -> None:
+    """What torch.compile writes for a GPU, in Triton's interpreter: one kernel (Muon: two), and no value differs."""
+    pytest.importorskip("triton", reason="pip install triton")
+    words = [sys.executable, "benchmarks/updates.py", "--triton", "--quick"]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    rows = [line.split(" | ") for line in ran.stdout.splitlines() if line.startswith(("| float32", "| bfloat16"))]
+    assert len(rows) == 15, ran.stderr[-2000:]
+    assert {(row[1], row[3]) for row in rows} == {("AdamW", "1"), ("Muon", "2")}
+    assert all(row[5] == "0 |" for row in rows)
 
 
 def test_without_a_compiler_it_is_said_what_to_write() -> None:
