@@ -35,6 +35,8 @@ VARIANTS: dict[str, list[str]] = {
     "Muon": ["--optim.name=muon"],
     "AdamW, int8 states, bfloat16 factors": SMALL,
     "Muon, int8 states, bfloat16 factors": ["--optim.name=muon", *SMALL],
+    "AdamW, int8 states, bfloat16 factors, compiled": [*SMALL, "--optim.compile=true"],
+    "Muon, int8 states, bfloat16 factors, compiled": ["--optim.name=muon", *SMALL, "--optim.compile=true"],
 }
 SEQUENCES, SEQ_LEN = 8, 256
 HEADER = ["optimizer", "moments, MiB", "/ AdamW's", "update, ms", "of a step's time", "sent a step, MiB", "/ AdamW's"]

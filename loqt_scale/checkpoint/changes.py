@@ -29,6 +29,7 @@ FREE = (
     "model.compile",
     "model.activation_checkpointing",
     "model.loss_chunk_tokens",
+    "optim.compile",
     "data.cache_dir",
     "train.run_dir",
     "train.on_existing_run",

@@ -49,6 +49,12 @@ def check_combinations(config: RunConfig) -> None:
         "base, or optim.per_layer: false",
     )
     require(
+        config.streams_updates or not config.optim.compile,
+        "optim.compile is true, but these settings take torch's fused AdamW, which is one kernel as it is; write "
+        "optim.compile: false (streamed are the updates of optim.name: muon, optim.states: int8, optim.per_layer: true "
+        "and model.trained_dtype: bfloat16)",
+    )
+    require(
         not (config.method == "full" and config.parallel.offload == "base"),
         "parallel.offload is base, but full-rank training has no frozen base; write parallel.offload: optimizer",
     )

@@ -87,6 +87,8 @@ class OptimConfig:
             strategy.
         per_layer: Each parameter is updated inside the backward pass and its gradient freed at once: gradients never
             pile up. One micro-batch a step, without clipping to a global norm; not under ddp or zero.
+        compile: One kernel, made by torch.compile, for the update of a part of a parameter, where updates are streamed
+            (`states: int8`, `per_layer`, `model.trained_dtype: bfloat16`, `name: muon`).
         schedule: What the rates do after the warm-up: cosine or linear = down to the end; wsd = stay at the peak, and
             come down in the last part of the run (a run can be made longer from before that); constant = stay.
         decay_fraction: wsd: share of the run's steps in which the rates come down.
@@ -106,6 +108,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     states: OptimizerStates = "float32"
     per_layer: bool = False
+    compile: bool = False
     schedule: RateSchedule = "cosine"
     decay_fraction: float = 0.2
     warmup_steps: int | None = None

@@ -64,28 +64,46 @@ def encode(values_RC: Tensor, block: int, *, signed: bool) -> tuple[Tensor, Tens
         codes (R, C) uint8 and scales (R, C / block) float32.
     """
     rows, columns = values_RC.shape
-    blocks = values_RC.reshape(rows, columns // block, block)
-    scales = blocks.abs().amax(dim=2)
-    unit = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
-    _, midpoints = _tables(signed, values_RC.device)
-    codes = torch.bucketize(unit, midpoints, out_int32=True).to(torch.uint8)
-    return codes.reshape(values_RC.shape), scales
+    codes, scales = encode_blocks(values_RC.reshape(-1, block), level_tables(signed, values_RC.device)[1])
+    return codes.reshape(values_RC.shape), scales.reshape(rows, columns // block)
 
 
 def decode(codes_RC: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """float32 (R, C) from what `encode` returned."""
-    levels, _ = _tables(signed, codes_RC.device)
-    rows, blocks = scales.shape
-    unit = levels.index_select(0, codes_RC.reshape(-1).to(torch.int32)).reshape(
-        rows, blocks, codes_RC.shape[1] // blocks
-    )
-    return (unit * scales.unsqueeze(2)).reshape(codes_RC.shape)
+    blocks = codes_RC.reshape(-1, codes_RC.shape[1] // scales.shape[1])
+    return decode_blocks(blocks, scales.reshape(-1), level_tables(signed, codes_RC.device)[0]).reshape(codes_RC.shape)
+
+
+def encode_blocks(values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes blocks: (N, block) float32 to codes of that shape and scales (N,). `midpoints`: of `level_tables`."""
+    scales = values.abs().amax(dim=1)
+    unit = values / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+    if torch.compiler.is_compiling():
+        return _search(unit, midpoints).to(torch.uint8), scales
+    return torch.bucketize(unit, midpoints, out_int32=True).to(torch.uint8), scales
+
+
+def decode_blocks(codes: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    """float32 (N, block) from codes of that shape and scales (N,). `levels`: of `level_tables`."""
+    unit = levels.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+    return unit * scales.unsqueeze(1)
+
+
+def _search(unit: Tensor, midpoints: Tensor) -> Tensor:
+    """`torch.bucketize` by eight comparisons a value, which compile into the kernel around them; int32.
+
+    How many midpoints are smaller than a value: all of them than NaN, as there.
+    """
+    smaller = torch.zeros_like(unit, dtype=torch.int32)
+    for half in (128, 64, 32, 16, 8, 4, 2, 1):
+        smaller = smaller + torch.where(unit <= midpoints[smaller + (half - 1)], 0, half)
+    return smaller
 
 
 @cache
 @plain_defaults()
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(256 levels in [-1, 1] or [0, 1], ascending; the 255 midpoints), float32."""
+def level_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(256 levels in [-1, 1] or [0, 1], ascending; the 255 midpoints between them), float32."""
     from bitsandbytes.functional import create_dynamic_map  # late: schemes.py has its first import speak less
 
     levels = create_dynamic_map(signed=signed).float().sort().values

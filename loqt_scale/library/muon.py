@@ -26,6 +26,7 @@ def muon(
     states: OptimizerStates = "float32",
     dense_layers: Iterable[str] = (),
     seed: int = 0,
+    compile: bool = False,
 ) -> StreamedMuon:
     """One optimizer with two groups: Muon's step for the factors B, AdamW's for embeddings, norms, biases and head.
 
@@ -44,6 +45,8 @@ def muon(
         states: float32, or int8 = moments in 8-bit codes.
         dense_layers: Names of layers whose dense weights take Muon's step too: all, for a full-rank run beside it.
         seed: Of what is rounded at random (parameters in bfloat16).
+        compile: Have torch.compile make one kernel of the update of a part of a parameter: faster, if there is a
+            compiler, after seconds of compiling.
 
     Raises:
         UserError: There are neither LoQT layers nor dense ones named; a layer of fused experts; or 8-bit states of a
@@ -59,7 +62,7 @@ def muon(
         )
     config = OptimConfig(
         name="muon", lr=lr, full_precision_lr=full_precision_lr, momentum=momentum, betas=betas, eps=eps,
-        weight_decay=weight_decay, states=states,
+        weight_decay=weight_decay, states=states, compile=compile,
     )  # fmt: skip
     optimizer = create_optimizer(model, config, dense_layers, local=_whole, seed=seed)
     assert isinstance(optimizer, StreamedMuon)

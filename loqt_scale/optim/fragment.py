@@ -18,7 +18,7 @@ So all other blocks have the codes that they would have on one rank; at most two
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
 from loqt_scale.config.blocks import row_block
-from loqt_scale.functional.blockwise import block_runs, decode, encode
+from loqt_scale.functional.blockwise import block_runs, decode_blocks, encode_blocks, level_tables
+
+Root = Callable[[Tensor], Tensor]
 
 CHUNK_VALUES = 2**18  # values in flight: a dozen buffers of 1 MiB, which a CPU's cache holds in part
 DEVICE_CHUNK_VALUES = 2**22  # elsewhere, where launching some forty kernels a chunk is what costs
@@ -80,6 +82,51 @@ class Chunk(NamedTuple):
     block: int
     scale: int
 
+    def within(self, values: Tensor) -> Tensor:
+        """These values of the fragment's, (V,), as blocks, or as they lie if there are none; shares their memory."""
+        chunk = values[self.start : self.stop]
+        return chunk.view(-1, self.block) if self.block else chunk
+
+
+class Stored(NamedTuple):
+    """A chunk of a moment as it is kept, to be replaced in place.
+
+    Args:
+        values: float32 (V,), or codes (N, block) uint8.
+        scales: (N,) float32; None: the values are float32.
+        levels: (256,) float32, what codes mean.
+        midpoints: (255,) float32, between the levels.
+        signed: True for the first moment; the second, never negative, is kept as its square root in 8 bits.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    levels: Tensor | None
+    midpoints: Tensor | None
+    signed: bool
+
+    def load(self, *, copy: bool = False) -> Tensor:
+        """The values, float32, shaped as they are kept; may share their memory unless `copy`."""
+        if self.scales is None or self.levels is None:
+            return self.values.clone() if copy else self.values
+        values = decode_blocks(self.values, self.scales, self.levels)
+        return values if self.signed else values.square_()
+
+    def store(self, values: Tensor, skip: Tensor | None = None, *, root: Root = torch.sqrt) -> None:
+        """Replaces the values, unless `skip`, a bool scalar on their device, says that they stay.
+
+        Args:
+            values: float32, shaped as `load` returned them.
+            skip: See `replace_unless`.
+            root: Takes square roots.
+        """
+        if self.scales is None or self.midpoints is None:
+            replace_unless(skip, self.values, values)
+            return
+        codes, scales = encode_blocks(values if self.signed else root(values), self.midpoints)
+        replace_unless(skip, self.values, codes)
+        replace_unless(skip, self.scales, scales)
+
 
 def chunk_values(device_type: str) -> int:
     """Values that an update has in flight at a time."""
@@ -123,40 +170,24 @@ class Moment:
                 yield Chunk(start, stop, run.block, scale)
                 scale += (stop - start) // unit
 
-    def load(self, chunk: Chunk, *, copy: bool = False) -> Tensor:
-        """A chunk's values, float32; may share this moment's memory unless `copy`."""
-        stored = self._values[chunk.start : chunk.stop]
+    def stored(self, chunk: Chunk) -> Stored:
+        """A chunk as it is kept; shares this moment's memory."""
+        values = chunk.within(self._values)
         if self._scales is None:
-            return stored.clone() if copy else stored
-        values = decode(stored.view(-1, chunk.block), self._scales_of(chunk), signed=self._signed).view(-1)
-        return values if self._signed else values.square_()
-
-    def store(self, chunk: Chunk, values: Tensor, skip: Tensor | None = None) -> None:
-        """Replaces a chunk's values, unless `skip`, a bool scalar on their device, says that they stay."""
-        stored = self._values[chunk.start : chunk.stop]
-        if self._scales is None:
-            replace_unless(skip, stored, values)
-            return
-        kept = values if self._signed else values.sqrt()
-        codes, scales = encode(kept.view(-1, chunk.block), chunk.block, signed=self._signed)
-        replace_unless(skip, stored, codes.view(-1))
-        replace_unless(skip, self._scales_of(chunk), scales)
+            return Stored(values, None, None, None, self._signed)
+        scales = self._scales[chunk.scale : chunk.scale + values.shape[0]]
+        levels, midpoints = level_tables(self._signed, values.device)
+        return Stored(values, scales, levels, midpoints, self._signed)
 
     def read(self, into: Tensor) -> None:
         """Copies all values into a contiguous float32 tensor of as many, of any shape, on any device."""
         for chunk in self.chunks():
-            into.view(-1)[chunk.start : chunk.stop].copy_(self.load(chunk))
+            into.view(-1)[chunk.start : chunk.stop].copy_(self.stored(chunk).load().view(-1))
 
     def write(self, values: Tensor) -> None:
         """Replaces all values by those of a contiguous float32 tensor."""
         for chunk in self.chunks():
-            self.store(chunk, values.view(-1)[chunk.start : chunk.stop].to(self._values.device))
-
-    def _scales_of(self, chunk: Chunk) -> Tensor:
-        """(blocks, 1): blocks are rows to `encode` and `decode`."""
-        assert self._scales is not None
-        blocks = (chunk.stop - chunk.start) // chunk.block
-        return self._scales[chunk.scale : chunk.scale + blocks].unsqueeze(1)
+            self.stored(chunk).store(chunk.within(values.view(-1)).to(self._values.device))
 
 
 def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:

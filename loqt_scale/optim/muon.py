@@ -19,16 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loqt_scale.functional.orthogonal import gram, orthogonalizer, pack_symmetric, unpack_symmetric, update_scale
-from loqt_scale.optim.fragment import Chunk
+from loqt_scale.optim.chunk_updates import accelerate, descend
 from loqt_scale.optim.row_shards import RowShards
-from loqt_scale.optim.streamed import StreamedAdamW, Work, count_update
+from loqt_scale.optim.streamed import StreamedAdamW, Work
 
 WAVE_VALUES = 2**23  # of B on this rank, about, whose updates are in flight together, unless one layer has more
 
@@ -75,30 +74,46 @@ class StreamedMuon(StreamedAdamW):
     def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
         """One update of matrices with Gram matrices of one size."""
         _, of_rows = gram_side(wave[0].fragment.rows, wave[0].fragment.columns)
+        held = [work.fragment for work in wave if work.fragment.values]
+        counts = self._count(held)
         pieces = [self._accelerate(work, whole=of_rows) for work in wave]
         self._complete(pieces, whole=of_rows)
         grams = torch.stack([gram(piece.matrix.T if of_rows else piece.begun_here) for piece in pieces])
         turns = orthogonalizer(grams if of_rows else self._sum(grams)).float()
-        for work, piece, turn in zip(wave, pieces, turns, strict=True):
+        noises, rates = iter(self._noises(held, counts)), self._rates(pieces, group, grams.device)
+        for work, piece, turn, rate in zip(wave, pieces, turns, rates, strict=True):
             if not work.fragment.values:
                 continue
             piece.matrix = turn @ piece.matrix if of_rows else piece.matrix @ turn
-            self._replace(work, partial(_descend, piece, group["lr"], 1.0 - group["lr"] * group["weight_decay"]))
+            self._descend(work, piece, rate, next(noises))
+
+    def _rates(
+        self, pieces: Sequence[_Rows], group: dict[str, Any], device: torch.device
+    ) -> Iterable[Sequence[float | Tensor]]:
+        """(of the step, factor of the weights) of each; if compiled as scalars there, which are no constants."""
+        decay = 1.0 - group["lr"] * group["weight_decay"]
+        rates = [[group["lr"] * piece.update_scale, decay] for piece in pieces]
+        if not self._compiled:
+            return rates
+        on_device = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+        return [row.unbind() for row in on_device.unbind()]
 
     def _accelerate(self, work: Work, *, whole: bool) -> _Rows:
         """Updates the momentum and returns the rows of U that a fragment touches, or all."""
         piece = _Rows.of(work, whole=whole)
         if not work.fragment.values:  # this rank takes part in the sums only
             return piece
-        state = self.ensure_state(work.fragment.parameter)
-        count_update(state, work.skip)
-        moment = state["exp_avg"]
+        moment = self.state[work.fragment.parameter]["exp_avg"]
         for chunk in moment.chunks():
-            grad = work.grad[chunk.start : chunk.stop].float()
-            mean = moment.load(chunk, copy=work.skip is not None).lerp_(grad, 1.0 - self._momentum)
-            torch.lerp(grad, mean, self._momentum, out=piece.values[chunk.start : chunk.stop])
-            moment.store(chunk, mean, work.skip)
+            ahead = chunk.within(piece.values)
+            self._run(accelerate, moment.stored(chunk), chunk.within(work.grad), ahead, self._momentum, work.skip)
         return piece
+
+    def _descend(self, work: Work, piece: _Rows, rate: Sequence[float | Tensor], noise: Tensor | None) -> None:
+        """Takes the step of `piece`, which is orthogonal now."""
+        for chunk in self.state[work.fragment.parameter]["exp_avg"].chunks():
+            weights = self._weights_of(work, chunk, noise)
+            self._run(descend, weights, chunk.within(piece.values), *rate)
 
     def _sum(self, grams: Tensor) -> Tensor:
         """Sums Gram matrices over the shards. Every rank of them. One all-reduce."""
@@ -205,8 +220,3 @@ class _Rows:
         head = [(0, 0)] if self.offset and self.length else []
         open_end = (self.offset + self.length) % self.matrix.shape[1] != 0
         return head + ([(1, last)] if open_end and not (head and last == 0) else [])
-
-
-def _descend(piece: _Rows, rate: float, decay: float, chunk: Chunk, weight: Tensor) -> Tensor:
-    """New weights of a chunk, float32."""
-    return (weight * decay).sub_(piece.values[chunk.start : chunk.stop], alpha=rate * piece.update_scale)

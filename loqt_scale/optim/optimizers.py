@@ -86,6 +86,7 @@ def create_optimizer(
     groups = [group for group in groups if group["params"]]
     adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     rows: dict[str, Any] = {"states": config.states, "local": local, "first_row": first_row, "seed": seed}
+    rows["compiled"] = config.compile
     if config.name == "muon":
         _refuse_experts(model, dense_layers)
         for group in groups:

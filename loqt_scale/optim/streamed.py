@@ -4,6 +4,7 @@ torch's fused AdamW is faster and is the default. This one serves where memory c
 
 * `states: int8` keeps both moments as 8-bit codes (`functional.blockwise`); only a chunk of them is ever float32;
 * parameters in bfloat16 are rounded at random (`functional.rounding`), so small updates are not lost;
+* `compiled` makes one kernel of a chunk's update (`chunk_updates`), which is several times as fast;
 * `update` applies a single parameter's gradient, so it can be called inside the backward pass.
 
 Whether an update is to be left out may be known on the device only (`found_inf`, see `guarded`). So the count of
@@ -21,7 +22,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,10 @@ from torch import Tensor
 
 from loqt_scale.config import OptimizerStates
 from loqt_scale.errors import UserError
-from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
+from loqt_scale.functional.rounding import seed_from, seed_of_update
 from loqt_scale.functional.seeding import stable_seed
-from loqt_scale.optim.fragment import Chunk, Fragment, Moment, replace_unless
+from loqt_scale.optim.chunk_updates import AdamTerms, Update, Weights, adamw, in_one_kernel
+from loqt_scale.optim.fragment import Chunk, Fragment, Moment
 from loqt_scale.optim.row_shards import RowShards
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,6 +56,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         local: The stored rows of a parameter or gradient, as a plain tensor that shares its memory.
         first_row: Index, in the whole parameter, of the first stored row.
         seed: Of the random rounding.
+        compiled: Whether torch.compile makes one kernel of an update (see `chunk_updates`).
     """
 
     _step_supports_amp_scaling = True
@@ -71,9 +73,13 @@ class StreamedAdamW(torch.optim.Optimizer):
         local: Callable[[Tensor], Tensor],
         first_row: Callable[[Tensor], int],
         seed: int,
+        compiled: bool = False,
     ) -> None:
         super().__init__(list(groups), {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._states, self._local, self._first_row, self._seed = states, local, first_row, seed
+        self._compiled = compiled
+        self._skips: dict[torch.device, Tensor] = {}  # of one update
+        self._seeds: dict[tuple[int, torch.device], Tensor] = {}
         self._adopted: dict[int, tuple[Tensor, Sequence[Fragment]]] = {}  # the tensor is kept so that its id stays
         self.number()
 
@@ -120,12 +126,14 @@ class StreamedAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient. Local."""
         assert closure is None
+        self._skips.clear()
         for group in self.param_groups:
             self._update(group["params"], group)
 
     @torch.no_grad()
     def update(self, parameter: Tensor) -> None:
         """Updates one parameter from its `.grad`, if it has one. Local."""
+        self._skips.clear()
         self._update([parameter], self._group_of(parameter))
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,11 +242,27 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates tensors that a group names."""
-        for work in self._work_of(tensors):
-            if not work.fragment.values:
-                continue
-            state = self.ensure_state(work.fragment.parameter)
-            self._replace(work, partial(_adamw, work, state, _terms(state, group, work.skip)))
+        for together in self._by_device(tensors):
+            held = [part for tensor in together for part in self._fragments_of(tensor) if part.values]
+            counts = self._count(held)
+            works = (work for work in self._work_of(together) if work.fragment.values)
+            for work, terms, noise in zip(works, _terms(counts, group), self._noises(held, counts), strict=True):
+                first, second = (self.state[work.fragment.parameter][name] for name in ADAM_MOMENTS)
+                for chunk in first.chunks():
+                    weights = self._weights_of(work, chunk, noise)
+                    self._run(adamw, weights, chunk.within(work.grad), first.stored(chunk), second.stored(chunk), terms)
+
+    def _by_device(self, tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+        """Those with a gradient, by where their rows are."""
+        found: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.grad is not None:
+                found[self._local(tensor.detach()).device].append(tensor)
+        return found.values()
+
+    def _fragments_of(self, tensor: Tensor) -> Sequence[Fragment]:
+        _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
+        return fragments
 
     def _work_of(self, tensors: Sequence[Tensor]) -> Iterator[Work]:
         """What this rank has to update of tensors that a group names; nothing of those without a gradient."""
@@ -246,24 +270,50 @@ class StreamedAdamW(torch.optim.Optimizer):
             if tensor.grad is None:
                 continue
             weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
-            skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
-            _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
-            for part in fragments:
-                yield Work(part, part.within(weights), part.within(gradients), skip)
+            for part in self._fragments_of(tensor):
+                yield Work(part, part.within(weights), part.within(gradients), self._skip_on(weights.device))
 
-    def _replace(self, work: Work, new_values: Callable[[Chunk, Tensor], Tensor]) -> None:
-        """Gives a fragment new values, a chunk at a time, made from the old ones (float32) and rounded as they are."""
-        fragment, weight = work.fragment, work.weight
-        state, noise = self.state[fragment.parameter], None
-        if weight.dtype == torch.bfloat16:
-            seed = stable_seed("rounding", self._seed, self._index_of[id(fragment.parameter)])
-            noise = seed_of_update(seed, state["step"])
-        for chunk in state["exp_avg"].chunks():
-            old = weight[chunk.start : chunk.stop]
-            new = new_values(chunk, old.float())
-            if noise is not None:
-                new = stochastic_bfloat16(new, seed=noise, first_index=fragment.first + chunk.start)
-            replace_unless(work.skip, old, new)
+    def _skip_on(self, device: torch.device) -> Tensor | None:
+        """Whether this update is to be left out, a bool scalar there; None: it is not."""
+        if self.found_inf is None:
+            return None
+        if device not in self._skips:
+            self._skips[device] = self.found_inf.to(device) != 0
+        return self._skips[device]
+
+    def _count(self, held: Sequence[Fragment]) -> Tensor:
+        """Counts an update of each, unless it is left out; returns the counts, (n,) float64 on their one device."""
+        if not held:
+            return torch.zeros(0, dtype=torch.float64)
+        steps = [self.ensure_state(part.parameter)["step"] for part in held]
+        skip = self._skip_on(steps[0].device)
+        torch._foreach_add_(steps, 1.0 if skip is None else (~skip).double())
+        return torch.stack(steps)
+
+    def _noises(self, held: Sequence[Fragment], counts: Tensor) -> Sequence[Tensor | None]:
+        """The seed of each by which bfloat16 weights are rounded in an update that was counted."""
+        if all(part.parameter.dtype != torch.bfloat16 for part in held):
+            return [None] * len(held)
+        seeds = torch.stack([self._seed_on(self._index_of[id(part.parameter)], counts.device) for part in held])
+        return seed_of_update(seeds, counts).unbind()
+
+    def _seed_on(self, index: int, device: torch.device) -> Tensor:
+        """Of the rounding of the index-th parameter, int64 scalar there."""
+        if (index, device) not in self._seeds:
+            seed = stable_seed("rounding", self._seed, index)
+            self._seeds[index, device] = torch.tensor(seed, dtype=torch.int64, device=device)
+        return self._seeds[index, device]
+
+    def _weights_of(self, work: Work, chunk: Chunk, noise: Tensor | None) -> Weights:
+        """A chunk's weights, to be replaced."""
+        if work.weight.dtype != torch.bfloat16:
+            noise = None
+        elif noise is not None:
+            noise = seed_from(noise, work.fragment.first + chunk.start)
+        return Weights(chunk.within(work.weight), work.skip, noise, self._compiled)
+
+    def _run(self, update: Update, *args: Any) -> None:
+        (in_one_kernel(update) if self._compiled else update)(*args)
 
 
 class Work(NamedTuple):
@@ -275,41 +325,11 @@ class Work(NamedTuple):
     skip: Tensor | None
 
 
-class _Terms(NamedTuple):
-    """What an update's formula has beside weights, gradients and moments."""
-
-    betas: tuple[float, float]
-    eps: float
-    decay: float  # factor of the weights
-    root: Tensor  # of the second moment's bias correction; this and `rate`: float64 scalars on the count's device
-    rate: Tensor  # learning rate over the first moment's bias correction
-
-
-def count_update(state: dict[str, Any], skip: Tensor | None) -> Tensor:
-    """Counts an update in `state`, unless `skip`, and returns the count, a float64 scalar on its device."""
-    step: Tensor = state["step"]
-    step += 1 if skip is None else ~skip
-    return step
-
-
-def _terms(state: dict[str, Any], group: dict[str, Any], skip: Tensor | None) -> _Terms:
-    """Counts an update in `state`, unless `skip`, and returns its terms."""
-    step = count_update(state, skip)
+def _terms(counts: Tensor, group: dict[str, Any]) -> Iterator[AdamTerms]:
+    """Of each count, (n,)."""
     beta1, beta2 = group["betas"]
-    rate, decay = group["lr"], 1.0 - group["lr"] * group["weight_decay"]
-    root, corrected = (1.0 - torch.pow(beta2, step)).sqrt(), rate / (1.0 - torch.pow(beta1, step))
-    return _Terms((beta1, beta2), group["eps"], decay, root, corrected)
-
-
-def _adamw(work: Work, state: dict[str, Any], terms: _Terms, chunk: Chunk, weight: Tensor) -> Tensor:
-    """One AdamW update of a chunk: stores its moments, unless they are to stay, and returns its weights (float32)."""
-    beta1, beta2 = terms.betas
-    grad = work.grad[chunk.start : chunk.stop].float()
-    may_stay = work.skip is not None  # then what is stored must not be changed on the way
-    first = state["exp_avg"].load(chunk, copy=may_stay).lerp_(grad, 1.0 - beta1)
-    second = state["exp_avg_sq"].load(chunk, copy=may_stay).mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    denominator = second.sqrt().div_(terms.root).add_(terms.eps)
-    change = torch.div(first, denominator, out=denominator).mul_(terms.rate)
-    state["exp_avg"].store(chunk, first, work.skip)
-    state["exp_avg_sq"].store(chunk, second, work.skip)
-    return (weight * terms.decay).sub_(change)
+    decay = torch.full((), 1.0 - group["lr"] * group["weight_decay"], dtype=torch.float64, device=counts.device)
+    roots = (1.0 - torch.pow(beta2, counts)).sqrt()
+    rates = group["lr"] / (1.0 - torch.pow(beta1, counts))
+    for root, rate in zip(roots.unbind(), rates.unbind(), strict=True):
+        yield AdamTerms((beta1, beta2), group["eps"], decay, root, rate)

@@ -30,6 +30,7 @@ Bound = Literal["compute", "memory bandwidth", "network", "host"]
 CAUSAL = 0.5  # of attention's counted FLOPs, what is not masked
 FUSED_UPDATE_BYTES = 36  # a value: read gradient, parameter, two moments, write three; the norm, the clipping
 STREAMED_UPDATE_BYTES, STREAMED_KERNELS = 320, 40  # a value, and of a chunk: about forty float32 operators
+COMPILED_UPDATE_BYTES, UPDATE_KERNELS = 40, 80  # a value, read twice; two groups' counts, rates and seeds
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
 
@@ -114,7 +115,7 @@ def planned_speed(
     train, compiled = config.train, config.model.compile
     passes = micro_steps(train.global_batch_size, spread.data_size, train.micro_batch_size)
     compute, memory = (passes * part for part in _device_seconds(one.operations, on, config.model))
-    update, launches = _update(shapes, spread, on, streams=config.streams_updates)
+    update, launches = _update(config, shapes, spread, on)
     kernels, launch = passes * sum(_kernels(op, on, compiled) * n for op, n in one.operations.items()), _launch(on)
     network, busy = _wire_seconds(traffic[0], spread, on), max(compute + memory, kernels * launch)
     step = max(busy, network) + on.assumed.unhidden * min(busy, network) + max(update, launches * launch)
@@ -172,12 +173,15 @@ def _wire_seconds(traffic: Traffic, spread: Spread, on: Machine) -> float:
     return seconds / (GIGA * on.assumed.network)
 
 
-def _update(shapes: ModelShapes, spread: Spread, on: Machine, *, streams: bool) -> tuple[float, int]:
+def _update(config: RunConfig, shapes: ModelShapes, spread: Spread, on: Machine) -> tuple[float, int]:
     """(seconds, kernels beyond a few) of an update of this rank's share."""
     values = [p.values(spread.update_size) for p in shapes.parameters if p.trains]
-    chunks = sum(math.ceil(size / chunk_values("cuda")) for size in values) if streams else 0
-    moved = sum(values) * (STREAMED_UPDATE_BYTES if streams else FUSED_UPDATE_BYTES)
-    return moved / (on.gpu.bandwidth * GIGA * on.assumed.memory), STREAMED_KERNELS * chunks
+    a_value, launches = FUSED_UPDATE_BYTES, 0
+    if config.streams_updates:
+        chunks = sum(math.ceil(size / chunk_values("cuda")) for size in values)
+        a_value = COMPILED_UPDATE_BYTES if config.optim.compile else STREAMED_UPDATE_BYTES
+        launches = chunks + UPDATE_KERNELS if config.optim.compile else STREAMED_KERNELS * chunks
+    return sum(values) * a_value / (on.gpu.bandwidth * GIGA * on.assumed.memory), launches
 
 
 def _merges_a_step(config: RunConfig) -> float:

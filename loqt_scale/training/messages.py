@@ -62,7 +62,8 @@ def optimizer_words(optim: OptimConfig) -> str:
     muon = f"Muon (momentum {optim.momentum:g}), AdamW for embeddings, norms, head"
     words = [muon if optim.name == "muon" else "AdamW"]
     words += [f"{optim.states} states"] if optim.states != "float32" else []
-    return "; ".join(words + (["updates inside the backward pass"] if optim.per_layer else []))
+    words += ["updates inside the backward pass"] if optim.per_layer else []
+    return "; ".join(words + (["compiled updates"] if optim.compile else []))
 
 
 def sharing_note(streams: int | None, global_batch_size: int, ranks: int) -> list[str]:

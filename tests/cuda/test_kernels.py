@@ -21,6 +21,7 @@ from loqt_scale.functional.quantization import MatrixLayout, pack, unpack
 from loqt_scale.functional.rounding import stochastic_bfloat16
 from loqt_scale.layers import GradientProbe, LoQTLinear
 from loqt_scale.model.packed_attention import why_not_by_blocks
+from tests.unit.optim.test_one_kernel import KINDS, train
 
 SCHEMES = ["nf4", "nf4_double", "fp4", "int8", "none"]
 FLIPPED = 1e-3  # share of values that may fall to the other side of a midpoint
@@ -160,3 +161,14 @@ def test_documents_by_blocks_have_the_numbers_of_a_mask(device: torch.device, dt
         pytest.skip("FlexAttention has no backward pass on a CPU")
     for length in (256, 700):
         assert why_not_by_blocks(8, 2, 64, length, dtype, device) == ""
+
+
+@pytest.mark.parametrize(("name", "dtype", "states"), KINDS)
+def test_a_compiled_update_has_the_bits_of_its_operators(
+    device: torch.device, name: str, dtype: torch.dtype, states: str
+) -> None:
+    torch.compiler.reset()
+    with torch.compiler.set_stance("force_eager"):
+        expected = train(name, dtype, states, compiled=True, device=device)
+    found = train(name, dtype, states, compiled=True, device=device)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -281,6 +281,15 @@ def test_int8_states_do_not_depend_on_the_ranks(runs: Runs, world_size: int, str
     assert sum(reference[-5:]) / 5 == pytest.approx(sum(float32[-5:]) / 5, rel=0.02)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "fsdp"), (2, "zero-2"), (2, "zero-3")])
+def test_int8_states_updated_by_compiled_code(runs: Runs, world_size: int, strategy: str) -> None:
+    reference = runs.losses(1, "single", **INT8)
+    float32 = runs.losses(1, "single", **{**INT8, "optim.states": "float32"})
+    losses = runs.losses(world_size, strategy, **INT8, **{"optim.compile": True})
+    assert_same_losses(losses, reference, bounds=bounds_in_8_bits(reference, float32))
+
+
 @pytest.mark.parametrize(
     ("strategy", "offload"), [("zero-2", "optimizer"), pytest.param("zero-3", "parameters", marks=pytest.mark.long)]
 )

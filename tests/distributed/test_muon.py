@@ -42,12 +42,19 @@ def test_full_rank_linears_too(runs: Runs, world_size: int, strategy: str) -> No
     ("world_size", "strategy", "settings"),
     [
         (2, "zero-1", {"parallel.zero_offload": "optimizer", "train.micro_batch_size": 1}),
-        *seldom((1, "single", {"train.micro_batch_size": 2}), (2, "fsdp", {"train.micro_batch_size": 1})),
+        (2, "fsdp", {"optim.compile": True}),
+        *seldom(
+            (1, "single", {"train.micro_batch_size": 2}),
+            (2, "fsdp", {"train.micro_batch_size": 1}),
+            (1, "single", {"optim.compile": True, "optim.clip_norm": 0.0, "optim.per_layer": True}),
+            (3, "zero-3", {"optim.compile": True}),
+        ),
     ],
 )
 def test_passes_and_places_change_nothing(runs: Runs, world_size: int, strategy: str, settings: dict[str, Any]) -> None:
     losses = runs.losses(world_size, strategy, **CUT, **settings)
-    assert_same_losses(losses, runs.losses(1, "single", **CUT), exact=True)
+    unclipped = {"optim.clip_norm": 0.0} if "optim.clip_norm" in settings else {}
+    assert_same_losses(losses, runs.losses(1, "single", **CUT, **unclipped), exact=True)
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), [(3, "fsdp"), *seldom((1, "single"))])

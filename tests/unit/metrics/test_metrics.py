@@ -291,3 +291,4 @@ def test_the_optimizer_is_named() -> None:
     lean = OptimConfig(name="muon", momentum=0.9, states="int8", per_layer=True, clip_norm=0.0)
     muon = "Muon (momentum 0.9), AdamW for embeddings, norms, head; int8 states; updates inside the backward pass"
     assert (optimizer_words(OptimConfig()), optimizer_words(lean)) == ("AdamW", muon)
+    assert optimizer_words(OptimConfig(states="int8", compile=True)) == "AdamW; int8 states; compiled updates"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loqt_scale.config.blocks import row_block
-from loqt_scale.functional.blockwise import _tables, block_runs
+from loqt_scale.functional.blockwise import block_runs, level_tables
 from loqt_scale.optim import Fragment, Moment, StreamedAdamW, fragment, step_if_finite
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -106,7 +106,7 @@ def blocks_of(parameter: nn.Parameter, bounds: list[int]) -> list[tuple[int, int
 
 def nearest(values: Tensor, blocks: list[tuple[int, int]], *, signed: bool) -> Tensor:
     """float64 values after a stay in 8 bits, block by block, level by level."""
-    levels, _ = _tables(signed, torch.device("cpu"))
+    levels, _ = level_tables(signed, torch.device("cpu"))
     kept = values.clone()
     for start, stop in blocks:
         part = values[start:stop]

@@ -16,7 +16,7 @@ from torch import nn
 
 from loqt_scale.config.blocks import row_block
 from loqt_scale.errors import UserError
-from loqt_scale.functional.blockwise import _tables, decode, encode
+from loqt_scale.functional.blockwise import decode, encode, level_tables
 from loqt_scale.functional.rounding import seed_of_update, stochastic_bfloat16
 from loqt_scale.optim import StreamedAdamW, UpdateInBackward, fragment, open_moments, step_if_finite
 
@@ -161,7 +161,7 @@ def test_codes_are_the_nearest_levels_and_idempotent(
     values = values if signed else values.abs()
     codes, scales = encode(values, block, signed=signed)
     assert codes.shape == values.shape and scales.shape == (rows, blocks)
-    levels, _ = _tables(signed, torch.device("cpu"))
+    levels, _ = level_tables(signed, torch.device("cpu"))
     unit = values.double().reshape(rows, blocks, block) / scales.double().clamp_min(1e-38).unsqueeze(2)
     nearest = (unit.unsqueeze(3) - levels.double()).abs().amin(3)
     got = decode(codes, scales, signed=signed)

@@ -160,6 +160,14 @@ NAMES = {  # CUDA's, and the table's
 }
 
 
+def test_a_compiled_update_is_a_kernel_a_chunk_and_moves_a_value_once() -> None:
+    """Of 350m on one card: 40 kernels of a chunk of at most 2^22 values become 1, and 320 bytes of a value 40."""
+    small = {"model__preset": "llama_350m", "loqt__rank": 256, "optim__states": "int8", "model__dtype": "bfloat16"}
+    on = find_machine("H100", gpus=1)
+    plain, compiled = (speed_of(config_of(**small, optim__compile=word), on, 1, 32000) for word in ("false", "true"))
+    assert compiled.step < plain.step and compiled.host < plain.host and compiled.memory < plain.memory
+
+
 def test_plans_and_runs_know_the_same_devices() -> None:
     """One table: a run finds its device in it by CUDA's name, a plan by the table's own."""
     table = yaml.safe_load(DEVICES.read_text())["gpus"]
