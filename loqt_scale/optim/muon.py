@@ -95,7 +95,7 @@ class StreamedMuon(StreamedAdamW):
         rates = [[group["lr"] * piece.update_scale, decay] for piece in pieces]
         if not self._compiled:
             return rates
-        on_device = torch.tensor(rates, dtype=torch.float64).to(device, non_blocking=True)
+        on_device = torch.tensor(rates, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
         return [row.unbind() for row in on_device.unbind()]
 
     def _accelerate(self, work: Work, *, whole: bool) -> _Rows:

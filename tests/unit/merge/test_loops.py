@@ -129,7 +129,7 @@ def test_torchs_defaults_change_nothing(dtype: torch.dtype) -> None:
         try:
             torch.set_default_dtype(dtype if changed else torch.float32)
             nf4_cpu._tables.cache_clear()
-            blockwise._tables.cache_clear()
+            blockwise.level_tables.cache_clear()
             for data in range(6):
                 merges.prepare()
                 loss_of(model, data).backward()
