@@ -287,7 +287,7 @@ class StreamedAdamW(torch.optim.Optimizer):
             return torch.zeros(0, dtype=torch.float64)
         steps = [self.ensure_state(part.parameter)["step"] for part in held]
         skip = self._skip_on(steps[0].device)
-        torch._foreach_add_(steps, 1.0 if skip is None else (~skip).double())
+        torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).double()] * len(steps))
         return torch.stack(steps)
 
     def _noises(self, held: Sequence[Fragment], counts: Tensor) -> Sequence[Tensor | None]:
@@ -301,7 +301,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         """Of the rounding of the index-th parameter, int64 scalar there."""
         if (index, device) not in self._seeds:
             seed = stable_seed("rounding", self._seed, index)
-            self._seeds[index, device] = torch.tensor(seed, dtype=torch.int64, device=device)
+            self._seeds[index, device] = torch.full((), seed, dtype=torch.int64, device=device)
         return self._seeds[index, device]
 
     def _weights_of(self, work: Work, chunk: Chunk, noise: Tensor | None) -> Weights:

@@ -25,7 +25,7 @@ from loqt_scale.merge.report import MERGE_DIAGNOSTICS
 from loqt_scale.model.attention import PACKED
 from loqt_scale.model.build import design_model
 from loqt_scale.model.documents import attend
-from loqt_scale.optim import UpdateInBackward, create_optimizer
+from loqt_scale.optim import UpdateInBackward, create_optimizer, fragment
 from loqt_scale.strategies import single_process
 
 ELSEWHERE = torch.device("meta")
@@ -67,7 +67,8 @@ def meta_passes_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = importlib.import_module("torch.optim.adam")  # torch.optim hides it
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda parameter: None)
     sizes = (256, 255)
-    monkeypatch.setattr(blockwise, "_tables", lambda signed, device: [torch.empty(n, device=device) for n in sizes])
+    for home in (blockwise, fragment):
+        monkeypatch.setattr(home, "level_tables", lambda signed, device: [torch.empty(n, device=device) for n in sizes])
 
 
 def move(model: nn.Module) -> None:
