@@ -3,14 +3,16 @@
     python benchmarks/reading.py TEXT.txt [--megabytes 16] [--streams 8] [--gpu-flops 4e14] [--tables streamed]
 
     python benchmarks/reading.py TEXT.txt --megabytes 64 --tables workers --workers 1 2 [--publish]    # idle machine
+    python benchmarks/reading.py TEXT.txt --megabytes 64 --tables ranks --streams 24 --steps 20000 [--publish]
 
 The text is cut at blank lines into documents. Seconds are those of processors, all threads and processes together, so
-that what else runs on the machine hardly counts; three tables by default, and one to be asked for:
+that what else runs on the machine hardly counts; three tables by default, and two to be asked for:
 
     streamed   JSONL and parquet files as a run reads them: logical streams, shuffled, tokenized, packed
     streams    what many logical streams on one rank take: threads, open files, memory, seconds to the first batch
     local      bytes/s of reading files alone, of tokenizing them, peak memory at two sizes, and 100 GB from their slope
     workers    tokenizing local files by one process, two, ...: here seconds are those of the clock, in turns
+    ranks      what each of 1, 2, 3 and 4 ranks reads of a streamed data set, and that its sequences are the same
 
 What is needed: eight GPUs that train the paper's 1b shape, 6 N FLOPs a token with its 1.34e9 weights, at `--gpu-flops`
 of useful work a second on each (default: an H100 at 40 % of its dense bfloat16 peak).
@@ -219,7 +221,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that tokenize local files")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes of the table of workers")
     parser.add_argument("--repeats", type=int, default=3, help="turns of that table")
-    parser.add_argument("--publish", action="store_true", help="keep that table in RESULTS.md")
+    parser.add_argument("--steps", type=int, default=200, help="of the table of ranks")
+    parser.add_argument("--publish", action="store_true", help="keep the tables of workers and ranks in RESULTS.md")
     parser.add_argument("--tokenizer", help="a folder; default: a BPE trained on the text")
     parser.add_argument("--tables", nargs="*", default=["streamed", "streams", "local"])
     options = parser.parse_args()
@@ -236,8 +239,40 @@ def main() -> None:
                 print(f"{streams:4} streams, {kind:8}{in_a_process(many_streams, path, streams)}", flush=True)
         if "workers" in options.tables:
             print_workers(rows, folder / "workers", bpe, options)
+        if "ranks" in options.tables:
+            print_ranks(sets["jsonl"], options)
         if "local" in options.tables:
             print_local(rows, folder / "local", bpe, options.processes)
+
+
+def print_ranks(folder: Path, options: argparse.Namespace) -> None:
+    """The table of ranks, of a folder of JSON lines; bytes by the kernel's count, one token a byte."""
+    from tests.distributed.pool import RankPool  # loads torch
+
+    pool, target = RankPool(), "tests.distributed.stream_tasks:read_share"
+    asked: dict[str, Any] = {"folder": str(folder), "steps": options.steps, "batch": options.streams, "timeout": 500.0}
+    ((read, tokens, whole),) = pool.run(1, target, **asked)
+    lines = [["1", f"{read / 1e6:.1f}", f"{tokens / 1e6:.1f}"]]
+    for ranks in (2, 3, 4):
+        found = pool.run(ranks, target, **asked)
+        parts = [share_[2] for share_ in found]
+        each = options.streams // ranks
+        steps = range(options.steps)
+        joined = [value for step in steps for part in parts for value in part[step * each : (step + 1) * each]]
+        assert joined == whole, f"{ranks} ranks read other sequences than one"
+        cells = (", ".join(f"{share_[place] / 1e6:.1f}" for share_ in found) for place in (0, 1))
+        lines.append([str(ranks), *cells])
+    pool.close()
+    head = ["ranks", "bytes read by each, MB", "tokens encoded by each, M"]
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    text = (
+        f"{table(head, lines)}\n\n{options.streams} files of JSON lines, {size:.0f} MB, one token a byte, as many logical "
+        f"streams; {options.steps:,} steps of {options.streams} sequences of 64 tokens, and what is read ahead. The ranks' "
+        "sequences are those that one rank reads (checked)."
+    )
+    command = f"python benchmarks/reading.py {options.text.name} --megabytes {options.megabytes:g} --tables ranks"
+    command += f" --streams {options.streams} --steps {options.steps}"
+    publish("Reading: what each rank reads of a streamed data set", command, text, keep=options.publish)
 
 
 def print_streamed(sets: dict[str, Path], bpe: str, streams: int, seconds: float, needed: float) -> None:
