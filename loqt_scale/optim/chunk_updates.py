@@ -107,19 +107,20 @@ def in_one_kernel(update: Update) -> Update:
         if length == 1:
             update(chunk, values, *others)
             return
-        for tensor in _leaves((chunk, values, *others)):
-            if tensor.dim() and tensor.shape[0] == length:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in _of_chunk((chunk, values, *others)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with explained("optim.compile: torch.compile makes no kernel of an update", _NO_COMPILER, of=(failed,)):
             compiled(chunk, values, *others)
 
     return run
 
 
-def _leaves(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors in an update's arguments."""
+def _of_chunk(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors in an update's arguments that are as long as the chunk: not scalars, nor tables of levels."""
     for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
+        if isinstance(arg, Stored):
+            yield from _of_chunk((arg.values, arg.scales))
         elif isinstance(arg, tuple):
-            yield from _leaves(arg)
+            yield from _of_chunk(arg)
+        elif isinstance(arg, Tensor) and arg.dim():
+            yield arg

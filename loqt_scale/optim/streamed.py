@@ -326,10 +326,11 @@ class Work(NamedTuple):
 
 
 def _terms(counts: Tensor, group: dict[str, Any]) -> Iterator[AdamTerms]:
-    """Of each count, (n,)."""
+    """Of each count, (n,), to bits that do not depend on the others: which there are is the rank's own."""
     beta1, beta2 = group["betas"]
     decay = torch.full((), 1.0 - group["lr"] * group["weight_decay"], dtype=torch.float64, device=counts.device)
-    roots = (1.0 - torch.pow(beta2, counts)).sqrt()
-    rates = group["lr"] / (1.0 - torch.pow(beta1, counts))
+    apart = torch.stack([counts, counts], dim=1)[:, 0]  # side by side a CPU raises eight at a time, to other last bits
+    roots = (1.0 - torch.pow(beta2, apart)).sqrt()
+    rates = group["lr"] / (1.0 - torch.pow(beta1, apart))
     for root, rate in zip(roots.unbind(), rates.unbind(), strict=True):
         yield AdamTerms((beta1, beta2), group["eps"], decay, root, rate)

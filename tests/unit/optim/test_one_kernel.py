@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor
 
 from loqt_scale.errors import UserError
@@ -21,6 +22,8 @@ from loqt_scale.functional.blockwise import _search, level_tables
 from loqt_scale.functional.fused_multiply_add import exact_root
 from loqt_scale.functional.rounding import seed_from, stochastic_bfloat16
 from loqt_scale.optim import RowShards, StreamedAdamW, StreamedMuon, step_if_finite
+from loqt_scale.optim.chunk_updates import in_one_kernel
+from loqt_scale.optim.streamed import _terms
 
 ROOT = Path(__file__).resolve().parents[3]
 SHAPES = [(300, 64), (70,), (9, 48), (1, 64), (4, 10)]  # with blocks of 64, none, of 48, one block, none
@@ -147,3 +150,30 @@ def test_roots_are_rounded_correctly() -> None:
     assert bool(((root - drawn.double().sqrt()).abs() <= (above - drawn.double().sqrt()).abs()).all())
     assert bool(((root - drawn.double().sqrt()).abs() <= (below - drawn.double().sqrt()).abs()).all())
     assert float(error.max()) < 2**-23
+
+
+@pytest.mark.parametrize("count", [7, 100, 1000])
+def test_rates_are_those_of_a_parameter_alone(count: int) -> None:
+    """Which parameters a rank updates together is its own; a CPU's `pow` of eight numbers has other last bits."""
+    group: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "lr": 0.01, "weight_decay": 0.0}
+    counts = torch.arange(count, count + 40, dtype=torch.float64)
+    alone = [next(iter(_terms(one.reshape(1), group))) for one in counts]
+    for together, single in zip(_terms(counts, group), alone, strict=True):
+        assert torch.equal(together.root, single.root)
+        assert torch.equal(together.rate, single.rate)
+
+
+def test_a_kind_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the lengths, that of the table of levels too, and whatever the rates."""
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda update, **_: compiled(update, dynamic=False, backend=counter))
+    in_one_kernel.cache_clear()
+    parameters = [nn.Parameter(torch.ones(rows, 64)) for rows in (256, 255, 64, 2, 300)]
+    optimizer = optimizer_of("adamw", parameters, "int8", compiled=True)
+    for step in range(3):
+        optimizer.param_groups[0] |= {"lr": 0.01 / (1 + step), "weight_decay": 0.1 * step}
+        for p in parameters:
+            p.grad = torch.full_like(p, 1.0 + step)
+        optimizer.step()
+    in_one_kernel.cache_clear()
+    assert counter.frame_count == 1
