@@ -93,6 +93,12 @@ class StreamedAdamW(torch.optim.Optimizer):
         """
         self._local, self._first_row = local, first_row
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch; what is added after this was made is its own as well."""
+        super().add_param_group(param_group)
+        if getattr(self, "_adopted", None) == {}:
+            self.number()
+
     def adopt(self, flat: Tensor, fragments: Sequence[Fragment]) -> None:
         """Takes a flat tensor, which a group will name in the place of parameters, for the fragments that it holds.
 
@@ -245,11 +251,22 @@ class StreamedAdamW(torch.optim.Optimizer):
         for tensor in tensors:
             if tensor.grad is None:
                 continue
+            self._check_known(tensor)
             weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
             skip = None if self.found_inf is None else self.found_inf.to(weights.device) != 0
             _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
             for part in fragments:
                 yield Work(part, part.within(weights), part.within(gradients), skip)
+
+    def _check_known(self, tensor: Tensor) -> None:
+        """Refuses what took the place of parameters without a word: it would be updated as a matrix of its own."""
+        if id(tensor) not in self._adopted and id(tensor) not in self._index_of:
+            raise UserError(
+                f"{type(self).__name__}: a group names a tensor {tuple(tensor.shape)} in the place of the parameters "
+                "that this optimizer was made of, as an engine of DeepSpeed's or Accelerate's FSDP2 puts there; before "
+                "the first step comes attach(model_or_engine, optimizer, config), or, of a model without LoQT layers, "
+                "loqt_scale.strategies.place(model_or_engine, optimizer)"
+            )
 
     def _replace(self, work: Work, new_values: Callable[[Chunk, Tensor], Tensor]) -> None:
         """Gives a fragment new values, a chunk at a time, made from the old ones (float32) and rounded as they are."""
