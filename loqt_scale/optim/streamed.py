@@ -259,7 +259,7 @@ class StreamedAdamW(torch.optim.Optimizer):
                 yield Work(part, part.within(weights), part.within(gradients), skip)
 
     def _check_known(self, tensor: Tensor) -> None:
-        """Refuses what took the place of parameters without a word: it would be updated as a matrix of its own."""
+        """Refuses a tensor that took the place of parameters before anybody said what of them it holds."""
         if id(tensor) not in self._adopted and id(tensor) not in self._index_of:
             raise UserError(
                 f"{type(self).__name__}: a group names a tensor {tuple(tensor.shape)} in the place of the parameters "

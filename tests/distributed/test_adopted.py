@@ -85,7 +85,7 @@ def test_muon_learns_from_attach_how_its_parameters_are_spread(
 
 
 def test_a_full_rank_model_under_muon_takes_the_steps_of_one_process(ranks: RankPool) -> None:
-    """Told how it is spread by `place`; without that it is refused, not taken for matrices that are cut in parts."""
+    """Told how it is spread by `place`; without that its first step says what to write."""
     single = ranks.run(1, f"{TASKS}:train_full", how="single")[0]
     assert single["found"] == "one process" and single["losses"][-1] < single["losses"][0] - 0.2
     for how in FOUND:
