@@ -201,7 +201,7 @@ def fabric_losses(file: str, *, first: int = 0, last: int = STEPS, how: str = "a
         merges.finish()
         optimizer.zero_grad()
     if how.startswith("zero"):
-        close(fabric.strategy.deepspeed_engine)
+        close(wrapped._forward_module)
     return found
 
 
