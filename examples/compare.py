@@ -73,12 +73,11 @@ def folder_of(name: str) -> Path:
 def kept_or_run(folder: Path, train: Callable[..., Result], run: list, short: bool) -> Result:
     """The result of [method, seed, rate, options ...]."""
     file = folder / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    kept = _of_first([Result(**line["result"]) for line in lines if line["run"] == run][:1])
+    known = file.read_text().splitlines() if _is_first() and file.exists() else []
+    kept = _of_first([Result(**line["result"]) for line in map(json.loads, known) if line["run"] == run][:1])
     if kept:
         return kept[0]
-    method, seed, rate = run[:3]
-    started = time.perf_counter()
+    (method, seed, rate), started = run[:3], time.perf_counter()
     result = train(method, seed, rate, short)
     seconds = time.perf_counter() - started
     if _is_first():
