@@ -267,8 +267,8 @@ def print_ranks(folder: Path, options: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     text = (
         f"{table(head, lines)}\n\n{options.streams} files of JSON lines, {size:.0f} MB, one token a byte, as many "
-        f"logical streams; {options.steps:,} steps of {options.streams} sequences of 64 tokens, and what is read ahead "
-        ". The ranks' sequences are those that one rank reads (checked)."
+        f"logical streams; {options.steps:,} steps of {options.streams} sequences of 64 tokens, and what is read "
+        "ahead. The ranks' sequences are those that one rank reads (checked)."
     )
     command = f"python benchmarks/reading.py {options.text.name} --megabytes {options.megabytes:g} --tables ranks"
     command += f" --streams {options.streams} --steps {options.steps}"

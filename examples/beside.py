@@ -1,36 +1,29 @@
-"""The loop of `own_fsdp2.py` and `own_deepspeed.py` in one process, and how far losses on several ranks are from it."""
+"""`own_loop.py`, in one process, beside the same loop on several ranks: `own_fsdp2.py`, `own_deepspeed.py`."""
 
+from functools import partial
+
+import own_loop
 import torch
-from own_loop import CONFIG, Model, batch, loss_of, text
+from compare import Result, arguments, folder_of, kept_or_run
 
-from loqt_scale import attach, convert_to_loqt, muon
 from loqt_scale.strategies import alone
 
-
-def one_process(steps: int, seed: int) -> list[float]:
-    """Losses of the same model on the same batches."""
-    torch.manual_seed(seed)
-    model = Model()
-    before = model.state_dict()
-    convert_to_loqt(model, CONFIG)
-    optimizer = muon(model, lr=1e-2)
-    editing = alone(torch.device("cpu"))  # torchrun started several: this model is nobody else's
-    merges = attach(model, optimizer, CONFIG, initial_weights=before, editing=editing)
-    (data, _), generator, losses = text(), torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        merges.prepare(backward_passes=1)
-        loss = loss_of(model, batch(data, generator))
-        loss.backward()
-        optimizer.step()
-        merges.finish()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+RATES = {"loqt, Muon": [4e-2], "full, Muon": [1e-2]}  # the best of `own_loop.py --sweep`
 
 
-def compare_with_one_process(losses: list[float], seed: int) -> None:
-    """Prints a row: the largest differences in the first 40 steps and in all, means of the last 20 losses of both."""
-    single = one_process(len(losses), seed)
-    apart = [abs(ours - theirs) for ours, theirs in zip(losses, single, strict=True)]
-    last, last_single = (sum(run[-20:]) / len(run[-20:]) for run in (losses, single))
-    print(f"| seed {seed} | {max(apart[:40]):.1e} | {max(apart):.1e} | {last:.4f} | {last_single:.4f} |")
+def beside_one_process(found: dict[str, list[Result]]) -> None:
+    """Prints a row for each run: how far its losses are from those of one process, and both scores. One rank.
+
+    The runs of one process are own_loop's: kept where it keeps them, and made if they are not there.
+    """
+    args, _ = arguments()
+    train = partial(own_loop.train, editing=alone(torch.device("cpu")))  # this model is no other rank's
+    rows = ["| | largest difference in a mean of 10 losses, first 40 steps | all | held-out loss | one process |"]
+    rows += ["| --- | --- | --- | --- | --- |"]
+    for (method, rates), results in zip(RATES.items(), found.values(), strict=True):
+        for seed, ours in enumerate(results):
+            single = kept_or_run(folder_of("own_loop"), train, [method, seed, rates[0]], args.short)
+            apart = [abs(a - b) for (_, a), (_, b) in zip(ours.curve, single.curve, strict=True)]
+            scores = f"{ours.score:.4f} | {single.score:.4f}"
+            rows.append(f"| {method}, seed {seed} | {max(apart[:4]):.1e} | {max(apart):.1e} | {scores} |")
+    print("", *rows, sep="\n")

@@ -6,6 +6,9 @@
 
 Finished runs are kept in `results.jsonl`; the same command goes on after the last of them. They are known by method,
 seed, rate and options: delete the file if you change an example.
+
+Under torchrun every rank calls `compare` after its process group is made: rank 0 reads, writes, prints and draws, and
+all train what it found missing.
 """
 
 import argparse
@@ -15,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
 from report import Result, draw, means, measured, table
 
-__all__ = ["Result", "compare", "folder_of", "means", "measured"]
+__all__ = ["Result", "arguments", "compare", "folder_of", "kept_or_run", "means", "measured"]
 
 
 def compare(
@@ -41,9 +45,10 @@ def compare(
     found: dict[str, list[Result]] = {}
     for run in runs:
         label = f"{run[0]} lr {run[2]:g}"
-        found.setdefault(label, []).append(_kept_or_run(folder / "results.jsonl", train, run, args.short))
-    print(table(found, score))
-    draw(found, curve, args.out / f"{folder.name}.png")
+        found.setdefault(label, []).append(kept_or_run(folder, train, run, args.short))
+    if _is_first():
+        print(table(found, score, each=" a rank" if dist.is_initialized() else ""))
+        draw(found, curve, args.out / f"{folder.name}.png")
     return found
 
 
@@ -65,17 +70,30 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def _kept_or_run(file: Path, train: Callable[..., Result], run: list, short: bool) -> Result:
+def kept_or_run(folder: Path, train: Callable[..., Result], run: list, short: bool) -> Result:
     """The result of [method, seed, rate, options ...]."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for line in lines:
-        if line["run"] == run:
-            return Result(**line["result"])
-    method, seed, rate = run[:3]
-    started = time.perf_counter()
+    file = folder / "results.jsonl"
+    known = file.read_text().splitlines() if _is_first() and file.exists() else []
+    kept = _of_first([Result(**line["result"]) for line in map(json.loads, known) if line["run"] == run][:1])
+    if kept:
+        return kept[0]
+    (method, seed, rate), started = run[:3], time.perf_counter()
     result = train(method, seed, rate, short)
     seconds = time.perf_counter() - started
-    print(f"{method}, seed {seed}, learning rate {rate:g}: {result.score:.4g} ({seconds:.0f} s)", flush=True)
-    with file.open("a") as out:
-        out.write(json.dumps({"run": run, "seconds": seconds, "result": asdict(result)}) + "\n")
+    if _is_first():
+        print(f"{method}, seed {seed}, learning rate {rate:g}: {result.score:.4g} ({seconds:.0f} s)", flush=True)
+        with file.open("a") as out:
+            out.write(json.dumps({"run": run, "seconds": seconds, "result": asdict(result)}) + "\n")
     return result
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _of_first(value: list) -> list:
+    """What rank 0 has, on every rank."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held)
+    return held[0]

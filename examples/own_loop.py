@@ -66,7 +66,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(method: str, seed: int, rate: float, short: bool) -> Result:
+def train(method: str, seed: int, rate: float, short: bool, editing=None) -> Result:
     torch.manual_seed(seed)
     (training, held_out), model, generator, losses = text(), Model(), torch.Generator().manual_seed(seed), []
     low_rank, before = method.startswith("loqt"), model.state_dict()
@@ -76,7 +76,7 @@ def train(method: str, seed: int, rate: float, short: bool) -> Result:
     else:
         optimizer = muon(model, lr=rate, dense_layers=[] if low_rank else matrices)
     if low_rank:
-        merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed)
+        merges = attach(model, optimizer, CONFIG, initial_weights=before, seed=seed, editing=editing)
     for _ in range(4 if short else 400):
         if low_rank:
             merges.prepare()

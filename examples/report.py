@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 Curve = list[tuple[float, float]]
 
@@ -27,21 +28,28 @@ def means(losses: list[float], width: int = 10) -> Curve:
     return [(at * width + len(part), mean(part)) for at, part in enumerate(parts)]
 
 
-def measured(score: float, curve: Curve, model: nn.Module, optimizer, text: str = "") -> Result:
-    """A result, with the bytes of a model and its optimizer."""
+def measured(score: float, curve: Curve, model: nn.Module, optimizer, text: str = "", copies=()) -> Result:
+    """A result, with the bytes that this rank holds of a model, of an engine's copies, of the optimizer's states."""
     states = [
         tensor
         for state in optimizer.state.values()
         for value in state.values()
         for tensor in ([value] if torch.is_tensor(value) else value.tensors())  # `muon` keeps its moments in chunks
     ]
-    weights, moments = (sum(t.numel() * t.element_size() for t in part) for part in (model.parameters(), states))
+    weights, moments = (sum(map(_bytes_here, part)) for part in ((*model.parameters(), *copies), states))
     return Result(score, curve, weights, moments, text)
 
 
-def table(found: dict[str, list[Result]], score: str) -> str:
+def _bytes_here(tensor) -> int:
+    part = getattr(tensor, "ds_tensor", tensor)  # what ZeRO 3 keeps
+    part = part.to_local() if isinstance(part, DTensor) else part
+    return part.numel() * part.element_size()
+
+
+def table(found: dict[str, list[Result]], score: str, each: str = "") -> str:
     """Markdown: mean and standard deviation over seeds, bytes."""
-    lines = [f"| | {score} | seeds | weights, MB | optimizer's states, MB |", "| --- | --- | --- | --- | --- |"]
+    head = f"| | {score} | seeds | weights, MB{each} | optimizer's states, MB{each} |"
+    lines = [head, "| --- | --- | --- | --- | --- |"]
     for label, results in found.items():
         scores = [result.score for result in results]
         spread = f" ± {stdev(scores):.2g}" if len(scores) > 1 else ""

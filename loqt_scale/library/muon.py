@@ -11,6 +11,7 @@ from loqt_scale.config.blocks import row_block
 from loqt_scale.errors import UserError
 from loqt_scale.layers import loqt_layers
 from loqt_scale.optim import StreamedMuon, create_optimizer
+from loqt_scale.strategies import unwrapped
 from loqt_scale.strategies.whole import is_sharded
 
 
@@ -33,6 +34,8 @@ def muon(
         optimizer = muon(model, lr=1e-2)
         merges = attach(model, optimizer, config)  # tells it how the model is spread over ranks
 
+    Of a full-rank model (no LoQT layer, `dense_layers` names all) `loqt_scale.strategies.place(model, optimizer)` does.
+
     Args:
         model: A converted model; on several ranks as `fully_shard` made it, before DDP or DeepSpeed wrap it, or after
             DDP has.
@@ -52,6 +55,7 @@ def muon(
         UserError: There are neither LoQT layers nor dense ones named; a layer of fused experts; or 8-bit states of a
             factor whose rows they cannot cut into blocks.
     """
+    model = unwrapped(model)  # by whose names layers are called
     if not dense_layers and not any(True for _ in loqt_layers(model)):
         raise UserError("muon(): the model has no LoQT layer; convert_to_loqt(model, config) comes first")
     uneven = [(name, layer.rank) for name, layer in loqt_layers(model) if not row_block(layer.rank)]
@@ -72,5 +76,8 @@ def muon(
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, before `attach` has told the optimizer more."""
     if is_sharded(tensor):
-        raise UserError("muon(): the model is sharded; attach(model, optimizer, config) comes before the first step")
+        raise UserError(
+            "muon(): the model is sharded; attach(model, optimizer, config) comes before the first step (full rank: "
+            "loqt_scale.strategies.place(model, optimizer))"
+        )
     return tensor

@@ -50,8 +50,12 @@ class StreamedMuon(StreamedAdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, momentum: float, shards: RowShards, **settings: Any
     ) -> None:
-        super().__init__([{"muon": False, **group} for group in groups], **settings)
+        super().__init__(groups, **settings)
         self._momentum, self._shards = momentum, shards
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch; without `muon: True` a group takes AdamW's step."""
+        super().add_param_group({"muon": False, **param_group})
 
     def place(self, local: Callable[[Tensor], Tensor], first_row: Callable[[Tensor], int], shards: RowShards) -> None:
         """See `StreamedAdamW.place`."""

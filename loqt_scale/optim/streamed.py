@@ -99,6 +99,12 @@ class StreamedAdamW(torch.optim.Optimizer):
         """
         self._local, self._first_row = local, first_row
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch; what is added after this was made is its own as well."""
+        super().add_param_group(param_group)
+        if getattr(self, "_adopted", None) == {}:
+            self.number()
+
     def adopt(self, flat: Tensor, fragments: Sequence[Fragment]) -> None:
         """Takes a flat tensor, which a group will name in the place of parameters, for the fragments that it holds.
 
@@ -255,10 +261,15 @@ class StreamedAdamW(torch.optim.Optimizer):
     def _by_device(self, tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
         """Those with a gradient, by where their rows are."""
         found: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for tensor, _ in self._with_gradient(tensors):
+            found[self._local(tensor.detach()).device].append(tensor)
+        return found.values()
+
+    def _with_gradient(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for tensor in tensors:
             if tensor.grad is not None:
-                found[self._local(tensor.detach()).device].append(tensor)
-        return found.values()
+                self._check_known(tensor)
+                yield tensor, tensor.grad
 
     def _fragments_of(self, tensor: Tensor) -> Sequence[Fragment]:
         _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
@@ -266,10 +277,8 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _work_of(self, tensors: Sequence[Tensor]) -> Iterator[Work]:
         """What this rank has to update of tensors that a group names; nothing of those without a gradient."""
-        for tensor in tensors:
-            if tensor.grad is None:
-                continue
-            weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
+        for tensor, grad in self._with_gradient(tensors):
+            weights, gradients = self._local(tensor.detach()).view(-1), self._local(grad).reshape(-1)
             for part in self._fragments_of(tensor):
                 yield Work(part, part.within(weights), part.within(gradients), self._skip_on(weights.device))
 
@@ -303,6 +312,16 @@ class StreamedAdamW(torch.optim.Optimizer):
             seed = stable_seed("rounding", self._seed, index)
             self._seeds[index, device] = torch.full((), seed, dtype=torch.int64, device=device)
         return self._seeds[index, device]
+
+    def _check_known(self, tensor: Tensor) -> None:
+        """Refuses a tensor that took the place of parameters before anybody said what of them it holds."""
+        if id(tensor) not in self._adopted and id(tensor) not in self._index_of:
+            raise UserError(
+                f"{type(self).__name__}: a group names a tensor {tuple(tensor.shape)} in the place of the parameters "
+                "that this optimizer was made of, as an engine of DeepSpeed's or Accelerate's FSDP2 puts there; before "
+                "the first step comes attach(model_or_engine, optimizer, config), or, of a model without LoQT layers, "
+                "loqt_scale.strategies.place(model_or_engine, optimizer)"
+            )
 
     def _weights_of(self, work: Work, chunk: Chunk, noise: Tensor | None) -> Weights:
         """A chunk's weights, to be replaced."""

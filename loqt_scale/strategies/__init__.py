@@ -15,7 +15,7 @@ How somebody else has spread a model, for loops of one's own: `adopt`.
 
 from torch.distributed.distributed_c10d import Store
 
-from loqt_scale.strategies.adopt import Adopted, adopt, alone, replicas, unwrapped, unwrapped_optimizers
+from loqt_scale.strategies.adopt import Adopted, adopt, alone, place, replicas, unwrapped, unwrapped_optimizers
 from loqt_scale.strategies.base import DTYPES, Strategy
 from loqt_scale.strategies.comm import Channel, Comm, Reducer, SingleComm
 from loqt_scale.strategies.create import create_strategy, resolve_device, resolve_strategy
@@ -76,6 +76,7 @@ __all__ = [
     "is_offloaded",
     "open_store",
     "packed_bytes_may_be_sharded",
+    "place",
     "register_strategy",
     "replicas",
     "resolve_device",

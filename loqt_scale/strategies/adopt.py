@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -79,9 +79,37 @@ def adopt(model: nn.Module, optimizer: Any) -> Adopted:
         description, editing = adopt_engine(model)
         return Adopted(description, inner, (base_optimizer(model),), editing, engine=model)
     inner, optimizers = unwrapped(model), unwrapped_optimizers(optimizer)
-    description, editing, check = _adopt_module(model, inner, dict(loqt_layers(inner)))
+    reshard(inner)
+    layers = dict(loqt_layers(inner))
+    parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
+    description, editing, check = _adopt_module(model, inner, layers, parameters)
     _tell_placement(optimizers, editing)
     return Adopted(description, inner, optimizers, editing, check)
+
+
+def place(model: nn.Module, optimizer: Any) -> str:
+    """Tells `muon`'s optimizer how a full-rank model is spread over ranks. Every rank, before the first step.
+
+    `attach` does so for a model with LoQT layers.
+
+    Args:
+        model: The model, or what wraps it: the DeepSpeed engine, the DistributedDataParallel object.
+        optimizer: What updates it, or several in a list; of an engine, its own counts instead.
+
+    Returns:
+        What was found, in a few words, for people.
+
+    Raises:
+        UserError: What was found, and the line to write.
+    """
+    model = _out_of_fabric(model)
+    if is_engine(model):
+        return adopt_engine(model)[0]
+    inner = unwrapped(model)
+    reshard(inner)
+    description, editing, _ = _adopt_module(model, inner, {}, dict(inner.named_parameters()))
+    _tell_placement(unwrapped_optimizers(optimizer), editing)
+    return description
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -154,12 +182,11 @@ def _tell_placement(optimizers: Iterable[Optimizer], editing: Editing) -> None:
 
 
 def _adopt_module(
-    model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer]
+    model: nn.Module, inner: nn.Module, layers: Mapping[str, LoQTLayer], parameters: Mapping[str, Tensor]
 ) -> tuple[str, Editing, Callable[[], None]]:
-    device = next(iter(layers.values())).factor.device
+    """What spreads a module that is no engine, judged by `parameters`, which are those that matter, by name."""
     _refuse_wrappers(model)
-    reshard(inner)
-    parameters = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters()}
+    device = next(iter(parameters.values())).device
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         return *adopt_mesh(inner, parameters), lambda: None
     if any(map(is_held_by_engine, parameters.values())):

@@ -53,7 +53,7 @@ def adopt_mesh(model: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[str,
 
     Args:
         model: On which `fully_shard` was called.
-        parameters: All of the LoQT layers', by name; at least one is sharded.
+        parameters: All of the LoQT layers', or of a full-rank model, by name; at least one is sharded.
 
     Raises:
         UserError: They are not all sharded on dim 0 of one mesh.
@@ -75,11 +75,11 @@ def _only_mesh(parameters: Mapping[str, Tensor]) -> DeviceMesh:
     meshes: dict[DeviceMesh, str] = {}
     for name, parameter in parameters.items():
         if not isinstance(parameter, DTensor):
-            raise UserError(f"{name} is not sharded, but other parameters of LoQT layers are; {_SHARDED}")
+            raise UserError(f"{name} is not sharded, but other parameters are; {_SHARDED}")
         meshes.setdefault(parameter.device_mesh, name)
     if len(meshes) > 1:
         found = "; ".join(f"{name} on {_shown(mesh)}" for mesh, name in meshes.items())
-        raise UserError(f"LoQT layers are sharded over {len(meshes)} meshes: {found}; {_SHARDED}")
+        raise UserError(f"parameters are sharded over {len(meshes)} meshes: {found}; {_SHARDED}")
     return next(iter(meshes))
 
 
@@ -93,9 +93,9 @@ def _check_rows(parameters: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
         exact = [type(one) for one in placements] == [type(one) for one in expected] and placements == expected
         if not exact or parameter.to_local().shape[0] != stop - start:
             raise UserError(
-                f"{name} is placed as {tuple(placements)} on {_shown(mesh)}, but merges know (Shard(0),) on a 1-D mesh "
-                "and (Replicate(), Shard(0)) on a 2-D one: leave tensor parallelism and shard_placement_fn away from "
-                "LoQT layers"
+                f"{name} is placed as {tuple(placements)} on {_shown(mesh)}, but merges and Muon know (Shard(0),) "
+                "on a 1-D mesh and (Replicate(), Shard(0)) on a 2-D one: leave tensor parallelism and "
+                "shard_placement_fn away from LoQT layers"
             )
     ranks = mesh.mesh.reshape(-1, mesh.shape[-1])
     if not bool((ranks.diff(dim=1) > 0).all() and (ranks.diff(dim=0) > 0).all()):

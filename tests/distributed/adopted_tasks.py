@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import io
+import runpy
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt, muon
+from loqt_scale.errors import UserError
+from loqt_scale.strategies import alone, place, replicas
 
 STEPS, SAVED, SEQUENCES, LENGTH, VOCABULARY = 12, 7, 8, 16, 64
 
@@ -224,6 +231,38 @@ def train_own(how: str, scheme: str, *, saved_in: str = "", **given: Any) -> dic
     return result | {"losses": loop.losses, "merges": means, "steps": loop.merges.steps}
 
 
+def train_full(how: str, *, placed: bool = True) -> dict[str, Any]:
+    """Losses of a full-rank model under Muon, some matrices taller and some wider, and what was found. Every rank.
+
+    Args:
+        how: See `Loop`.
+        placed: Whether the optimizer is told how the model is spread; else what its first step raises comes back.
+    """
+    if how != "single":
+        _join(how)
+    rank, world_size = (0, 1) if how == "single" else (dist.get_rank(), dist.get_world_size())
+    torch.manual_seed(0)
+    model, losses = Small(), []
+    matrices = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("up", "down")]
+    wrapped, optimizer = _spread(how, model, 1, "float32", matrices)
+    found = place(wrapped, optimizer) if placed else ""
+    try:
+        for step in range(5 if placed else 1):
+            loss = loss_of(wrapped, batch(step, rank, world_size))
+            wrapped.backward(loss) if how.startswith("zero") else loss.backward()
+            wrapped.step() if how.startswith("zero") else optimizer.step()
+            optimizer.zero_grad()
+            total = loss.detach().clone()
+            if how != "single":
+                dist.all_reduce(total)
+            losses.append(float(total) / world_size)
+    except UserError as error:
+        found = str(error)
+    if how.startswith("zero"):
+        _close(wrapped)
+    return {"losses": losses, "found": found}
+
+
 def _dtypes(optimizer: torch.optim.Optimizer) -> set[str]:
     moments = [value for own in optimizer.state.values() for value in own.values() if hasattr(value, "tensors")]
     return {str(moment.tensors()[0].dtype) for moment in moments}
@@ -247,7 +286,9 @@ def _close(engine: Any) -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _spread(
+    how: str, model: nn.Module, micro: int, states: str, dense_layers: Sequence[str] = ()
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     if how == "ddp":
         model = DistributedDataParallel(model)
     elif how in ("fsdp", "hsdp"):
@@ -258,7 +299,7 @@ def _spread(how: str, model: nn.Module, micro: int, states: str) -> tuple[nn.Mod
         fully_shard(model, mesh=mesh)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained(model), lr=5e-3, eps=1e-6)
     if states:
-        optimizer = muon(model, lr=5e-3, eps=1e-6, states=states)  # type: ignore[arg-type]
+        optimizer = muon(model, lr=5e-3, eps=1e-6, states=states, dense_layers=dense_layers)  # type: ignore[arg-type]
     if how.startswith("zero"):
         return _engine(model, optimizer, int(how[-1]), micro), optimizer
     return model, optimizer
@@ -281,11 +322,6 @@ def _engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int, micr
 
 def refusals() -> dict[str, str]:
     """What several ranks are told that would drift apart, or of which not everything is found. Every rank."""
-    from torch.distributed.tensor import DTensor
-
-    from loqt_scale.errors import UserError
-    from loqt_scale.strategies import alone, replicas
-
     dist.init_process_group("gloo")
     model, _, settings = converted("none")
     optimizer = torch.optim.AdamW(trained(model))
@@ -342,14 +378,11 @@ def refused_engine() -> str:
     return "nothing"
 
 
-def run_example(name: str, **arguments: Any) -> list[float]:
-    """The losses of an example for several ranks, in its short form. Every rank."""
-    import importlib
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    if name == "own_deepspeed":
-        _join("zero1")
-    losses: list[float] = importlib.import_module(name).train(steps=4, **arguments)
-    return losses
+def run_example(name: str, out: str, arguments: Sequence[str] = ()) -> str:
+    """What an example for several ranks prints, in its short form, as torchrun starts it. Every rank."""
+    examples, printed = Path(__file__).parents[2] / "examples", io.StringIO()
+    sys.path.insert(0, str(examples))
+    sys.argv = [name, "--short", "--out", out, *arguments]
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(examples / f"{name}.py"), run_name="__main__")
+    return printed.getvalue()

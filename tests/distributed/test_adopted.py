@@ -84,6 +84,19 @@ def test_muon_learns_from_attach_how_its_parameters_are_spread(
             assert states == "float32" or result["again"] == result["losses"][7:], how
 
 
+def test_a_full_rank_model_under_muon_takes_the_steps_of_one_process(ranks: RankPool) -> None:
+    """Told how it is spread by `place`; without that its first step says what to write."""
+    single = ranks.run(1, f"{TASKS}:train_full", how="single")[0]
+    assert single["found"] == "one process" and single["losses"][-1] < single["losses"][0] - 0.2
+    for how in FOUND:
+        for result in ranks.run(RANKS.get(how, 2), f"{TASKS}:train_full", how=how):
+            assert result["losses"] == pytest.approx(single["losses"], abs=TOLERANCE["none"], rel=0), how
+            assert result["found"] == FOUND[how]
+    for how in ("fsdp", "zero1", "zero3"):
+        for result in ranks.run(2, f"{TASKS}:train_full", how=how, placed=False):
+            assert "loqt_scale.strategies.place(model" in result["found"] and not result["losses"], how
+
+
 def test_quantized_experts_in_a_loop_of_ones_own_train_as_in_one_process(ranks: RankPool, tmp_path: Path) -> None:
     """Cut inside an expert. Each goes on from what it has saved to the bit, too."""
     given: dict[str, Any] = {"scheme": "nf4", "experts": True}
@@ -136,7 +149,25 @@ def test_an_engine_whose_settings_break_merges_is_refused(ranks: RankPool) -> No
         assert told.endswith("; write false, or leave it out")
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("own_fsdp2", {}), ("own_deepspeed", {"stage": 1})])
-def test_the_examples_for_several_ranks_run(ranks: RankPool, name: str, arguments: dict[str, Any]) -> None:
-    losses = ranks.run(2, f"{TASKS}:run_example", name=name, **arguments)
-    assert losses[0] == losses[1] and 5.0 < losses[0][0] < 7.0  # log 256 is 5.5
+STAGES = [("own_deepspeed", ["--stage", str(stage)]) for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("own_fsdp2", []), STAGES[2], *(pytest.param(*stage, marks=pytest.mark.long) for stage in STAGES[:2])],
+)
+def test_the_examples_for_several_ranks_run(ranks: RankPool, tmp_path: Path, name: str, arguments: list[str]) -> None:
+    """Both methods, beside one process; the same command again finds what it has kept, on every rank."""
+    given: dict[str, Any] = {"name": name, "out": str(tmp_path), "arguments": arguments}
+    (first, other), (again, _) = (ranks.run(2, f"{TASKS}:run_example", **given) for _ in range(2))
+    rows, rows_again = (
+        [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith(("| loqt", "| full"))]
+        for printed in (first, again)
+    )
+    results, beside = rows[:2], rows[2:]
+    assert [len(row) for row in rows] == [5, 5, 5, 5] and "MB a rank" in first and "|" not in other
+    assert float(results[0][4]) < 0.6 * float(results[1][4])  # bytes of the states
+    assert all(float(row[2]) < 1e-5 for row in beside)
+    assert first.count("learning rate") == 4 and "learning rate" not in again
+    assert rows_again == rows
+    assert len(list(tmp_path.glob("own_*.png"))) == 1

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricsDDP
+from lightning.fabric.strategies import DeepSpeedStrategy as FabricsDeepSpeed
+from lightning.fabric.strategies import ModelParallelStrategy as FabricsModelParallel
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -121,32 +124,93 @@ def fit(folder: str, *, seed: int = 0, ckpt: str | None = None, how: str = "auto
     return module
 
 
-def fabric_losses(file: str, *, first: int = 0, last: int = STEPS) -> list[float]:
-    """The same steps by Fabric, saved before step `SAVED`, or gone on with from there. One process."""
-    fabric = Fabric(accelerator="cpu", devices=1)
+class FabricsDeepSpeedOnCPU(FabricsDeepSpeed):
+    """Fabric's own, without its wish for GPUs."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
+    def setup_environment(self) -> None:
+        FabricsDDP.setup_environment(self)
+
+    def _setup_distributed(self) -> None:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+        self._format_config()
+
+
+def _shard(module: Any, mesh: Any) -> Any:
+    for block in module.model.layers:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    return fully_shard(module, mesh=mesh["data_parallel"])
+
+
+def _fabric(how: str, ranks: int) -> Fabric:
+    """Fabric on this process, or on one rank of several: auto, ddp, fsdp2, zero1, zero2 or zero3."""
+    strategy: Any = how
+    if how == "fsdp2":
+        strategy = FabricsModelParallel(parallelize_fn=_shard, data_parallel_size=ranks, tensor_parallel_size=1)
+    elif how.startswith("zero"):
+        strategy = FabricsDeepSpeedOnCPU(stage=int(how[-1]))
+    fabric = Fabric(
+        accelerator="cpu", devices=ranks, strategy=strategy, plugins=[TorchElasticEnvironment()][: ranks - 1]
+    )
+    if ranks > 1:
+        fabric.launch()
+    return fabric
+
+
+def fabric_losses(file: str, *, first: int = 0, last: int = STEPS, how: str = "auto", ranks: int = 1) -> list[float]:
+    """The same steps by Fabric (an engine's of one pass each), saved before step `SAVED`, or gone on with from there.
+
+    Means over ranks. Every rank.
+    """
+    fabric, passes = _fabric(how, ranks), 1 if how.startswith("zero") else PASSES
     model, rows, found = tiny_llama(seed=first), Progressions(SAVED * PASSES * ROWS), []
     before = model.state_dict()
     convert_to_loqt(model, CONFIG)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    wrapped, optimizer = fabric.setup(model, optimizer)
+    if how == "fsdp2":  # the optimizer comes after the sharding
+        model = fabric.setup_module(model)
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = (
+        (model, fabric.setup_optimizers(optimizer)) if how == "fsdp2" else fabric.setup(model, optimizer)
+    )
     merges = attach(wrapped, optimizer, CONFIG, initial_weights=None if first else before)
     everything = {"model": wrapped, "optimizer": optimizer, "merges": merges}
     if first:
         fabric.load(file, everything)
+        if how == "fsdp2":  # the saved state lies in the place of its owner
+            merges.load_state_dict(everything["merges"])
     batches = list(torch.utils.data.DataLoader(rows, batch_size=ROWS))
     for step in range(first, last):
         if step == SAVED and not first:
             fabric.save(file, everything)
         merges.prepare()
-        for index in range(PASSES):
-            loss = wrapped(**batches[(step * PASSES + index) % len(batches)]).loss
-            fabric.backward(loss / PASSES)
-            found.append(loss.item())
-        fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+        for index in range(passes):
+            batch = batches[(step * PASSES + index) % len(batches)]
+            loss = wrapped(**{key: value[fabric.global_rank :: ranks] for key, value in batch.items()}).loss
+            fabric.backward(loss / passes)
+            found.append(float(fabric.all_reduce(loss.detach(), reduce_op="mean")))
+        if not how.startswith("zero"):
+            fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
         optimizer.step()
         merges.finish()
         optimizer.zero_grad()
+    if how.startswith("zero"):
+        close(wrapped._forward_module)
     return found
+
+
+def close(engine: Any) -> None:
+    """Ends an engine and DeepSpeed's own view of the process group, for the next task of this process."""
+    import deepspeed
+
+    engine.destroy()
+    deepspeed.comm.destroy_process_group()
 
 
 def rank_of_two(folder: str, *, how: str, seed: int = 0, ckpt: str | None = None) -> dict[str, Any]:
@@ -154,11 +218,8 @@ def rank_of_two(folder: str, *, how: str, seed: int = 0, ckpt: str | None = None
     module = fit(folder, seed=seed, ckpt=ckpt, how=how, ranks=2)
     engine = module.trainer.model
     dense = to_dense(engine)
-    if how.startswith("zero"):  # DeepSpeed's own view of the process group, for the next task of this process
-        import deepspeed
-
-        engine.destroy()
-        deepspeed.comm.destroy_process_group()
+    if how.startswith("zero"):
+        close(engine)
     return {
         "losses": torch.stack(module.losses).tolist(),
         "found": module.merges.description,

@@ -62,9 +62,25 @@ def test_fabric_takes_the_steps_of_a_loop_by_hand_and_goes_on_from_what_it_saved
 FOUND = {
     "ddp": "DistributedDataParallel, 2 rank(s)",
     "fsdp2": "fully_shard over 2 rank(s)",
+    "zero1": "DeepSpeed engine, ZeRO stage 1, 2 rank(s)",
     "zero2": "DeepSpeed engine, ZeRO stage 2, 2 rank(s)",
     "zero3": "DeepSpeed engine, ZeRO stage 3, 2 rank(s)",
 }
+
+
+@pytest.mark.parametrize(
+    "how", ["fsdp2", *(pytest.param(how, marks=pytest.mark.long) for how in ("ddp", "zero1", "zero2", "zero3"))]
+)
+def test_fabric_on_two_ranks(ranks: RankPool, how: str, tmp_path: Path) -> None:
+    """Sums of gradients in another order aside, the steps of one process; an engine's have one pass and no clipping."""
+    task, given = "tests.integration.lightning_cases:fabric_losses", {"file": str(tmp_path / "saved.ckpt"), "how": how}
+    whole = ranks.run(2, task, ranks=2, **given)
+    again = ranks.run(2, task, ranks=2, first=SAVED, **given)
+    passes = 1 if how.startswith("zero") else PASSES
+    assert whole[0] == whole[1] and again[0] == again[1] == whole[0][passes * SAVED :]
+    if passes == PASSES:
+        assert whole[0] == pytest.approx(own_loop()[1], abs=1e-3)
+    assert whole[0][-1] < whole[0][0] - 1.0
 
 
 @pytest.mark.parametrize(

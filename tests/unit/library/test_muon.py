@@ -42,3 +42,23 @@ def test_refusals() -> None:
         muon(model, lr=1e-2, states="int8")
     dense = muon(Small(), lr=1e-2, dense_layers=["blocks.0.up"])
     assert [len(group["params"]) for group in dense.param_groups] == [1, 7]
+
+
+def test_a_group_that_is_added_is_trained_and_saved_and_a_stranger_is_refused() -> None:
+    model = Small()
+    model.lm_head.requires_grad_(False)
+    optimizer = muon(model, lr=1e-2, dense_layers=["blocks.0.up"])
+    model.lm_head.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.lm_head.weight], "lr": 1e-3})
+    before = model.lm_head.weight.detach().clone()
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    assert 0.0 < float((model.lm_head.weight.detach() - before).abs().max()) < 1.1e-3  # Adam's first step
+    saved = optimizer.state_dict()
+    assert len(saved["state"]) == 8 and not saved["param_groups"][2]["muon"]
+    optimizer.load_state_dict(saved)
+    flat = torch.nn.Parameter(model.blocks[0].up.weight.detach().flatten())
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]  # as an engine does
+    with pytest.raises(UserError, match=r"a tensor \(4128,\) in the place of .*place\(model_or_engine, optimizer\)"):
+        optimizer.step()
