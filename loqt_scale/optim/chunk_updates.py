@@ -26,7 +26,10 @@ from loqt_scale.optim.fragment import Stored, replace_unless
 Update = Callable[..., None]
 _ROUNDED_AS_IN_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Of a GPU's kernels; those of a CPU divide and multiply so anyway."""
-_NO_COMPILER = "install a C++ compiler (for a GPU Triton, which comes with torch), or write optim.compile: false"
+_NO_COMPILER = (
+    "install a C++ compiler (for a GPU Triton, which comes with torch), set TORCHINDUCTOR_CACHE_DIR to a folder that can "
+    "be written, or write optim.compile: false"
+)
 
 
 class Weights(NamedTuple):
@@ -95,7 +98,8 @@ def in_one_kernel(update: Update) -> Update:
     """An update that torch.compile makes one kernel of, for chunks of any length.
 
     It is compiled for each dtype and size of blocks, seconds each, unless an earlier run has left the kernel in torch's
-    cache. A chunk of a single block, as where a rank's part begins inside one, is updated as it stands.
+    cache. A chunk of a single block, as where a rank's part begins inside one, is updated as it stands; so is, with the
+    same bits, whatever is of a ninth kind, where torch stops compiling and says so (`recompile_limit`).
     """
     from torch._dynamo.exc import TorchDynamoException as failed  # late: it imports the compiler
 

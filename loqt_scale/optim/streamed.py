@@ -240,11 +240,10 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _stored(self, parameter: Tensor) -> Fragment:
         """The stored rows of a parameter that is a tensor of its own."""
-        rows = self._local(parameter.detach())
-        columns = math.prod(rows.shape[1:])
+        held = self._local(parameter.detach())
+        rows, columns = parameter.shape[0] if parameter.dim() else 1, math.prod(held.shape[1:])
         first = self._first_row(parameter) * columns
-        size = {"values": rows.numel(), "columns": columns, "rows": parameter.shape[0]}
-        return Fragment(parameter=parameter, first=first, **size)
+        return Fragment(parameter=parameter, first=first, values=held.numel(), columns=columns, rows=rows)
 
     def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates tensors that a group names."""

@@ -51,8 +51,8 @@ class Placement(ABC):
         model.to_empty(device=self.device)
 
     def stored_rows(self, parameter: Tensor) -> tuple[int, int]:
-        """Rows [start, stop) of `parameter` that this rank keeps in memory."""
-        return shard_range(parameter.shape[0], self.shard_rank, self.shard_size)
+        """Rows [start, stop) of `parameter` that this rank keeps in memory; a number is one row."""
+        return shard_range(parameter.shape[0] if parameter.dim() else 1, self.shard_rank, self.shard_size)
 
     def settle(self) -> None:
         """Puts parameters back to where they are stored, if a forward pass has left them elsewhere. Local."""

@@ -109,8 +109,8 @@ def _give_shape(parameter: Any, gather: Callable[..., Any], *others: Any, **how:
 
 
 def _fragment(parameter: Tensor, shape: Sequence[int], *, at: int = 0, first: int = 0, values: int = 0) -> Fragment:
-    columns = math.prod(shape[1:])
-    return Fragment(parameter=parameter, at=at, first=first, values=values, columns=columns, rows=shape[0])
+    rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
+    return Fragment(parameter=parameter, at=at, first=first, values=values, columns=columns, rows=rows)
 
 
 def link_states(engine: Any) -> None:

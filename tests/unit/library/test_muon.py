@@ -62,3 +62,19 @@ def test_a_group_that_is_added_is_trained_and_saved_and_a_stranger_is_refused() 
     optimizer.param_groups[0]["params"] = [flat]  # as an engine does
     with pytest.raises(UserError, match=r"a tensor \(4128,\) in the place of .*place\(model_or_engine, optimizer\)"):
         optimizer.step()
+
+
+def test_a_parameter_that_is_one_number_is_trained() -> None:
+    """A temperature, say."""
+    model = Small()
+    model.register_parameter("temperature", torch.nn.Parameter(torch.tensor(1.0)))
+    settings = config("none")
+    convert_to_loqt(model, settings)
+    optimizer = muon(model, lr=1e-2)
+    merges = attach(model, optimizer, settings, total_steps=2)
+    merges.prepare()
+    (loss_of(model, batch(0)) * model.temperature).backward()
+    optimizer.step()
+    merges.finish()
+    assert float(model.temperature.detach()) == pytest.approx(0.99)  # Adam's first step
+    optimizer.load_state_dict(optimizer.state_dict())
