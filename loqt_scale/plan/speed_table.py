@@ -49,7 +49,7 @@ def full_rank(config: RunConfig, ranks: int) -> RunConfig:
         zero_config=None,
         zero_offload=None,
     )
-    optim = replace(config.optim, name="adamw", states="float32", per_layer=False)
+    optim = replace(config.optim, name="adamw", states="float32", per_layer=False, compile=False)
     model = replace(config.model, trained_dtype="float32")
     return replace(config, method="full", parallel=parallel, optim=optim, model=model)
 

@@ -233,6 +233,7 @@ def test_more_gpus_than_sequences_say_what_to_write(capsys: pytest.CaptureFixtur
 def test_the_command_prints_both_methods_and_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.preset=llama_nano", "--loqt.rank=8", "--train.global_batch_size=16", "--gpus=16", "--gpu=rtx4090"]
     words.append("--data.sources=[{name: a, files: [a.txt], weight: 3}, {name: b, dataset: x/y}]")
+    words += ["--optim.name=muon", "--optim.compile=true"]  # which full AdamW, beside it, does not take
     assert main(["plan", *words, "--vocab-size=320", "--tokens=2e9"]) == 0
     said = capsys.readouterr().out
     for expected in ("planned, not measured", "LoQT", "full rank", "bound by", "MFU", "days to 2 G tokens"):
