@@ -47,8 +47,10 @@ HEADER = [
     "compiled",
     "ms",
     "compiled, ms",
+    "/ before",
+    "/ torch's fused AdamW, before",
+    "compiled",
 ]
-HEADER = [*HEADER, "/ before", "/ torch's fused AdamW, before", "compiled"]
 NOTE = (
     "One parameter of {rows} x {columns} values, weight decay, a step that is skipped if the norm is not finite, one "
     "thread, {repeats} rounds in turns, medians. Operators: of an update with its counts, rates and seeds, and of each "

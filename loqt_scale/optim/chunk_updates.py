@@ -27,8 +27,8 @@ Update = Callable[..., None]
 _ROUNDED_AS_IN_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Of a GPU's kernels; those of a CPU divide and multiply so anyway."""
 _NO_COMPILER = (
-    "install a C++ compiler (for a GPU Triton, which comes with torch), set TORCHINDUCTOR_CACHE_DIR to a folder that can "
-    "be written, or write optim.compile: false"
+    "install a C++ compiler (for a GPU Triton, which comes with torch), set TORCHINDUCTOR_CACHE_DIR to a folder that "
+    "can be written, or write optim.compile: false"
 )
 
 
