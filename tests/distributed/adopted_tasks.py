@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard as torchs_fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig
@@ -24,8 +24,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loqt_scale import LoQTConfig, MergeConfig, MergeCoordinator, QuantizationConfig, convert_to_loqt, muon
 from loqt_scale.errors import UserError
-from loqt_scale.strategies import alone, place, replicas
+from loqt_scale.strategies import alone, packed_bytes_may_be_sharded, place, replicas
 
+fully_shard = packed_bytes_may_be_sharded()(torchs_fully_shard)  # as users write before torch 2.13
 STEPS, SAVED, SEQUENCES, LENGTH, VOCABULARY = 12, 7, 8, 16, 64
 
 

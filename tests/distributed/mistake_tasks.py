@@ -11,12 +11,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loqt_scale import attach, save_merged
 from loqt_scale.errors import UserError
-from tests.distributed.adopted_tasks import STEPS, batch, converted, loss_of, trained
+from tests.distributed.adopted_tasks import STEPS, batch, converted, fully_shard, loss_of, trained
 
 
 def told(call: Any) -> str:
