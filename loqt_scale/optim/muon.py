@@ -78,7 +78,7 @@ class StreamedMuon(StreamedAdamW):
     def _orthogonal_update(self, wave: Sequence[Work], group: dict[str, Any]) -> None:
         """One update of matrices with Gram matrices of one size."""
         _, of_rows = gram_side(wave[0].fragment.rows, wave[0].fragment.columns)
-        held = [work.fragment for work in wave if work.fragment.values]
+        held = [work for work in wave if work.fragment.values]
         counts = self._count(held)
         pieces = [self._accelerate(work, whole=of_rows) for work in wave]
         self._complete(pieces, whole=of_rows)

@@ -247,38 +247,31 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _update(self, tensors: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates tensors that a group names."""
-        for together in self._by_device(tensors):
-            held = [part for tensor in together for part in self._fragments_of(tensor) if part.values]
-            counts = self._count(held)
-            works = (work for work in self._work_of(together) if work.fragment.values)
-            for work, terms, noise in zip(works, _terms(counts, group), self._noises(held, counts), strict=True):
+        for works in self._by_device(tensors):
+            counts = self._count(works)
+            for work, terms, noise in zip(works, _terms(counts, group), self._noises(works, counts), strict=True):
                 first, second = (self.state[work.fragment.parameter][name] for name in ADAM_MOMENTS)
                 for chunk in first.chunks():
                     weights = self._weights_of(work, chunk, noise)
                     self._run(adamw, weights, chunk.within(work.grad), first.stored(chunk), second.stored(chunk), terms)
 
-    def _by_device(self, tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-        """Those with a gradient, by where their rows are."""
-        found: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for tensor, _ in self._with_gradient(tensors):
-            found[self._local(tensor.detach()).device].append(tensor)
+    def _by_device(self, tensors: Sequence[Tensor]) -> Iterable[list[Work]]:
+        """What this rank has to update of them, if there are values, by where these are."""
+        found: dict[torch.device, list[Work]] = defaultdict(list)
+        for work in self._work_of(tensors):
+            if work.fragment.values:
+                found[work.weight.device].append(work)
         return found.values()
-
-    def _with_gradient(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        for tensor in tensors:
-            if tensor.grad is not None:
-                self._check_known(tensor)
-                yield tensor, tensor.grad
-
-    def _fragments_of(self, tensor: Tensor) -> Sequence[Fragment]:
-        _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
-        return fragments
 
     def _work_of(self, tensors: Sequence[Tensor]) -> Iterator[Work]:
         """What this rank has to update of tensors that a group names; nothing of those without a gradient."""
-        for tensor, grad in self._with_gradient(tensors):
-            weights, gradients = self._local(tensor.detach()).view(-1), self._local(grad).reshape(-1)
-            for part in self._fragments_of(tensor):
+        for tensor in tensors:
+            if tensor.grad is None:
+                continue
+            self._check_known(tensor)
+            weights, gradients = self._local(tensor.detach()).view(-1), self._local(tensor.grad).reshape(-1)
+            _, fragments = self._adopted.get(id(tensor)) or (tensor, [self._stored(tensor)])
+            for part in fragments:
                 yield Work(part, part.within(weights), part.within(gradients), self._skip_on(weights.device))
 
     def _skip_on(self, device: torch.device) -> Tensor | None:
@@ -289,21 +282,22 @@ class StreamedAdamW(torch.optim.Optimizer):
             self._skips[device] = self.found_inf.to(device) != 0
         return self._skips[device]
 
-    def _count(self, held: Sequence[Fragment]) -> Tensor:
+    def _count(self, works: Sequence[Work]) -> Tensor:
         """Counts an update of each, unless it is left out; returns the counts, (n,) float64 on their one device."""
-        if not held:
+        if not works:
             return torch.zeros(0, dtype=torch.float64)
-        steps = [self.ensure_state(part.parameter)["step"] for part in held]
-        skip = self._skip_on(steps[0].device)
+        steps, skip = [self.ensure_state(work.fragment.parameter)["step"] for work in works], works[0].skip
         torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).double()] * len(steps))
         return torch.stack(steps)
 
-    def _noises(self, held: Sequence[Fragment], counts: Tensor) -> Sequence[Tensor | None]:
-        """The seed of each by which bfloat16 weights are rounded in an update that was counted."""
-        if all(part.parameter.dtype != torch.bfloat16 for part in held):
-            return [None] * len(held)
-        seeds = torch.stack([self._seed_on(self._index_of[id(part.parameter)], counts.device) for part in held])
-        return seed_of_update(seeds, counts).unbind()
+    def _noises(self, works: Sequence[Work], counts: Tensor) -> Sequence[Tensor | None]:
+        """Of each the seed by which an update that was counted rounds bfloat16 weights; None where they are float32."""
+        rounded = [work.weight.dtype == torch.bfloat16 for work in works]
+        if not any(rounded):
+            return [None] * len(works)
+        indices = (self._index_of[id(work.fragment.parameter)] for work in works)
+        seeds = seed_of_update(torch.stack([self._seed_on(index, counts.device) for index in indices]), counts)
+        return [seed if there else None for seed, there in zip(seeds.unbind(), rounded, strict=True)]
 
     def _seed_on(self, index: int, device: torch.device) -> Tensor:
         """Of the rounding of the index-th parameter, int64 scalar there."""
@@ -324,9 +318,7 @@ class StreamedAdamW(torch.optim.Optimizer):
 
     def _weights_of(self, work: Work, chunk: Chunk, noise: Tensor | None) -> Weights:
         """A chunk's weights, to be replaced."""
-        if work.weight.dtype != torch.bfloat16:
-            noise = None
-        elif noise is not None:
+        if noise is not None:
             noise = seed_from(noise, work.fragment.first + chunk.start)
         return Weights(chunk.within(work.weight), work.skip, noise, self._compiled)
 
