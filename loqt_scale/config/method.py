@@ -31,7 +31,7 @@ class SubspaceConfig:
     """
 
     method: SubspaceMethod = "sketch"
-    oversampling: float = 1.0
+    oversampling: float = 0.0
     power_iterations: int = 2
 
     def __post_init__(self) -> None:

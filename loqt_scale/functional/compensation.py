@@ -13,8 +13,9 @@ Each of the c rounds fixes B and quantizes, then fixes W_q and fits B to the err
 
 (LoQT, algorithm 2, where B' is B; LoftQ uses the same idea.) B moves a long way in one direction before it settles, and
 B' is over-relaxation: three rounds of it end nearer to W than five without. Rounds need not improve, so the round with
-the smallest error is kept, and one that has gained less than `SETTLED` is the last: later ones gain less still. Plain
-quantization, W_q of round 0 with B = 0, competes too: compensation never hurts.
+the smallest error is kept. Gains shrink by about the same factor from round to round, so the last round is the one
+after which less than `SETTLED` is to be expected. Plain quantization, W_q of round 0 with B = 0, competes too:
+compensation never hurts.
 
 The fit has a closed form. It uses P^+ = (P^T P)^-1 P^T of the P that the layer will hold, which is quantized itself and
 so not exactly orthonormal:
@@ -29,6 +30,7 @@ or of B and two numbers (output). The caller passes it as `sum_over_shards`; wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,7 +44,7 @@ SumOverShards = Callable[[Tensor], Tensor]
 Result = TypeVar("Result")
 CHUNK_VALUES = 2**20  # dense values in flight: 4 MiB a buffer
 BEYOND = 0.5  # over-relaxation: of B's last change (1: the error grows again after three rounds)
-SETTLED = 0.05  # a round that lowers the error by a smaller share is the last
+SETTLED = 0.05  # no round is made that is expected to lower the error by a smaller share
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def compensation(
     best: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
     before = own_norm.new_zeros(())
     last, factor = weight_NI.new_zeros(shape), None  # B and B' of the round before
+    gain = None  # of the round before
     for index in range(max(rounds, 1)):
         # B and two scalars lie side by side: what shards have to add up is one tensor
         buffer = weight_NI.new_zeros(shape[0] * shape[1] + 2)
@@ -203,13 +206,24 @@ def compensation(
         last, factor = new_factor, torch.lerp(last, new_factor, 1.0 + BEYOND)
         error = (squares - taken).clamp_min(0.0) / norm
         assert best is not None
-        gain, settled = torch.stack([best[3] - error, best[3] * (1.0 - (1.0 - SETTLED) ** 2)]).tolist()
-        if gain > 0.0:
+        lowered, square = torch.stack([best[3] - error, best[3]]).tolist()
+        if lowered > 0.0:
             best = (codes, scales, new_factor, error)
-        if gain < settled:
+        gain, gain_before = error_gain(lowered, square), gain
+        if expected_gain(gain, gain_before) < SETTLED:
             break
     assert best is not None
     return Compensated(codes=best[0], scales=best[1], factor=best[2], error=best[3].sqrt(), error_before=before.sqrt())
+
+
+def error_gain(lowered: float, square: float) -> float:
+    """By which share of itself an error falls, 1 - sqrt(1 - lowered / square), if its square falls by `lowered`."""
+    return 1.0 - math.sqrt(max(0.0, 1.0 - lowered / max(square, 1e-30)))
+
+
+def expected_gain(gain: float, before: float | None) -> float:
+    """What the next round will gain, if gains go on to shrink as from the round `before` to this one."""
+    return gain if before is None or before <= 0.0 else gain * min(1.0, gain / before)
 
 
 def taken_squares(factor: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
@@ -223,36 +237,3 @@ def gram_inverse(gram_RR: Tensor) -> Tensor:
     if int(info) == 0:
         return torch.cholesky_inverse(lower).to(gram_RR.dtype)
     return torch.linalg.pinv(gram_RR.double(), hermitian=True).to(gram_RR.dtype)
-
-
-def update_survival(
-    weight_NI: Tensor,
-    layout: MatrixLayout,
-    result: Compensated,
-    *,
-    new_basis: Tensor,
-    old_basis: Tensor,
-    old_factor: Tensor,
-    side: str,
-    scale: float,
-) -> Tensor:
-    """How much of the folded update U = s L(B_old) the new effective weight still holds, as two sums over this shard.
-
-    Returns:
-        [<W_eff_new - W, U>, ||U||^2], float32 (2,). With W = W_q_old + U, 1 + first / second is the share that
-        survived: 1 if all, 0 if re-quantization rounded it away.
-    """
-    sums = weight_NI.new_zeros(2)
-    group_rows = layout.group_rows
-    old_left, old_right = (old_factor, old_basis) if side == "input" else (old_basis, old_factor)
-    new_left, new_right = (result.factor, new_basis) if side == "input" else (new_basis, result.factor)
-    turn, old_square = new_right.T @ old_right, old_right.T @ old_right
-    for start, stop in row_chunks(weight_NI.shape[0], layout):
-        groups = slice(start // group_rows, -(-stop // group_rows))
-        scales = None if result.scales is None else result.scales[groups]
-        new = unpack(result.codes[groups], scales, layout, torch.float32, rows=stop - start).sub_(weight_NI[start:stop])
-        # <W', s L R^T> = s <W' R, L>, ||s L R^T||^2 = s^2 <L^T L, R^T R>: neither U nor W_eff is ever formed
-        left = old_left[start:stop]
-        change = torch.addmm(new @ old_right, new_left[start:stop], turn, alpha=scale)
-        sums += scale * torch.stack([(change * left).sum(), scale * ((left.T @ left) * old_square).sum()])
-    return sums

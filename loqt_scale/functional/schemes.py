@@ -126,11 +126,9 @@ class FourBit:
 
     def unpack(self, codes: Tensor, scales: Tensor | None, block: int, values: int, dtype: torch.dtype) -> Tensor:
         assert scales is not None
-        flat = self.scale_values(scales).reshape(-1)
-        shape = (codes.shape[0], values)
-        dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            codes.reshape(-1, 1), flat, block, self.book, shape, dtype
-        )
+        flat = self.scale_values(scales).reshape(-1).contiguous()  # the kernel reads as if all lay side by side
+        column, shape = codes.reshape(-1, 1).contiguous(), (codes.shape[0], values)
+        dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(column, flat, block, self.book, shape, dtype)
         return dense
 
 

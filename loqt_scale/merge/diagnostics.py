@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loqt_scale.functional.compensation import Compensated, update_survival
+from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import energy_overlap, subspace_overlap
+from loqt_scale.functional.survival import update_survival
 
 
 def describe_merge(
@@ -23,6 +24,8 @@ def describe_merge(
     old_factor: Tensor,
     energy: Tensor | None,
     shares: Tensor,
+    rotation: Tensor,
+    first_row: int,
     first: bool,
     is_known: bool,
 ) -> Tensor:
@@ -38,6 +41,8 @@ def describe_merge(
         old_factor: The B from before, as this rank's rows need it.
         energy: Share of the gradient in the new P; None: there was no gradient.
         shares: Each new column's part of that.
+        rotation: P_old^T P_new.
+        first_row: Where in the matrix this rank's rows begin.
         first: Whether this was its first merge, before which there is no update and no P to compare with.
         is_known: Whether the weights before quantization are.
 
@@ -53,10 +58,11 @@ def describe_merge(
         old_factor=torch.zeros_like(old_factor) if first else old_factor,
         side=spec.side,
         scale=spec.scale,
+        first_row=first_row,
     )
     nan = result.error.new_full((), float("nan"))
     lost = first and not is_known and not spec.base.kind.exact  # errors of what is not known any more
     errors = (nan, nan) if lost else (result.error_before, result.error)
-    overlap = nan if first else subspace_overlap(old_FR, new_FR)
-    weighted = nan if first or energy is None else energy_overlap(old_FR, new_FR, shares)
+    overlap = nan if first else subspace_overlap(rotation)
+    weighted = nan if first or energy is None else energy_overlap(rotation, shares)
     return torch.stack([*errors, nan if energy is None else energy, overlap, weighted, *sums])

@@ -79,10 +79,15 @@ class ExpertsMerge:
         new = self._bases((self._found.codes, self._found.scales))
         old_factor, weights = self._placed.factor(), self._unpacked_base()
         results = in_step([self._start(e, weights, old_factor, new[e]) for e in live], self._editing.sum)
-        rows = [self._describe(e, result, weights, old_factor, new[e]) for e, result in zip(live, results, strict=True)]
-        table = torch.stack(rows)
+        rotations = {expert: basis_rotation(self._old[expert], new[expert]) for expert in live}
+        table = torch.stack(
+            [
+                self._describe(expert, result, weights, old_factor, new[expert], rotations[expert])
+                for expert, result in zip(live, results, strict=True)
+            ]
+        )
         numbers = torch.cat([table[:, :-2].nanmean(0), table[:, -2:].sum(0)])
-        turned = [basis_rotation(self._old[expert], new[expert]) for expert in live if self._had[expert]]
+        turned = [rotation for expert, rotation in rotations.items() if self._had[expert]]
         packed = (self._found.codes, self._found.scales)
         found = Found(packed, self._joined(live, results, old_factor), torch.stack(turned) if turned else None)
         return Change([self._fate(expert) for expert in range(self._spec.expert_count)], numbers, found)
@@ -155,7 +160,15 @@ class ExpertsMerge:
         groups = slice(rows.start // size, rows.stop // size)
         return codes[groups], None if scales is None else scales[groups]
 
-    def _describe(self, expert: int, result: Compensated, weights: Tensor, old_factor: Tensor, new: Tensor) -> Tensor:
+    def _describe(
+        self,
+        expert: int,
+        result: Compensated,
+        weights: Tensor,
+        old_factor: Tensor,
+        new: Tensor,
+        rotation: Tensor,
+    ) -> Tensor:
         """An expert's diagnostics, as of a layer."""
         return describe_merge(
             self._each,
@@ -167,6 +180,8 @@ class ExpertsMerge:
             old_factor=self._factor(expert, old_factor),
             energy=None if self._blank[expert] else self._found.energy[expert],
             shares=self._found.shares[expert],
+            rotation=rotation,
+            first_row=self._rows(expert)[0].start,
             first=self._first[expert],
             is_known=self._source is not None,
         )

@@ -145,6 +145,7 @@ class LayerMerge:
             rounds=self._merge.compensation_rounds,
             sum_over_shards=editing.sum,
         )
+        rotation = basis_rotation(old_basis, new_basis)
         description = describe_merge(
             spec,
             weight,
@@ -155,11 +156,12 @@ class LayerMerge:
             old_factor=old_factor,
             energy=None if is_blank else found.energy,
             shares=found.shares,
+            rotation=rotation,
+            first_row=placed.rows[0],
             first=first,
             is_known=source is not None,
         )
-        rotation = basis_rotation(old_basis, new_basis).unsqueeze(0) if had_basis else None
-        tensors = Found((found.codes, found.scales), result, rotation)
+        tensors = Found((found.codes, found.scales), result, rotation.unsqueeze(0) if had_basis else None)
         return Change([TURNED if had_basis else NEW], description, tensors)
 
     def _share_basis(self, layer: LoQTLayer, owner: int, mine: FoundBasis | None) -> FoundBasis:

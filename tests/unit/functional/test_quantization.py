@@ -149,6 +149,18 @@ def test_scheme_none_keeps_every_bit_and_copies() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("cols", [64, 4, 96])
+def test_every_second_group_unpacks_to_its_rows(cols: int, scheme: str) -> None:
+    """Of 64 columns a group has one scale, so that scales of every second group do not lie side by side."""
+    layout = MatrixLayout(96, cols, scheme)
+    codes, scales = pack(torch.randn(96, cols, generator=torch.Generator().manual_seed(cols)), layout)
+    whole = unpack(codes, scales, layout, torch.float32).view(-1, layout.group_rows, cols)
+    rows = -(-layout.groups // 2) * layout.group_rows
+    picked = unpack(codes[::2], None if scales is None else scales[::2], layout, torch.float32, rows=rows)
+    assert torch.equal(picked.view(-1, layout.group_rows, cols), whole[::2])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_zero_rows_and_zero_values(scheme: str) -> None:
     layout = MatrixLayout(4, 64, scheme)
     codes, scales = pack(torch.zeros(4, 64), layout)
