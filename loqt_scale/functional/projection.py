@@ -12,7 +12,8 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
 
   which accumulates over micro-batches and adds up over ranks. Z's leading left singular vectors are P (Halko et al.,
   section 4; only one side's vectors are wanted, so the second sketch of the two-sided single-pass methods is not
-  needed: at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md).
+  needed: at equal memory the one-sided one keeps more of the gradient's energy, see docs/decisions.md). With l = r,
+  the default, all of Z's range is P's, and no singular vectors are computed: its columns are made orthonormal in turn.
   Omega is sparse: it adds up columns with random signs, which costs no product (see `test_matrix`).
   The last `VALIDATION_COLUMNS` of Omega do not enter P: they estimate, without bias, how much energy P keeps.
 
@@ -102,16 +103,7 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    return sketch_columns(sketch_FL, rank, seed=seed)[0]
-
-
-def sketch_columns(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`sketch_basis`, and an estimate of its `captured_shares`, (..., r): those of the sketch.
-
-    (The validation columns would give shares without bias, but eight columns miss each by a half, in all layers alike.
-    The sketch's own are right to a sixth or so; they are exact at full width.)
-    """
-    return _leading_range(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
+    return range_basis(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
 
 
 def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -119,6 +111,8 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 
     They come from the eigenvectors of its Gram matrix, in float64: there the background's squares, 1e-8 of the
     greatest, are far above rounding. It is faster than the QR factorisations of a subspace iteration, and exact.
+    Of r columns all directions are leading: they are orthonormalised in turn (`_orthonormal`), which costs less and
+    turns no column into another one where singular values are close.
 
     Args:
         matrix_FC: Any float dtype, (..., F, C).
@@ -128,18 +122,26 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    return _leading_range(matrix_FC, rank, seed=seed)[0]
-
-
-def _leading_range(matrix_FC: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """`range_basis`, and the share of the squared singular values that belongs to each column, (..., r) float32."""
     matrix = _normalized(matrix_FC.float())
     wide = matrix.double()
     wide[..., :rank] += _background_of(matrix, rank, seed=seed)
+    if wide.shape[-1] == rank:
+        return _signed(_orthonormal(wide).float())
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)  # ascending
     leading = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny)
-    basis = _signed((wide @ (vectors.flip(-1)[..., :rank] / leading.sqrt().unsqueeze(-2))).float())
-    return basis, _shares(leading).float()
+    return _signed((wide @ (vectors.flip(-1)[..., :rank] / leading.sqrt().unsqueeze(-2))).float())
+
+
+def _orthonormal(wide_FR: Tensor) -> Tensor:
+    """Gram-Schmidt of the columns, up to signs, float64.
+
+    By Cholesky's factor of the Gram matrix, which no GPU is slow at. Its rounding is squared singular values over each
+    other, 1e9 at most thanks to the background, unless the columns nearly fill the space: then by Householder's QR.
+    """
+    if wide_FR.shape[-2] < 2 * wide_FR.shape[-1]:
+        return torch.linalg.qr(wide_FR)[0]
+    lower, _ = torch.linalg.cholesky_ex(wide_FR.mT @ wide_FR)
+    return torch.linalg.solve_triangular(lower.mT, wide_FR, upper=True, left=False)
 
 
 def leading_vectors(
@@ -173,15 +175,22 @@ def leading_vectors(
     return _signed(q_FK @ vectors.flip(-1)[..., :rank].to(q_FK.dtype))
 
 
-def sketched_energy(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
-    """Estimates `captured_energy` from the validation columns, which P has not seen: in [0, 1], one of each matrix.
+def kept_of_sketch(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
+    """What P keeps of a gradient, seen through the validation columns, which P has not seen: (..., r, 8).
 
-    A Gaussian sketch keeps squared norms in expectation: E||A Omega||_F^2 = l ||A||_F^2, with A = G^T and P^T G^T
-    alike.
+    K = P^T V / ||V||_F of the validation columns V. A Gaussian sketch keeps squared norms in expectation,
+    E||A Omega||^2 = l ||A||^2 with A = G^T and P^T G^T alike, so ||K||_F^2 estimates `captured_energy`.
     """
     unseen = _normalized(sketch_FL[..., -VALIDATION_COLUMNS:].float())
-    kept, whole = (values.square().sum((-2, -1)) for values in (basis_FR.float().mT @ unseen, unseen))
-    return kept / whole.clamp_min(1e-30)
+    norm = torch.linalg.matrix_norm(unseen, keepdim=True)
+    return (basis_FR.float().mT @ unseen) / norm.clamp_min(1e-15)
+
+
+def kept_of_gradient(gradient_OI: Tensor, basis_FR: Tensor, side: str, *, seed: int) -> Tensor:
+    """The same of a dense gradient, by as many random columns, (r, 8)."""
+    matrix_FC = gradient_OI if side == "output" else gradient_OI.T
+    columns = test_matrix(matrix_FC.shape[1], seed=seed, device=matrix_FC.device)[:, 1:]
+    return kept_of_sketch(matrix_FC.float() @ columns, basis_FR)
 
 
 def svd_basis(gradient_OI: Tensor, rank: int, side: str, *, seed: int = 0) -> Tensor:
@@ -239,28 +248,11 @@ def _signed(basis_FR: Tensor) -> Tensor:
     return (basis_FR * torch.where(product < 0, -1.0, 1.0)).contiguous()
 
 
-def captured(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """What P keeps of a gradient's energy (`captured_energy`), and each column's part of that (`captured_shares`)."""
-    gradient, basis = gradient_OI.double(), basis_FR.double()
-    projected = gradient @ basis if side == "input" else basis.T @ gradient
-    squares = projected.square()
-    energy = squares.sum() / gradient.square().sum().clamp_min(1e-300)
-    return energy, _shares(squares.sum(0 if side == "input" else 1)).float()
-
-
 def captured_energy(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
     """||G P||_F^2 / ||G||_F^2 (input side) or ||P^T G||_F^2 / ||G||_F^2 (output side): scalar in [0, 1]."""
-    return captured(gradient_OI, basis_FR, side)[0]
-
-
-def captured_shares(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
-    """Of the energy that P keeps, each column's share: ||G p_j||^2 / ||G P||^2 (input side). (r,) float32."""
-    return captured(gradient_OI, basis_FR, side)[1]
-
-
-def _shares(energies_R: Tensor) -> Tensor:
-    """Of float64 energies: those of a gradient of 1e-20 are none that float32 knows."""
-    return energies_R / energies_R.sum(-1, keepdim=True).clamp_min(1e-300)
+    gradient, basis = gradient_OI.double(), basis_FR.double()
+    projected = gradient @ basis if side == "input" else basis.T @ gradient
+    return projected.square().sum() / gradient.square().sum().clamp_min(1e-300)
 
 
 def subspace_overlap(rotation_RR: Tensor) -> Tensor:
@@ -272,17 +264,19 @@ def subspace_overlap(rotation_RR: Tensor) -> Tensor:
     return rotation_RR.square().sum() / rotation_RR.shape[1]
 
 
-def energy_overlap(rotation_RR: Tensor, shares_R: Tensor) -> Tensor:
-    """sum_j w_j ||P_old^T p_j||^2, p_j the columns of P_new and w_j the share of the gradient's energy that each keeps.
+def energy_overlap(rotation_RR: Tensor, kept_RK: Tensor) -> Tensor:
+    """Of the energy that the new P keeps of a gradient, the part that lies in the old P's span.
 
-    So of the energy that the new P keeps, the part that lies in the old P's span: singular vectors do not mix, and
+        ||P_old^T P_new P_new^T G||_F^2 / ||P_new^T G||_F^2  ~  ||(P_old^T P_new) K||_F^2 / ||K||_F^2
 
-        ||P_old^T P_new P_new^T G||_F^2 / ||P_new^T G||_F^2 = sum_j s_j^2 ||P_old^T p_j||^2 / sum_j s_j^2
+    `subspace_overlap` weighs all of P_new's directions alike, so that those which hold next to nothing of the gradient
+    decide it. 1 for the same subspace, about r / F for unrelated ones.
 
-    with the singular values s_j of G. `subspace_overlap` is the same with equal weights, so that P's last columns,
-    which hold next to nothing of the gradient, decide it. 1 for the same subspace, about r / F for unrelated ones.
+    Args:
+        rotation_RR: P_old^T P_new.
+        kept_RK: K, random combinations of the columns of P_new^T G (see `kept_of_sketch`).
     """
-    return (rotation_RR.square().sum(0) * shares_R).sum()
+    return (rotation_RR @ kept_RK).square().sum() / kept_RK.square().sum().clamp_min(1e-30)
 
 
 def _normalized(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
 from loqt_scale.functional.projection import (
-    captured,
+    VALIDATION_COLUMNS,
+    captured_energy,
+    kept_of_gradient,
+    kept_of_sketch,
     randomized_basis,
-    sketch_columns,
-    sketched_energy,
+    sketch_basis,
     svd_basis,
 )
 from loqt_scale.functional.quantization import pack
@@ -23,15 +26,17 @@ from loqt_scale.layers import LoQTLayer
 
 BLANK = -1.0
 EXPERTS_VALUES = 2**22  # of sketches of one layer's experts that are factorised in one batch
-Kept = tuple[Tensor, Tensor, Tensor]  # P (F, r) float32, the share of the gradient's energy in it, each column's part
+Kept = tuple[
+    Tensor, Tensor, Tensor
+]  # P (F, r) float32, the share of the gradient's energy in it, and `FoundBasis.kept`
 
 
 @dataclass(frozen=True)
 class FoundBasis:
     """A new P, packed as its layer will hold it, and what of the gradient's energy it keeps.
 
-    `energy` is the share that P keeps of it, `shares` the part of that which each column keeps, (r,). Of experts they
-    are those of all: P one below the other, energies (E,), shares (E, r).
+    `energy` is the share that P keeps of it, `kept` random combinations of what P keeps, (r, 8) (`kept_of_sketch`). Of
+    experts they are those of all: P one below the other, energies (E,), kept (E, r, 8).
 
     An energy of `BLANK` says that the gradient is zero: the layer was in no backward pass of any rank (an expert
     without tokens, a dropped layer, an unused head), and its P is a random one.
@@ -40,7 +45,7 @@ class FoundBasis:
     codes: Tensor
     scales: Tensor | None
     energy: Tensor
-    shares: Tensor
+    kept: Tensor
 
     @property
     def is_blank(self) -> Tensor:
@@ -49,14 +54,14 @@ class FoundBasis:
 
     def to_bytes(self) -> Tensor:
         """All of it as one row of bytes, to be sent."""
-        tensors = (self.energy.float(), self.shares.float(), self.codes, self.scales)
+        tensors = (self.energy.float(), self.kept.float(), self.codes, self.scales)
         return torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors if tensor is not None])
 
     @staticmethod
     def count_bytes(spec: LowRankSpec) -> int:
         """Length of that row, of a layer of `spec`."""
         layout = spec.projection
-        return 4 * spec.expert_count * (1 + layout.cols) + layout.groups * (
+        return 4 * spec.expert_count * (1 + layout.cols * VALIDATION_COLUMNS) + layout.groups * (
             layout.codes_shape[1] + (layout.scales_shape or (0, 0))[1]
         )
 
@@ -64,14 +69,15 @@ class FoundBasis:
     def from_bytes(cls, row: Tensor, spec: LowRankSpec) -> FoundBasis:
         """What was sent. Copies: inside the row, scales need not lie where float32 may."""
         layout, experts = spec.projection, spec.expert_count
-        start = 4 * experts * (1 + layout.cols)
+        kept_shape = (experts, layout.cols, VALIDATION_COLUMNS)
+        start = 4 * experts + 4 * math.prod(kept_shape)
         end = start + layout.codes_shape[0] * layout.codes_shape[1]
-        energies, shares = row[:start].view(torch.float32).split([experts, experts * layout.cols])
+        energies, kept = row[:start].view(torch.float32).split([experts, math.prod(kept_shape)])
         scales = None if layout.scales_shape is None else row[end:].view(layout.scales_shape).clone()
         codes = row[start:end].view(layout.codes_shape).clone()
         if spec.experts is None:
-            return cls(codes, scales, energies[0], shares)
-        return cls(codes, scales, energies, shares.view(experts, layout.cols))
+            return cls(codes, scales, energies[0], kept.view(kept_shape)[0])
+        return cls(codes, scales, energies, kept.view(kept_shape))
 
 
 def find_bases(
@@ -107,9 +113,9 @@ def find_bases(
                 _from_dense(layers[name], gradient, config, stable_seed("randomized", seed, name))
                 for name, gradient in zip(names, gradients, strict=True)
             ]
-        for name, (basis, energy, shares), good, empty in zip(names, bases, finite, blank, strict=True):
+        for name, (basis, energy, kept), good, empty in zip(names, bases, finite, blank, strict=True):
             energy = torch.where(empty, BLANK, torch.where(good, energy, float("nan")))
-            found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy, shares)
+            found[name] = FoundBasis(*pack(basis, layers[name].spec.projection), energy, kept)
     return found
 
 
@@ -123,16 +129,17 @@ def _find_experts(layer: LoQTLayer, gradients: Tensor, config: SubspaceConfig, n
     else:
         seeds = [stable_seed("randomized", seed, f"{name}[{expert}]") for expert in range(len(gradients))]
         found = [_from_dense(layer, part, config, own) for part, own in zip(gradients, seeds, strict=True)]
-    bases, energies, shares = zip(*found, strict=True)
+    bases, energies, kept = zip(*found, strict=True)
     energy = torch.where(blank, BLANK, torch.where(good, torch.stack(energies), float("nan")))
-    return FoundBasis(*pack(torch.cat(bases), layer.spec.projection), energy, torch.stack(shares))
+    return FoundBasis(*pack(torch.cat(bases), layer.spec.projection), energy, torch.stack(kept))
 
 
 def _from_sketches(sketches: list[Tensor], rank: int, seed: int) -> list[Kept]:
     """Of sketches of one shape."""
     stacked = sketches[0].unsqueeze(0) if len(sketches) == 1 else torch.stack(sketches)
-    bases, shares = sketch_columns(stacked, rank, seed=seed)
-    return list(zip(bases, sketched_energy(stacked, bases), shares, strict=True))
+    bases = sketch_basis(stacked, rank, seed=seed)
+    kept = kept_of_sketch(stacked, bases)
+    return list(zip(bases, kept.square().sum((-2, -1)), kept, strict=True))
 
 
 def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed: int) -> Kept:
@@ -148,4 +155,5 @@ def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed
             power_iterations=config.power_iterations,
             seed=seed,
         )
-    return basis, *captured(gradient, basis, layer.side)
+    energy = captured_energy(gradient, basis, layer.side)
+    return basis, energy, kept_of_gradient(gradient, basis, layer.side, seed=seed)

@@ -23,7 +23,7 @@ def describe_merge(
     rows_of_basis: Callable[[Tensor], Tensor],
     old_factor: Tensor,
     energy: Tensor | None,
-    shares: Tensor,
+    kept: Tensor,
     rotation: Tensor,
     first_row: int,
     first: bool,
@@ -40,7 +40,7 @@ def describe_merge(
         rows_of_basis: What of a P belongs to this rank's rows (see `PlacedLayer.rows_of_basis`).
         old_factor: The B from before, as this rank's rows need it.
         energy: Share of the gradient in the new P; None: there was no gradient.
-        shares: Each new column's part of that.
+        kept: Of that gradient, as `FoundBasis` has it.
         rotation: P_old^T P_new.
         first_row: Where in the matrix this rank's rows begin.
         first: Whether this was its first merge, before which there is no update and no P to compare with.
@@ -64,5 +64,5 @@ def describe_merge(
     lost = first and not is_known and not spec.base.kind.exact  # errors of what is not known any more
     errors = (nan, nan) if lost else (result.error_before, result.error)
     overlap = nan if first else subspace_overlap(rotation)
-    weighted = nan if first or energy is None else energy_overlap(rotation, shares)
+    weighted = nan if first or energy is None else energy_overlap(rotation, kept)
     return torch.stack([*errors, nan if energy is None else energy, overlap, weighted, *sums])

@@ -179,7 +179,7 @@ class ExpertsMerge:
             rows_of_basis=partial(self._basis, expert),
             old_factor=self._factor(expert, old_factor),
             energy=None if self._blank[expert] else self._found.energy[expert],
-            shares=self._found.shares[expert],
+            kept=self._found.kept[expert],
             rotation=rotation,
             first_row=self._rows(expert)[0].start,
             first=self._first[expert],

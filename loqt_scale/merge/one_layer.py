@@ -155,7 +155,7 @@ class LayerMerge:
             rows_of_basis=placed.rows_of_basis,
             old_factor=old_factor,
             energy=None if is_blank else found.energy,
-            shares=found.shares,
+            kept=found.kept,
             rotation=rotation,
             first_row=placed.rows[0],
             first=first,

@@ -57,7 +57,7 @@ def test_cheap_methods_keep_the_energy(shape: tuple[int, int], side: str) -> Non
     for candidate in (randomized, basis):
         torch.testing.assert_close(candidate.T @ candidate, torch.eye(8), atol=1e-5, rtol=0)
         assert P.captured_energy(gradient, candidate, side) >= 0.99 * best
-    estimate = P.sketched_energy(sketch, basis)
+    estimate = P.kept_of_sketch(sketch, basis).square().sum((-2, -1))
     assert abs(float(estimate) - float(P.captured_energy(gradient, basis, side))) < 0.02
 
 
@@ -185,27 +185,46 @@ def test_overlap_by_energy_is_what_of_the_kept_gradient_lies_in_the_old_subspace
     strong = torch.randn(60, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
     before, now = (strong + 0.3 * torch.randn(60, 40, generator=generator) for _ in range(2))
     old, new = P.svd_basis(before, 10, side), P.svd_basis(now, 10, side)
-    kept = (now @ new if side == "input" else now.T @ new).double()  # the gradient in the new P
-    inside = (kept @ new.T.double() @ old.double()).square().sum() / kept.square().sum()
-    overlap = P.energy_overlap(basis_rotation(old, new), P.captured_shares(now, new, side))
-    assert float(overlap) == pytest.approx(float(inside), abs=1e-5)
-    assert overlap > 0.9 and P.subspace_overlap(basis_rotation(old, new)) < 0.6
-    equal = torch.full((10,), 0.1)
-    torch.testing.assert_close(
-        P.energy_overlap(basis_rotation(old, new), equal), P.subspace_overlap(basis_rotation(old, new))
-    )
+    kept = (now @ new if side == "input" else now.T @ new).T  # the gradient in the new P
+    inside = (old.T.double() @ new.double() @ kept.double()).square().sum() / kept.double().square().sum()
+    rotation = basis_rotation(old, new)
+    assert float(P.energy_overlap(rotation, kept)) == pytest.approx(float(inside), abs=1e-5)
+    assert inside > 0.9 and P.subspace_overlap(rotation) < 0.6
+    torch.testing.assert_close(P.energy_overlap(rotation, torch.eye(10)), P.subspace_overlap(rotation))
+    few = P.kept_of_gradient(now, new, side, seed=1)
+    assert float(P.energy_overlap(rotation, few)) == pytest.approx(float(inside), abs=0.05)
+    assert float(few.square().sum()) == pytest.approx(float(P.captured_energy(now, new, side)), abs=0.05)
     omega = P.test_matrix(60 if side == "input" else 40, seed=1, device=torch.device("cpu"))
-    sketch = P.times_test_matrix(now.T if side == "input" else now, omega, 20 + P.VALIDATION_COLUMNS)
-    basis, estimate = P.sketch_columns(sketch, 10)
-    torch.testing.assert_close(estimate, P.captured_shares(now, basis, side), atol=0.08, rtol=0)
-    assert float(P.energy_overlap(basis_rotation(old, basis), estimate)) == pytest.approx(float(overlap), abs=0.05)
+    for width in (10, 20):
+        sketch = P.times_test_matrix(now.T if side == "input" else now, omega, width + P.VALIDATION_COLUMNS)
+        basis = P.sketch_basis(sketch, 10)
+        overlap = P.energy_overlap(basis_rotation(old, basis), P.kept_of_sketch(sketch, basis))
+        assert float(overlap) == pytest.approx(float(inside), abs=0.08)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-18])  # whose squares are 1e-36
-def test_shares_add_up_whatever_the_gradients_size(size: float) -> None:
-    gradient = gradient_like(40, 60, size=size)
-    shares = P.captured_shares(gradient, P.svd_basis(gradient, 6, "input"), "input")
-    torch.testing.assert_close(shares.sum(), torch.ones(()))
+def test_what_is_kept_does_not_depend_on_the_gradients_size(size: float) -> None:
+    gradient = gradient_like(40, 60)
+    basis = P.svd_basis(gradient, 6, "input")
+    kept = P.kept_of_gradient(gradient * size, basis, "input", seed=0)
+    torch.testing.assert_close(kept, P.kept_of_gradient(gradient, basis, "input", seed=0))
+
+
+@pytest.mark.parametrize(("features", "rank"), [(64, 8), (64, 32), (64, 33), (64, 64), (40, 1)])
+@pytest.mark.parametrize("signal", [0, 1, 5, 64])
+def test_a_sketch_as_wide_as_the_rank_gives_its_range_and_the_background(features: int, rank: int, signal: int) -> None:
+    """Whatever part of it is signal, singular values over six orders; in columns that hold it, the oracle's space."""
+    generator = torch.Generator().manual_seed(rank)
+    strengths = torch.logspace(0, -6, signal or 1).double()
+    left = torch.randn(features, len(strengths), generator=generator, dtype=torch.float64)
+    right = torch.randn(len(strengths), rank, generator=generator, dtype=torch.float64)
+    sketch = ((left * strengths) @ right * (signal > 0)).float()
+    basis = P.range_basis(sketch, rank)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank), atol=1e-5, rtol=0)
+    strong = torch.linalg.svd(sketch.double(), full_matrices=False)
+    vectors = strong.U[:, 1e-2 * strong.S[0] < strong.S] if signal else strong.U[:, :0]
+    kept = (basis.double().T @ vectors).square().sum(0)
+    torch.testing.assert_close(kept, torch.ones_like(kept), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("count", "rows", "rank"), [(5, 48, 8), (2, 100, 16)])
@@ -218,8 +237,8 @@ def test_sketches_in_a_batch_give_the_bits_of_each_alone(count: int, rows: int, 
     if count > 3:
         sketches[1] = sketches[1, :, :3] @ sketches[1, :3]
     bases = P.sketch_basis(sketches, rank)
-    energies = P.sketched_energy(sketches, bases)
+    energies = P.kept_of_sketch(sketches, bases).square().sum((-2, -1))
     for sketch, basis, energy in zip(sketches, bases, energies, strict=True):
         alone = P.sketch_basis(sketch, rank)
         assert torch.equal(basis, alone)
-        torch.testing.assert_close(energy, P.sketched_energy(sketch, alone))
+        torch.testing.assert_close(energy, P.kept_of_sketch(sketch, alone).square().sum((-2, -1)))
