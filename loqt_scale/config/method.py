@@ -24,9 +24,9 @@ class SubspaceConfig:
     Args:
         method: sketch = one pass, no dense gradient ever exists (the default); randomized = randomized SVD of the dense
             gradient; svd = exact SVD of the dense gradient (the oracle).
-        oversampling: Extra sketch columns as a fraction of the rank; 1.0 means l = 2 r. Less saves time and memory on
-            merge steps (each layer's sketch is F x l float32); but then rounding, so the number of ranks too, has a say
-            in P's weakest columns.
+        oversampling: Columns of a sketch beyond r, as a fraction of r. With 0 its range is P. With 1.0 (l = 2 r) P is
+            the leading half of it and keeps up to three points more of a gradient's energy, for twice the work, memory
+            and bytes of sketches, and eigenvectors; rounding, so the number of ranks too, has more of a say in P then.
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 

@@ -27,10 +27,10 @@ class MergeReport:
         seconds: Wall time of `finish` on this rank.
         sketch_bytes: Payload of what was reduced to the layers' owners before `finish`, in the backward passes.
         layers: Per layer: `error_before` and `error_after` compensation (||W - W_eff|| / ||W||), `gradient_energy`
-            kept by P, `subspace_overlap` with the old P, `energy_overlap` likewise but each column by its energy (see
-            `projection.energy_overlap`), `update_survival` (see `compensation.update_survival`); the last three are nan
-            in the first merge, and so are the errors if the weights before quantization are not known; all are of a
-            layer that was kept.
+            kept by P, `subspace_overlap` with the old P, `energy_overlap` likewise but by the gradient's energy (see
+            `projection.energy_overlap`), `update_survival` (see `functional.survival`); the last three are nan in the
+            first merge, and so are the errors if the weights before quantization are not known; all are of a layer that
+            was kept.
         kept: Layers that were in no backward pass of any rank, and stay as they are until the next merge.
     """
 

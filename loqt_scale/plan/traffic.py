@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from loqt_scale.config import LoQTConfig, RunConfig
 from loqt_scale.functional.low_rank_linear import LowRankSpec
+from loqt_scale.functional.projection import VALIDATION_COLUMNS
 from loqt_scale.functional.shares import shard_range
 from loqt_scale.merge import NUMBERS, deal, probe_shape
 from loqt_scale.plan.memory import summed_bytes
@@ -158,7 +159,7 @@ def _layer_merge(loqt: LoQTConfig, spec: LowRankSpec, ranks: int) -> tuple[int, 
     rank, experts, each = layout.cols, spec.expert_count, spec.each
     factor_rows = experts * (each.base.rows + each.base.cols - each.projection.rows)
     factor = FLOAT * (factor_rows + ranks * base.group_rows) * rank
-    energies = FLOAT * experts * (1 + rank)
+    energies = FLOAT * experts * (1 + rank * VALIDATION_COLUMNS)
     found, reduced = packed + energies, FLOAT * 3 * rounds * experts  # three numbers a round
     if spec.side == "output":
         return found, packed + factor, reduced + rounds * factor
