@@ -186,10 +186,10 @@ def kept_of_sketch(sketch_FL: Tensor, basis_FR: Tensor) -> Tensor:
     return (basis_FR.float().mT @ unseen) / norm.clamp_min(1e-15)
 
 
-def kept_of_gradient(gradient_OI: Tensor, basis_FR: Tensor, side: str, *, seed: int) -> Tensor:
-    """The same of a dense gradient, by as many random columns, (r, 8)."""
+def kept_of_gradient(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor:
+    """The same of a dense gradient, by as many random columns, which are always the same, (r, 8)."""
     matrix_FC = gradient_OI if side == "output" else gradient_OI.T
-    columns = test_matrix(matrix_FC.shape[1], seed=seed, device=matrix_FC.device)[:, 1:]
+    columns = test_matrix(matrix_FC.shape[1], seed=matrix_FC.shape[1], device=matrix_FC.device)[:, 1:]
     return kept_of_sketch(matrix_FC.float() @ columns, basis_FR)
 
 
@@ -209,9 +209,12 @@ def randomized_basis(
     power_iterations: int,
     seed: int,
 ) -> Tensor:
-    """P from a randomized SVD of the dense gradient with `power_iterations` re-orthonormalised passes, float32."""
+    """P from a randomized SVD of the dense gradient with `power_iterations` re-orthonormalised passes, float32.
+
+    Of (1 + `oversampling`) r columns, and of r + `SEARCH_COLUMNS` at least.
+    """
     matrix = _normalized((gradient_OI if side == "output" else gradient_OI.T).float())
-    width = min(*matrix.shape, max(rank, round((1.0 + oversampling) * rank)))
+    width = min(*matrix.shape, max(rank + SEARCH_COLUMNS, round((1.0 + oversampling) * rank)))
     generator = torch.Generator(device=matrix.device).manual_seed(seed)
     omega = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32, device=matrix.device)
     back = _background_of(matrix, rank, seed=seed)

@@ -156,4 +156,4 @@ def _from_dense(layer: LoQTLayer, gradient: Tensor, config: SubspaceConfig, seed
             seed=seed,
         )
     energy = captured_energy(gradient, basis, layer.side)
-    return basis, energy, kept_of_gradient(gradient, basis, layer.side, seed=seed)
+    return basis, energy, kept_of_gradient(gradient, basis, layer.side)

@@ -27,6 +27,8 @@ def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tup
     basis = round_trip(exact * (direction.T @ exact).sign())  # the sign rule
     best: tuple[float, Tensor, Tensor] | None = None
     low_rank = before = torch.zeros_like(weight)
+    plain = float((weight - round_trip(weight)).norm())
+    gains: list[float] = []
     for _ in range(rounds):
         base = round_trip(weight - SCALE * (low_rank + BEYOND * (low_rank - before)))
         before = low_rank
@@ -38,10 +40,10 @@ def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tup
             factor = ((pinv @ (weight - base)) / SCALE).T
             low_rank = basis @ factor.T
         error = float((weight - base - SCALE * low_rank).norm())
-        settled = best is not None and error > (1 - SETTLED) * best[0]
+        gains.append(1 - error / (plain if best is None else best[0]))
         if best is None or error < best[0]:
             best = (error, base, factor)
-        if settled:
+        if gains[-1] * min(1.0, gains[-1] / gains[-2] if len(gains) > 1 else 1.0) < SETTLED:
             break
     assert best is not None
     return basis, best[1], best[2]
