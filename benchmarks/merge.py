@@ -5,6 +5,7 @@ longer than a normal one, before the merge itself; P is found in there too (one 
 
     python benchmarks/merge.py                                  # LLaMA 60M shape, one thread
     python benchmarks/merge.py --sequences 512 --merges 1       # the paper's batch: a step takes minutes
+    python benchmarks/merge.py --oversampling 1.0               # sketches of 2 r columns; does not touch RESULTS.md
     python benchmarks/merge.py --quick       # a small shape, to see that it runs
 """
 
@@ -93,8 +94,12 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences a pass")
     parser.add_argument("--merges", type=int, default=5)
+    parser.add_argument("--oversampling", type=float, help="loqt.subspace.oversampling; default: the product's")
     parser.add_argument("--quick", action="store_true", help="a small shape; does not touch RESULTS.md")
     options = parser.parse_args()
+    more = [f"--train.micro_batch_size={options.micro_batch}"]
+    if options.oversampling is not None:
+        more.append(f"--loqt.subspace.oversampling={options.oversampling}")
     options.seq_len = 256
     if options.quick:
         options.preset, options.rank, options.sequences, options.merges = "llama_micro", 32, 2, 1
@@ -103,7 +108,7 @@ def main() -> None:
     for part in PARTS:
         clock.watch(*part)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of("loqt", "float32", options, folder, f"--train.micro_batch_size={options.micro_batch}")
+        trainer = trainer_of("loqt", "float32", options, folder, *more)
         merge_of(trainer, 0)()
         update(trainer, 1)
         steps, collecting, merging, found = [], [], [], []
@@ -138,7 +143,7 @@ def main() -> None:
             " The sketch grows with the step, the rest does not: at the paper's 131072 tokens a step the same merge is "
             f"{sketched:.3f} + {fixed:.3f} = **{sketched + fixed:.3f} steps** (computed from the line above)."
         )
-    publish(title, command, text, keep=not options.quick)
+    publish(title, command, text, keep=not options.quick and options.oversampling is None)
 
 
 if __name__ == "__main__":
