@@ -135,8 +135,8 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 def _orthonormal(wide_FR: Tensor) -> Tensor:
     """Gram-Schmidt of the columns, up to signs, float64.
 
-    By Cholesky's factor of the Gram matrix, which no GPU is slow at. Its rounding is squared singular values over each
-    other, 1e9 at most thanks to the background, unless the columns nearly fill the space: then by Householder's QR.
+    By Cholesky's factor of the Gram matrix, which no GPU is slow at. That matrix's condition number is 1e9 or so at
+    most, thanks to the background, unless the columns nearly fill the space: then by Householder's QR.
     """
     if wide_FR.shape[-2] < 2 * wide_FR.shape[-1]:
         return torch.linalg.qr(wide_FR)[0]

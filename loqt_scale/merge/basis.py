@@ -26,9 +26,8 @@ from loqt_scale.layers import LoQTLayer
 
 BLANK = -1.0
 EXPERTS_VALUES = 2**22  # of sketches of one layer's experts that are factorised in one batch
-Kept = tuple[
-    Tensor, Tensor, Tensor
-]  # P (F, r) float32, the share of the gradient's energy in it, and `FoundBasis.kept`
+# P (F, r) float32, the share of the gradient's energy in it, and `FoundBasis.kept`
+Kept = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
