@@ -26,8 +26,8 @@ class SubspaceConfig:
             gradient; svd = exact SVD of the dense gradient (the oracle).
         oversampling: Columns of a sketch beyond r, as a fraction of r. With 0 its range is P. With 1.0 (l = 2 r) P is
             the leading half of it and keeps up to three points more of a gradient's energy, for twice the work, memory
-            and bytes of sketches, and eigenvectors; rounding, so the number of ranks too, has more of a say in P then.
-            (`randomized` takes 16 columns more than r in any case.)
+            and bytes of sketches, and eigenvectors; rounding, so the number of ranks too, has more of a say in P then;
+            `randomized` takes 16 columns more than r in any case.
         power_iterations: Passes of the subspace iteration of `randomized`; more is closer to `svd`.
     """
 

@@ -39,6 +39,9 @@ SEARCH_COLUMNS = 16  # beyond r, in a subspace iteration: its last columns conve
 # turn a direction of 1e-4 by a hundredth of the distance to its neighbours; what is weaker has no place of its own.
 # (bfloat16 rounds at 6e-4: there rounding has a say in the last columns all the same.)
 BACKGROUND = 1e-4
+# The same for columns that are made orthonormal in turn: what is left of one without those before it may be weak.
+# Two orders of summing turned P by 1e-4 with 1e-4 here, by 2e-5 with 1e-3, which costs less than 1e-3 of the energy.
+RANGE_BACKGROUND = 1e-3
 
 
 def sketch_width(rank: int, out_features: int, in_features: int, oversampling: float) -> int:
@@ -103,7 +106,33 @@ def sketch_basis(sketch_FL: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     Returns:
         (..., F, r) orthonormal columns, float32.
     """
-    return range_basis(sketch_FL[..., :-VALIDATION_COLUMNS], rank, seed=seed)
+    columns = sketch_FL[..., :-VALIDATION_COLUMNS]
+    if columns.shape[-1] == rank:
+        return orthonormal_basis(columns, seed=seed)
+    return range_basis(columns, rank, seed=seed)
+
+
+def orthonormal_basis(matrix_FR: Tensor, *, seed: int = 0) -> Tensor:
+    """A basis of a matrix's range, or of those of several: its columns on their background, orthonormalised in turn.
+
+    Gram-Schmidt by Cholesky's factor of the Gram matrix in float64, which no GPU is slow at. The background bounds that
+    matrix's condition number, to 1e7 or so, unless the columns nearly fill the space: then by Householder's QR.
+    Unlike singular vectors, no column turns into another one where singular values are close.
+
+    Args:
+        matrix_FR: Any float dtype, (..., F, r).
+        seed: Of the background.
+
+    Returns:
+        (..., F, r) orthonormal columns, float32.
+    """
+    matrix = _normalized(matrix_FR.float())
+    features, rank = matrix.shape[-2:]
+    wide = matrix.double() + _background_of(matrix, rank, seed=seed, strength=RANGE_BACKGROUND)
+    if features < 2 * rank:
+        return _signed(torch.linalg.qr(wide)[0].float())
+    lower, _ = torch.linalg.cholesky_ex(wide.mT @ wide)
+    return _signed(torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False).float())
 
 
 def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -111,8 +140,6 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
 
     They come from the eigenvectors of its Gram matrix, in float64: there the background's squares, 1e-8 of the
     greatest, are far above rounding. It is faster than the QR factorisations of a subspace iteration, and exact.
-    Of r columns all directions are leading: they are orthonormalised in turn (`_orthonormal`), which costs less and
-    turns no column into another one where singular values are close.
 
     Args:
         matrix_FC: Any float dtype, (..., F, C).
@@ -125,23 +152,9 @@ def range_basis(matrix_FC: Tensor, rank: int, *, seed: int = 0) -> Tensor:
     matrix = _normalized(matrix_FC.float())
     wide = matrix.double()
     wide[..., :rank] += _background_of(matrix, rank, seed=seed)
-    if wide.shape[-1] == rank:
-        return _signed(_orthonormal(wide).float())
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)  # ascending
     leading = squares.flip(-1)[..., :rank].clamp_min(torch.finfo(torch.float64).tiny)
     return _signed((wide @ (vectors.flip(-1)[..., :rank] / leading.sqrt().unsqueeze(-2))).float())
-
-
-def _orthonormal(wide_FR: Tensor) -> Tensor:
-    """Gram-Schmidt of the columns, up to signs, float64.
-
-    By Cholesky's factor of the Gram matrix, which no GPU is slow at. That matrix's condition number is 1e9 or so at
-    most, thanks to the background, unless the columns nearly fill the space: then by Householder's QR.
-    """
-    if wide_FR.shape[-2] < 2 * wide_FR.shape[-1]:
-        return torch.linalg.qr(wide_FR)[0]
-    lower, _ = torch.linalg.cholesky_ex(wide_FR.mT @ wide_FR)
-    return torch.linalg.solve_triangular(lower.mT, wide_FR, upper=True, left=False)
 
 
 def leading_vectors(
@@ -221,11 +234,11 @@ def randomized_basis(
     return leading_vectors(matrix, back, rank, start_FK=matrix @ omega, iterations=power_iterations)
 
 
-def _background_of(matrix_FC: Tensor, rank: int, *, seed: int) -> Tensor:
-    """c ||M||_F D of each matrix, (..., F, r); of a matrix of zeros D itself."""
+def _background_of(matrix_FC: Tensor, rank: int, *, seed: int, strength: float = BACKGROUND) -> Tensor:
+    """c ||M||_F D of each matrix, c being `strength`, (..., F, r); of a matrix of zeros D itself."""
     directions = background(matrix_FC.shape[-2], rank, seed=seed, device=matrix_FC.device)
     norm = torch.linalg.matrix_norm(matrix_FC, keepdim=True)
-    return torch.where(norm > 0, BACKGROUND * norm, 1.0) * directions
+    return torch.where(norm > 0, strength * norm, 1.0) * directions
 
 
 def sign_direction(features: int, device: torch.device) -> Tensor:

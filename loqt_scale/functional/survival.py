@@ -4,7 +4,8 @@ Quantization may round small updates away. With W = W_q_old + U, U = s L(B_old),
 
     1 + <W_eff - W, U> / ||U||^2        1: all of U survives, 0: none
 
-It is estimated from about `SAMPLED_ROWS` rows of a matrix, evenly spaced: the same ones on any number of ranks.
+It is estimated from about `SAMPLED_ROWS` rows of a matrix, evenly spaced, the same ones on any number of ranks, or from
+fewer where these are more than a chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loqt_scale.functional import compensation
 from loqt_scale.functional.compensation import Compensated
 from loqt_scale.functional.quantization import MatrixLayout, unpack
 
@@ -74,14 +76,15 @@ def update_survival(
     Returns:
         [<W_eff - W, U>, ||U||^2], float32 (2,).
     """
-    spacing = max(1, layout.groups // max(1, SAMPLED_ROWS // layout.group_rows))
+    rows = min(SAMPLED_ROWS, compensation.CHUNK_VALUES // layout.cols)
+    spacing = max(1, layout.groups // max(1, rows // layout.group_rows))
     sample = Sample(layout.group_rows, first=-(first_row // layout.group_rows) % spacing, spacing=spacing)
     old_left, old_right = (old_factor, old_basis) if side == "input" else (old_basis, old_factor)
     new_left, new_right = (result.factor, new_basis) if side == "input" else (new_basis, result.factor)
     update = (sample.rows(old_left) @ old_right.T).mul_(scale)
-    weight = sample.rows(weight_NI)
     groups = sample.groups(weight_NI.shape[0])
     scales = None if result.scales is None else result.scales[groups]
-    change = unpack(result.codes[groups], scales, layout, torch.float32, rows=weight.shape[0]).sub_(weight)
-    change.addmm_(sample.rows(new_left), new_right.T, alpha=scale)
-    return torch.stack([(change * update).sum(), torch.linalg.vector_norm(update).square()])
+    change = unpack(result.codes[groups], scales, layout, torch.float32, rows=update.shape[0])
+    change.sub_(sample.rows(weight_NI)).addmm_(sample.rows(new_left), new_right.T, alpha=scale)
+    update, change = update.flatten(), change.flatten()
+    return torch.stack([change @ update, update @ update])

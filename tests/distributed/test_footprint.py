@@ -21,7 +21,7 @@ import pytest
 
 from loqt_scale.config import SubspaceConfig
 from loqt_scale.functional.low_rank_linear import resolve_side
-from loqt_scale.functional.projection import sketch_width
+from loqt_scale.functional.projection import VALIDATION_COLUMNS, sketch_width
 from loqt_scale.functional.quantization import MatrixLayout
 from loqt_scale.model import weights
 from tests.distributed.pool import RankPool
@@ -311,7 +311,7 @@ def low_rank_merge_bytes(
         exchanges = 1 + rounds if side == "output" else 2
         aligned = side == "input" and rows % world_size == 0 and cols % layout.block_size == 0
         sketch = FLOAT * p_rows * sketch_width(rank, rows, cols, oversampling=SubspaceConfig().oversampling)
-        scalars = FLOAT * (1 + rank + 3 * rounds + 2)  # energy, each column's, three a round, survival
+        scalars = FLOAT * (1 + VALIDATION_COLUMNS * rank + 3 * rounds + 2)  # energy, what is kept, rounds, survival
         total += micro_steps * sketch + 2 * packed + (0 if aligned else exchanges * factor) + scalars
     return total
 

@@ -187,7 +187,7 @@ def test_survival_on_any_number_of_ranks_is_that_of_the_same_rows(shape: tuple[i
     result = C.compensate(merged, layout, basis, basis.T @ basis, side=side, scale=0.5, rounds=3)
     dense = unpack(result.codes, result.scales, layout, torch.float32)
     change = C.plus_low_rank(dense, basis, result.factor, side, 0, rows, scale=0.5) - merged
-    spacing = max(1, layout.groups // max(1, survival.SAMPLED_ROWS // layout.group_rows))
+    spacing = max(1, layout.groups // max(1, survival.SAMPLED_ROWS // layout.group_rows))  # of fewer than a chunk
     sampled = (torch.arange(rows) // layout.group_rows) % spacing == 0
     if spacing > 1:
         assert 0.3 < sampled.sum() * spacing / rows < 1.7
