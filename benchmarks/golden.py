@@ -76,6 +76,7 @@ CASES: dict[str, Case] = {
     "single": Case(settings={}),
     "single, several micro-batches": Case(settings={"train.micro_batch_size": "2"}),
     "single, full": Case(settings={"method": "full"}),
+    "single, wide sketches": Case(settings={"loqt.subspace.oversampling": "1.0"}),
     "single, svd": Case(settings={"loqt.subspace.method": "svd"}),
     "single, randomized": Case(settings={"loqt.subspace.method": "randomized"}),
     "single, nf4_double": Case(
