@@ -1,9 +1,9 @@
 """Which settings may change between a checkpoint and the run that goes on from it, and what works for the others.
 
-Free are those that do not change the numbers (a warm-up in steps that is as long as one in a fraction, say). Three that
-do may change as well, and it is said: `train.steps` may grow, `optim.states` may be another, and `data.sources` may be
-others from the checkpoint's step on (`config.sources.goes_on`). Every other change is refused, with the ways that lead
-on.
+Free are those that do not change the numbers (a warm-up in steps that is as long as one in a fraction, say; `loqt.*` of
+full-rank runs). Four that do may change as well, and it is said: `train.steps` may grow, `optim.states` may be another,
+sketches of later merges may be wider or narrower, and `data.sources` may be others from the checkpoint's step on
+(`config.sources.goes_on`). Every other change is refused, with the ways that lead on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ FREE = (
 )
 _WARMUP = ("optim.warmup_steps", "optim.warmup_fraction")
 _SOURCES, _LATER_SOURCES = "data.sources", "data.sources of later steps"
-_MAY_CHANGE = ("train.steps", "optim.states", _LATER_SOURCES)
+_SKETCHES = "loqt.subspace.oversampling"
+_MAY_CHANGE = ("train.steps", "optim.states", _SKETCHES, _LATER_SOURCES)
 _OF_THE_MODEL = ("model.preset", "model.path", "model.weights", "model.overrides", "data.tokenizer", "data.bpe_vocab")
 Changes = dict[str, tuple[Any, Any]]
 
@@ -69,7 +70,8 @@ def changes_between(before: RunConfig, after: RunConfig, *, done: int | None = N
     """
     steps = before.train.steps
     same_warmup = before.optim.warmup_of(steps) == after.optim.warmup_of(steps)
-    free = FREE + (_WARMUP if same_warmup else ())
+    full_rank = before.method == after.method == "full"
+    free = FREE + (_WARMUP if same_warmup else ()) + (("loqt.",) if full_rank else ())
     old, new = flat_settings(before), flat_settings(after)
     changed = (key for key in new if not _same(old[key], new[key]) and not key.startswith(free))
     paths = path_settings()
@@ -156,6 +158,7 @@ def _notes(manifest: Manifest, changes: Changes, config: RunConfig) -> list[str]
     what = {
         "train.steps": "learning rates and merges",
         "optim.states": "the optimizer's moments",
+        _SKETCHES: "merges' sketches",
         _LATER_SOURCES: "text and weights",
     }
     notes = {

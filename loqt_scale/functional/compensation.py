@@ -223,7 +223,7 @@ def error_gain(lowered: float, square: float) -> float:
 
 def expected_gain(gain: float, before: float | None) -> float:
     """What the next round will gain, if gains go on to shrink as from the round `before` to this one."""
-    return gain if before is None or before <= 0.0 else gain * min(1.0, gain / before)
+    return gain if before is None or before <= 0.0 else gain * max(0.0, min(1.0, gain / before))
 
 
 def taken_squares(factor: Tensor, gram_RR: Tensor, scale: float) -> Tensor:

@@ -52,10 +52,10 @@ def sketch_width(rank: int, out_features: int, in_features: int, oversampling: f
 def test_matrix(features: int, *, seed: int, device: torch.device) -> Tensor:
     """What Omega is made of, (features, 1 + `VALIDATION_COLUMNS`) float32; the global RNG is untouched.
 
-    The first column holds signs. Of the k columns of Omega that enter P, column j has the signs of rows j, j + k,
-    j + 2 k, ... and zeros elsewhere (a count sketch with equal buckets): they are orthogonal, exact once k reaches the
-    full dimension, and `times_test_matrix` needs additions only. The other columns here are the validation columns,
-    standard normal, which makes their energies unbiased.
+    The first column holds signs: of the k columns of Omega that enter P, each adds up features with these signs, one of
+    every k (a count sketch with equal buckets, see `times_test_matrix`). They are orthogonal, exact once k reaches the
+    full dimension, and need additions only. The other columns here are the validation columns, standard normal, which
+    makes their energies unbiased.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     omega = torch.randn(features, 1 + VALIDATION_COLUMNS, generator=generator, dtype=torch.float32, device=device)
@@ -75,10 +75,21 @@ def times_test_matrix(matrix_TC: Tensor, omega: Tensor, width: int) -> Tensor:
     signs, used = omega[:, 0].contiguous(), width - VALIDATION_COLUMNS  # a strided row would not vectorize
     total = matrix_TC[:, :used] * signs[:used]
     for start in range(used, matrix_TC.shape[1], used):
-        part = matrix_TC[:, start : start + used]
-        total[:, : part.shape[1]].addcmul_(part, signs[start : start + used])
+        for to, first, last in _turned(start, used, matrix_TC.shape[1]):
+            total[:, to : to + last - first].addcmul_(matrix_TC[:, first:last], signs[first:last])
     validation = omega[:, 1:].T.contiguous() @ matrix_TC.T  # this way round: a CPU takes a third of the time
     return torch.cat([total, validation.T], 1)
+
+
+def _turned(start: int, used: int, features: int) -> list[tuple[int, int, int]]:
+    """Where features [start, start + used) are added: (first bucket, first feature, one past the last), turned round.
+
+    Each k features are turned by another golden-ratio step. Else features k apart would share a bucket: those of one
+    place in all heads, where k is a multiple of a head's size, and heavy ones would meet.
+    """
+    turn = round(start // used * 0.6180339887 * used) % used
+    pieces = ((turn, start, start + used - turn), (0, start + used - turn, start + used))
+    return [(to, first, min(last, features)) for to, first, last in pieces if first < min(last, features)]
 
 
 def background(features: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
@@ -203,7 +214,7 @@ def kept_of_gradient(gradient_OI: Tensor, basis_FR: Tensor, side: str) -> Tensor
     """The same of a dense gradient, by as many random columns, which are always the same, (r, 8)."""
     matrix_FC = gradient_OI if side == "output" else gradient_OI.T
     columns = test_matrix(matrix_FC.shape[1], seed=matrix_FC.shape[1], device=matrix_FC.device)[:, 1:]
-    return kept_of_sketch(matrix_FC.float() @ columns, basis_FR)
+    return kept_of_sketch(_normalized(matrix_FC.float()) @ columns, basis_FR)
 
 
 def svd_basis(gradient_OI: Tensor, rank: int, side: str, *, seed: int = 0) -> Tensor:

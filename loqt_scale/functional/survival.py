@@ -78,6 +78,7 @@ def update_survival(
     """
     rows = min(SAMPLED_ROWS, compensation.CHUNK_VALUES // layout.cols)
     spacing = max(1, layout.groups // max(1, rows // layout.group_rows))
+    spacing += spacing > 1 and spacing % 2 == 0  # odd: in step with neither heads nor experts that alternate
     sample = Sample(layout.group_rows, first=-(first_row // layout.group_rows) % spacing, spacing=spacing)
     old_left, old_right = (old_factor, old_basis) if side == "input" else (old_basis, old_factor)
     new_left, new_right = (result.factor, new_basis) if side == "input" else (new_basis, result.factor)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from loqt_scale import cli
-from loqt_scale.checkpoint.changes import changes_between
+from loqt_scale.checkpoint.changes import changes_between, of_another_run
 from loqt_scale.config import (
     DataConfig,
     LoQTConfig,
@@ -22,6 +22,7 @@ from loqt_scale.config import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    SubspaceConfig,
     TrainConfig,
 )
 from loqt_scale.config.combinations import check_ranks
@@ -194,6 +195,17 @@ def test_a_program_may_write_paths_tuples_and_whole_numbers(tmp_path: Path) -> N
 def test_what_only_memory_depends_on_may_change_in_a_run() -> None:
     smaller = RunConfig(model=ModelConfig(loss_chunk_tokens=64, activation_checkpointing=True))
     assert not changes_between(RunConfig(), smaller)
+
+
+def test_sketches_may_become_narrower_in_a_run_and_full_rank_reads_nothing_of_the_method() -> None:
+    """As they do where a run goes on, or is asked for again, with a version that has another default."""
+    wide = LoQTConfig(subspace=SubspaceConfig(oversampling=1.0))
+    changes = changes_between(RunConfig(loqt=wide), RunConfig())
+    assert changes == {"loqt.subspace.oversampling": (1.0, 0.0)} and not of_another_run(changes)
+    assert of_another_run(changes_between(RunConfig(loqt=LoQTConfig(rank=7)), RunConfig()))
+    full = [RunConfig(method="full", loqt=loqt) for loqt in (LoQTConfig(rank=7), wide)]
+    assert not changes_between(*full)
+    assert changes_between(full[0], replace(full[1], method="loqt"))
 
 
 def test_a_rank_is_a_whole_number(tmp_path: Path) -> None:

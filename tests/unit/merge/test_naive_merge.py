@@ -43,7 +43,8 @@ def naive_merge(weight: Tensor, gradient: Tensor, side: str, rounds: int) -> tup
         gains.append(1 - error / (plain if best is None else best[0]))
         if best is None or error < best[0]:
             best = (error, base, factor)
-        if gains[-1] * min(1.0, gains[-1] / gains[-2] if len(gains) > 1 else 1.0) < SETTLED:
+        shrinks = gains[-1] / gains[-2] if len(gains) > 1 and gains[-2] > 0 else 1.0
+        if gains[-1] <= 0 or gains[-1] * min(1.0, shrinks) < SETTLED:
             break
     assert best is not None
     return basis, best[1], best[2]
