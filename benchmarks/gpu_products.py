@@ -66,7 +66,8 @@ def _rest(place: Place, width: int, hidden: int, rank: int) -> Iterator[Work]:
         square = wide.mT @ wide
         yield f"P of {count} sketch(es) {hidden} x {columns}", lambda s=sketches: sketch_basis(s, rank), 0.0
         yield f"its Gram matrix, float64, {count}", lambda w=wide: w.mT @ w, 2.0 * wide.numel() * columns
-        yield f"eigenvectors of {count} {columns}², float64", lambda s=square: torch.linalg.eigh(s), 0.0
+        yield f"Cholesky's factors of {count} {columns}², float64", lambda s=square: torch.linalg.cholesky_ex(s), 0.0
+        yield f"QR of {count} {hidden} x {columns}, float64", lambda w=wide: torch.linalg.qr(w), 0.0
     yield f"Omega of {hidden}", lambda: test_matrix(hidden, seed=0, device=place.device), 0.0
     momentum = torch.randn(width, rank, device=place.device)
     squares: Tensor = gram(momentum)

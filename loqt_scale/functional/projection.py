@@ -1,4 +1,4 @@
-"""The subspace P of a gradient: its leading singular vectors, by three methods.
+"""The subspace P of a gradient: its leading directions, by three methods.
 
 Shapes: G is the weight gradient (O x I); P has orthonormal columns and is (I x r) on side `input` (right singular
 vectors) or (O x r) on side `output` (left ones). F is the side's feature dimension, I or O, and C the other one.
@@ -20,9 +20,10 @@ vectors) or (O x r) on side `output` (left ones). F is the side's feature dimens
 *P is a stable function of its input*: rounding does not choose it. A gradient may hold fewer than r directions above
 rounding (a batch of fewer than r different tokens does), and singular vectors know no sign. Therefore
 
-* every matrix M gets a **background**: P is of [M, c ||M||_F D], with seeded D and c a little above rounding.
-  Where the gradient is stronger, the background moves nothing; where it holds nothing, P's columns come from D,
-  orthogonal to the gradient's own, instead of from rounding. There is no threshold that a value could cross.
+* every matrix M gets a **background**: P is of [M, c ||M||_F D], of a sketch M of r columns M + c ||M||_F D, with
+  seeded D and c a little above rounding. Where the gradient is stronger, the background moves nothing; where it holds
+  nothing, P's columns come from D, orthogonal to the gradient's own, instead of from rounding. There is no threshold
+  that a value could cross.
 * every column gets the **sign** that makes its inner product with one fixed dense direction positive (`_signed`).
 """
 

@@ -3,7 +3,9 @@
 B's rows are coordinates in the basis P. When a merge replaces P_old by P_new, a gradient that read g in the old
 coordinates reads g R in the new ones, R = P_old^T P_new (r x r). The first moment (Muon's only one) is linear in g and
 follows exactly, up to what the new subspace cannot see; for the second, E[(g R)_j^2] = sum_k E[g_k^2] R_kj^2 when the
-coordinates are uncorrelated (as Fira and LDAdam do). `keep` would read old coordinates as if they were new ones;
+coordinates are uncorrelated (as Fira and LDAdam do). Those of singular vectors nearly are; those of a sketch's range
+(`projection.orthonormal_basis`) less so, and there AdamW's steps follow the second moment less well until it has
+averaged anew. Muon has none. `keep` would read old coordinates as if they were new ones;
 `reset` forgets.
 """
 
