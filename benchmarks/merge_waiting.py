@@ -27,7 +27,7 @@ PASSED_ON = ("preset", "rank", "sequences", "micro_batch", "merges")
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One rank's part: appends its medians to a file of its own in `options.found`."""
+    """One rank's part: writes its medians to a file of its own in `options.found`."""
     torch.set_num_threads(1)
     strategy = "single" if options.ranks == 1 else "fsdp"
     words = (f"--train.micro_batch_size={options.micro_batch}", f"--parallel.strategy={strategy}")
@@ -69,9 +69,7 @@ def main() -> None:
     rows = []
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            words = [
-                f"--{key}={getattr(options, key)}" for key in ("preset", "rank", "sequences", "micro_batch", "merges")
-            ]
+            words = [f"--{key}={getattr(options, key)}" for key in PASSED_ON]
             command = [*launcher(ranks), __file__, *words, "--ranks", str(ranks), "--found", folder]
             subprocess.run(command, check=True, stdout=sys.stderr)
             for rank in range(ranks):

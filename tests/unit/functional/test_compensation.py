@@ -208,13 +208,13 @@ def test_survival_on_any_number_of_ranks_is_that_of_the_same_rows(shape: tuple[i
                 result.error,
                 result.error_before,
             )
-            mine = (lambda whole: whole) if side == "input" else (lambda whole: whole[first:last])  # noqa: B023
+            mine = slice(None) if side == "input" else slice(first, last)
             found += survival.update_survival(
                 merged[first:last],
                 layout,
                 local,
-                new_basis=mine(basis),
-                old_basis=mine(old_basis),
+                new_basis=basis[mine],
+                old_basis=old_basis[mine],
                 old_factor=old[first:last] if side == "input" else old,
                 side=side,
                 scale=0.5,
